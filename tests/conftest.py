@@ -1,0 +1,77 @@
+"""Shared fixtures: offline environment, fixed seeds, the shared data folder and one tiny model per session."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+# Before any test module imports transformers or datasets: both read these once, at import.
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false"
+)
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests, with the reason, where there is no accelerator."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no accelerator: torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(autouse=True)
+def deterministic_seeds() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real data and small trained models that FDIV_SHARED names; skips when it is unset."""
+    name = os.environ.get("FDIV_SHARED")
+    if not name:
+        pytest.skip("FDIV_SHARED is unset: it names the folder with the shared data (.ci/run sets it to ../shared)")
+    folder = Path(name)
+    assert folder.is_dir(), f"FDIV_SHARED={name} is not a directory: correct it, or unset it to skip these tests"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved random Llama with its tokenizer and chat template. Shared by all tests: read it, never write to it."""
+    from fdiv.tiny_models import build_tiny_model
+
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_model_dir`, with learned absolute positions (GPT-2)."""
+    from fdiv.tiny_models import build_tiny_model
+
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny-gpt2", architecture="gpt2")
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """The interpreter of the vLLM environment (`make setup-vllm`, or FDIV_VLLM_PYTHON); skips when there is none."""
+    python = Path(os.environ.get("FDIV_VLLM_PYTHON", REPOSITORY / ".venv-vllm" / "bin" / "python"))
+    if not python.exists():
+        pytest.skip(f"no vLLM environment at {python}: run `make setup-vllm`, or set FDIV_VLLM_PYTHON")
+    return python
