@@ -122,8 +122,8 @@ def enable_fused_head(model: nn.Module, outputs: Sequence[str] = ("log_probs",),
     if present is not None:
         if present.temperature != temperature:
             raise ValueError(
-                f"the model's fused LM head was set up at temperature {present.temperature}, not {temperature}, and the "
-                "temperature is baked in: load the model a second time for the other temperature"
+                f"the model's fused LM head was set up at temperature {present.temperature}, not {temperature}, and "
+                "that is baked in: load the model a second time for the other temperature"
             )
         if set(outputs) <= set(present.outputs):
             return
@@ -216,7 +216,9 @@ def _reduce_logits(
         else _score_chunk(chunk, chunk_labels, wanted, temperature)
         for chunk, chunk_labels in zip(flat_logits.split(rows), flat_labels.split(rows), strict=True)
     ]
-    stacked = {name: torch.cat(parts).view(mask.shape) for name, parts in zip(wanted, zip(*chunks, strict=True))}
+    stacked = {
+        name: torch.cat(parts).view(mask.shape) for name, parts in zip(wanted, zip(*chunks, strict=True), strict=True)
+    }
     return {name: value.masked_fill(~mask, 0) for name, value in stacked.items()}
 
 

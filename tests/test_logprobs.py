@@ -134,7 +134,7 @@ def test_enabling_twice_is_idempotent_and_outputs_can_be_added():
     assert fused_head(model) == (("log_probs",), 1.0)
     enable_fused_head(model, ("entropy",))
     assert fused_head(model).outputs == ("log_probs", "entropy")
-    with pytest.raises(ValueError, match="temperature 1.0, not 0.5"):
+    with pytest.raises(ValueError, match=r"temperature 1\.0, not 0\.5"):
         enable_fused_head(model, temperature=0.5)
     with pytest.raises(ValueError, match="fused=False"):
         token_scores(model, **_batch(), temperature=0.5)
