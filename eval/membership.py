@@ -1,7 +1,7 @@
 """Membership-inference scores, their AUC, and PrivLeak.
 
-Sign convention of open-unlearning: a *higher* score means *less* likely a member, holdout rows are the positive class, so
-AUC = 1 when the forget rows are far more likely than the holdout rows, 0.5 when they cannot be told apart.
+Sign convention of open-unlearning: a *higher* score means *less* likely a member, holdout rows are the positive
+class, so AUC = 1 when the forget rows are far more likely than the holdout rows, 0.5 when they cannot be told apart.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def reference_score(avg_loss: float, reference_avg_loss: float) -> float:
 
 
 def gradnorm_score(parameter_norms: Iterable[float]) -> float:
-    """Mean over parameters of the norm of the loss gradient (arXiv:2402.17012); ValueError when nothing has a gradient."""
+    """Mean over parameters of the norm of the loss gradient (arXiv:2402.17012); ValueError when nothing has a
+    gradient."""
     norms = np.fromiter(parameter_norms, dtype=np.float64)
     if norms.size == 0:
         raise ValueError("gradient-norm score: no parameter has a gradient (are all parameters frozen?)")
@@ -90,7 +91,8 @@ def auc(forget_scores: Sequence[float] | np.ndarray, holdout_scores: Sequence[fl
 
 
 def privleak(model_auc: float, retain_auc: float, *, epsilon: float = 1e-10) -> float:
-    """PrivLeak = 100 ((1-AUC) - (1-AUC_retain)) / (1-AUC_retain + epsilon), in percent (Shi et al. 2024, arXiv:2407.06460).
+    """PrivLeak = 100 ((1-AUC) - (1-AUC_retain)) / (1-AUC_retain + epsilon), in percent (Shi et al. 2024,
+    arXiv:2407.06460).
 
     0 is the retain model's level, -100 a model that still knows every forget row. MUSE's own code has epsilon = 0 and writes
     A for 1-AUC. Raises ValueError when the denominator is 0.

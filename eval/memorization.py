@@ -8,12 +8,14 @@ import numpy as np
 
 
 def extraction_strength(is_top1: Sequence[bool] | np.ndarray, *, floor: bool = True) -> float:
-    """ES = 1 - k/L: the share of the answer that teacher forcing reproduces to its end (Carlini et al. 2021, arXiv:2012.07805).
+    """ES = 1 - k/L: the share of the answer that teacher forcing reproduces to its end (Carlini et al. 2021,
+    arXiv:2012.07805).
 
     Args:
-        is_top1: [L] whether the argmax equals the label at each answer position (the caller has dropped what its preset drops).
-        floor: True is open-unlearning's loop, which stops at k = L-1 even when the last token misses, so its lowest value is
-            1/L; False lets k reach L, so ES can be 0.
+        is_top1: [L] whether the argmax equals the label at each answer position (the caller has dropped what its
+        preset drops).
+        floor: True is open-unlearning's loop, which stops at k = L-1 even when the last token misses, so its lowest
+            value is 1/L; False lets k reach L, so ES can be 0.
     Returns:
         ES in [0, 1]; 0 for an empty answer, as open-unlearning.
     """
@@ -28,6 +30,7 @@ def extraction_strength(is_top1: Sequence[bool] | np.ndarray, *, floor: bool = T
 
 
 def exact_memorization(is_top1: Sequence[bool] | np.ndarray) -> float | None:
-    """Share of answer positions whose teacher-forced argmax is the label (Tirumala et al. 2022); None for an empty answer."""
+    """Share of answer positions whose teacher-forced argmax is the label (Tirumala et al. 2022); None for an empty
+    answer."""
     hits = np.asarray(is_top1, dtype=bool)
     return float(hits.mean()) if hits.size else None

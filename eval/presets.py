@@ -2,10 +2,10 @@
 
 | preset | truth ratio | rows | generation | ROUGE | ES floor | Min-K |
 |---|---|---|---|---|---|---|
-| `open_unlearning` (default) | geometric, +1e-10 | all | 200 new tokens | stemmed | 1/L | last label dropped, at least one token |
-| `tofu_paper` | arithmetic, exact | all | 200 tokens in total | stemmed | 0 | every label |
-| `tofu_2024` (the TOFU authors' code) | geometric, exact | first 300 | 200 tokens in total | stemmed | 0 | every label |
-| `muse_original` | geometric, +1e-10 | all | 128 / 32 new tokens | not stemmed, in percent | 0 | every label, int(k L) tokens |
+| `open_unlearning` (default) | geometric, +1e-10 | all | 200 new tokens | stemmed | 1/L | no last label, 1 token at least |
+| `tofu_paper` | arithmetic, exact | all | 200 in total | stemmed | 0 | every label |
+| `tofu_2024` (TOFU authors' code) | geometric, exact | first 300 | 200 in total | stemmed | 0 | every label |
+| `muse_original` | geometric, exact | all | 128 / 32 new tokens | not stemmed, percent | 0 | every label, int(k L) |
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Preset:
         at_least_one_token: Min-K uses max(1, int(k L)) tokens.
         verbatim_space: a space between a MUSE prompt and its true continuation when that is cut for ROUGE.
         verbatim_truth_tokens: MUSE's truth is cut to so many tokens, begin-of-text included (None: whole).
-        assumed_retain_auc: AUC taken for PrivLeak when no retain log is given, by corpus ("" = any); the result says so.
+        assumed_retain_auc: AUC taken for PrivLeak when no retain log is given, by corpus ("" = any); the result says
+            so.
     """
 
     name: str

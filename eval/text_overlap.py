@@ -40,10 +40,12 @@ def cut_at(text: str, stop_words: Sequence[str]) -> str:
 def ngram_entropy(
     text: str, orders: Sequence[int] = (2, 3), weights: Sequence[float] = (2 / 3, 4 / 3)
 ) -> float | None:
-    """Weighted n-gram entropy in bits: mean over n of w_n * H(n-grams), higher is more varied, 0 is one phrase repeated.
+    """Weighted n-gram entropy in bits: mean over n of w_n * H(n-grams), higher is more varied, 0 is one phrase
+    repeated.
 
-    The fluency measure of ROME (Meng et al. 2022, arXiv:2202.05262) and RWKU, with words and punctuation marks found by a
-    regular expression where they use NLTK's tokenizer, which needs a download. None for a text shorter than the largest n.
+    The fluency measure of ROME (Meng et al. 2022, arXiv:2202.05262) and RWKU, with words and punctuation marks found
+    by a regular expression where they use NLTK's tokenizer, which needs a download. None for a text shorter than the
+    largest n.
     """
     words = re.findall(r"\w+|[^\w\s]", text)
     if len(words) < max(orders):

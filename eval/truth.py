@@ -1,8 +1,8 @@
 """TOFU's probability, truth ratio, forget quality and model utility, as functions of per-item losses.
 
-Everything takes length-normalised answer losses, `avg_loss = -(1/|y|) sum_t log p(y_t | x, y_<t)` in nats, with the end-of-text
-label counted (Maini et al. 2024, arXiv:2401.06121, section 2.2; open-unlearning, arXiv:2506.12618). Which variant belongs to which
-benchmark is written in `fdiv.eval.presets`.
+Everything takes length-normalised answer losses, `avg_loss = -(1/|y|) sum_t log p(y_t | x, y_<t)` in nats, with the
+end-of-text label counted (Maini et al. 2024, arXiv:2401.06121, section 2.2; open-unlearning, arXiv:2506.12618).
+Which variant belongs to which benchmark is written in `fdiv.eval.presets`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ def _pair(correct_loss: np.ndarray, wrong_loss: np.ndarray) -> tuple[np.ndarray,
             f"expected correct losses [N] and wrong losses [N, K>0], got {correct.shape} and {wrong.shape}"
         )
     if not (np.isfinite(correct).all() and np.isfinite(wrong).all()):
-        raise ValueError(
-            "answer losses hold NaN or infinity: the model's probabilities are not usable for a truth ratio"
-        )
+        raise ValueError("answer losses hold NaN or infinity: no truth ratio can be formed from them")
     return correct, wrong
 
 
@@ -45,8 +43,8 @@ def truth_ratio(
     Args:
         correct_loss: [N] losses of the paraphrased (or plain) true answer.
         wrong_loss: [N, K] losses of the K perturbed answers.
-        mean: `geometric` takes exp(-mean_k loss_k), as open-unlearning and the TOFU authors' code do; `arithmetic` takes
-            mean_k exp(-loss_k), as the TOFU paper writes it.
+        mean: `geometric` takes exp(-mean_k loss_k), as open-unlearning and the TOFU authors' code do; `arithmetic`
+            takes mean_k exp(-loss_k), as the TOFU paper writes it.
         epsilon: 1e-10 in open-unlearning; with 0 the ratio is formed in log space, so it never underflows to 0/0.
     Returns:
         [N] ratios, >= 0.
@@ -75,14 +73,16 @@ def knowledge_share(correct_loss: np.ndarray, wrong_loss: np.ndarray, epsilon: f
 
 
 def closer_to_one(ratio: np.ndarray, epsilon: float = 1e-10) -> float:
-    """mean_i min(R_i, 1/(R_i + epsilon)): the forget-set truth ratio, 1 when wrong and true answers are equally likely."""
+    """mean_i min(R_i, 1/(R_i + epsilon)): the forget-set truth ratio, 1 when wrong and true answers are equally
+    likely."""
     ratio = np.asarray(ratio, dtype=np.float64)
     with np.errstate(divide="ignore"):
         return float(np.mean(np.minimum(ratio, 1.0 / (ratio + epsilon))))
 
 
 def true_better(ratio: np.ndarray) -> float:
-    """mean_i max(0, 1 - R_i): the truth ratio of retain, real-author and world-fact rows, 1 when only the truth is likely."""
+    """mean_i max(0, 1 - R_i): the truth ratio of retain, real-author and world-fact rows, 1 when only the truth is
+    likely."""
     return float(np.mean(np.maximum(0.0, 1.0 - np.asarray(ratio, dtype=np.float64))))
 
 
@@ -118,9 +118,7 @@ def forget_quality(ratio: np.ndarray, retain_ratio: np.ndarray) -> ForgetQuality
 
     ratio, retain_ratio = np.asarray(ratio, dtype=np.float64), np.asarray(retain_ratio, dtype=np.float64)
     if min(len(ratio), len(retain_ratio)) < 2:
-        raise ValueError(
-            f"forget quality needs at least two rows on each side, got {len(ratio)} and {len(retain_ratio)}"
-        )
+        raise ValueError(f"forget quality needs at least two rows a side, got {len(ratio)} and {len(retain_ratio)}")
     if np.isnan(ratio).any() or np.isnan(retain_ratio).any():
         raise ValueError("truth ratios hold NaN")
     method = "exact" if max(len(ratio), len(retain_ratio)) <= 10_000 else "asymp"
@@ -133,7 +131,8 @@ def forget_quality(ratio: np.ndarray, retain_ratio: np.ndarray) -> ForgetQuality
 
 
 def model_utility(parts: Mapping[str, float]) -> float:
-    """Harmonic mean of the nine parts {probability, ROUGE-L recall, truth ratio} x {retain, real authors, world facts}.
+    """Harmonic mean of the nine parts {probability, ROUGE-L recall, truth ratio} x {retain, real authors, world
+    facts}.
 
     A part of exactly 0 makes the whole 0. Raises ValueError for a negative or non-finite part, or no parts.
     """
