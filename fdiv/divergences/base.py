@@ -1,0 +1,264 @@
+"""The `Divergence` object: what every entry of the registry offers, and the generic way to compute it.
+
+Convention, everywhere: D_f(P‖Q) = E_Q[f(t)], t = P/Q, P the trained policy, Q the reference or target, f convex and
+centred, so that f(1) = 0 and f'(1) = 0. Functions take `log_t` (or v in the range of f'); t itself stays bounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fdiv.divergences.saturation import as_float, check_max_exponent
+
+
+class Estimate(NamedTuple):
+    """A Monte-Carlo estimate: `value` and its `standard_error` (NaN for one sample), both 0-d tensors."""
+
+    value: Tensor
+    standard_error: Tensor
+
+
+class Divergence:
+    """An f-divergence D_f(P‖Q) = E_Q[f(P/Q)], as functions of the log-ratio log t = log P − log Q.
+
+    Subclasses give the attributes `at_zero`, `derivative_at_zero`, `slope_at_infinity`, and the hooks `_generator`,
+    `_score` and (where a closed form exists) `_conjugate`, `_inverse_derivative`, `_activation`, `dual`. All functions
+    are element-wise: output shape = input shape; float32 and float64 are kept, bfloat16 and float16 are computed and
+    returned in float32. Treat instances as immutable.
+    """
+
+    #: Registry name.
+    name: str = ""
+    #: Other names the registry accepts for it.
+    aliases: tuple[str, ...] = ()
+    #: f(0⁺), f'(0⁺) and f'(∞) = lim f(t)/t; may be ±inf.
+    at_zero: float = math.nan
+    derivative_at_zero: float = math.nan
+    slope_at_infinity: float = math.nan
+    #: The k of every e^(k·log t) in f': what `max_exponent` caps. Empty where f' takes no unbounded exponential.
+    exponents: tuple[float, ...] = ()
+
+    #: Parameters by name, read-only.
+    parameters: Mapping[str, float] = MappingProxyType({})
+
+    # ---------------------------------------------------------------- description
+    @property
+    def label(self) -> str:
+        """Short text for tables and file names: the name, with the parameters in brackets."""
+        inside = ",".join(f"{value:g}" for value in self.parameters.values())
+        return f"{self.name}({inside})" if inside else self.name
+
+    def __repr__(self) -> str:
+        return f"<Divergence {self.label}>"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._identity() == other._identity()  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._identity()))
+
+    def _identity(self) -> tuple:
+        return (self.name, tuple(sorted(self.parameters.items())))
+
+    @property
+    def curvature(self) -> float:
+        """f''(1): the scale of a small step. Raises ValueError where f has no curvature (total variation)."""
+        raise NotImplementedError
+
+    @property
+    def conjugate_domain(self) -> tuple[float, float]:
+        """(f'(0⁺), f'(∞)): the interior of the range of f', where `conjugate` is finite and strictly increasing."""
+        return (self.derivative_at_zero, self.slope_at_infinity)
+
+    # ---------------------------------------------------------------- functions of log t
+    def generator(self, log_t: Tensor) -> Tensor:
+        """f(t), centred: f(1) = f'(1) = 0, so f ≥ 0. At log t = −inf it is f(0⁺), at +inf it is +inf."""
+        log_t = as_float(log_t, "log_t")
+        infinite = torch.isinf(log_t)
+        value = self._generator(log_t.masked_fill(infinite, 0.0))
+        ends = torch.where(log_t > 0, math.inf, self.at_zero).to(log_t.dtype)
+        return torch.where(infinite, ends, value)
+
+    def derivative(self, log_t: Tensor) -> Tensor:
+        """f'(t), with f'(1) = 0; at log t = ±inf it is `slope_at_infinity` / `derivative_at_zero`."""
+        return self.score(log_t)
+
+    def score(self, log_t: Tensor, max_exponent: float | None = None) -> Tensor:
+        """f'(t) with the overflow policy chosen: exponentials in it go on logarithmically above `max_exponent`.
+
+        Below the cap the value is `derivative(log_t)` bit for bit. Above it, on the overflowing side, value and
+        gradient are finite and the gradient is not 0. None is the registry's own cap (exponent 60).
+        Raises ValueError for a cap outside (0, 80].
+        """
+        return self._score(as_float(log_t, "log_t"), check_max_exponent(max_exponent))
+
+    def capped(self, log_t: Tensor, max_exponent: float | None = None) -> Tensor:
+        """Bool tensor: where `score(log_t, max_exponent)` is on its continuation rather than exact."""
+        log_t, cap = as_float(log_t, "log_t"), check_max_exponent(max_exponent)
+        touched = torch.zeros_like(log_t, dtype=torch.bool)
+        for exponent in self.exponents:
+            touched |= exponent * log_t > cap
+        return touched
+
+    # ---------------------------------------------------------------- functions of v = f'(t)
+    def conjugate(self, v: Tensor) -> Tensor:
+        """f*(v) = sup over t ≥ 0 of t·v − f(t): −f(0⁺) for v ≤ f'(0⁺), +inf above f'(∞), the limit at f'(∞) itself."""
+        v = as_float(v, "v")
+        below, above = v <= self.derivative_at_zero, v >= self.slope_at_infinity
+        value = self._conjugate(v.masked_fill(below | above, 0.0))
+        top = torch.where(v > self.slope_at_infinity, math.inf, self._conjugate_at_slope()).to(v.dtype)
+        return torch.where(below, -self.at_zero, torch.where(above, top, value))
+
+    def inverse_derivative(self, v: Tensor) -> Tensor:
+        """log t with f'(t) = v: the map to the optimal policy. −inf for v ≤ f'(0⁺), +inf for v ≥ f'(∞).
+
+        Raises ValueError where f' has no inverse (total variation).
+        """
+        v = as_float(v, "v")
+        below, above = v <= self.derivative_at_zero, v >= self.slope_at_infinity
+        value = self._inverse_derivative(v.masked_fill(below | above, 0.0))
+        return torch.where(below, -math.inf, torch.where(above, math.inf, value))
+
+    def activation(self, x: Tensor) -> Tensor:
+        """g_f(x): the f-GAN output activation ℝ → conjugate domain, shifted by the f'(1) that centring removed.
+
+        −g(a) + f*(g(b)) has exactly the textbook value (Nowozin et al. 2016, Table 6; FLAT, arXiv:2410.11143). Entries
+        without a textbook row use x where f'(∞) = ∞, else f'(∞) − softplus(−x). Values that rounding would put on
+        f'(∞) are kept just below it, so that the conjugate of an activation is finite.
+        """
+        x = as_float(x, "x")
+        value = self._activation(x)
+        if math.isinf(self.slope_at_infinity):
+            return value
+        return value.clamp(max=_largest_below(self.slope_at_infinity, x.dtype))
+
+    # ---------------------------------------------------------------- algebra
+    def dual(self) -> Divergence:
+        """The divergence with swapped arguments: generator t·f(1/t), so that D_dual(P‖Q) = D_f(Q‖P)."""
+        from fdiv.divergences.derived import from_generator
+
+        return from_generator(
+            f"dual({self.label})",
+            lambda x: torch.exp(x) * self._generator(-x),
+            at_zero=self.slope_at_infinity,
+            slope_at_infinity=self.at_zero,
+        )
+
+    def scaled(self, factor: float) -> Divergence:
+        """factor · D_f. Raises ValueError unless factor is positive and finite."""
+        from fdiv.divergences.derived import Scaled
+
+        return Scaled(self, factor)
+
+    def normalized(self) -> Divergence:
+        """D_f / f''(1): curvature 1, so that one β means the same first step for every f.
+
+        Raises ValueError where f has no curvature at 1 (total variation).
+        """
+        curvature = self.curvature
+        return self if curvature == 1.0 else self.scaled(1.0 / curvature)
+
+    def __add__(self, other: Divergence) -> Divergence:
+        from fdiv.divergences.derived import Sum
+
+        if not isinstance(other, Divergence):
+            return NotImplemented
+        return Sum(self, other)
+
+    @staticmethod
+    def from_generator(name: str, f: Callable[[Tensor], Tensor], **ends: float) -> Divergence:
+        """A divergence from `f` alone, a torch function of log t; see `fdiv.divergences.derived.from_generator`."""
+        from fdiv.divergences.derived import from_generator
+
+        return from_generator(name, f, **ends)
+
+    # ---------------------------------------------------------------- the divergence itself
+    def exact(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """D_f(P‖Q) of categorical distributions given as log-probabilities [..., K] → [...].
+
+        Sum over the last axis of Q·f(P/Q); where Q = 0 < P the term is P·f'(∞), where P = 0 < Q it is Q·f(0⁺). Terms
+        with P > Q are computed as P·(f(t)/t), which does not overflow. Gradients flow to both arguments.
+        """
+        log_p, log_q = torch.broadcast_tensors(as_float(log_p, "log_p"), as_float(log_q, "log_q"))
+        no_p, no_q = torch.isneginf(log_p), torch.isneginf(log_q)
+        empty = no_p | no_q
+        finite_p, finite_q = log_p.masked_fill(empty, 0.0), log_q.masked_fill(empty, 0.0)
+        log_t = finite_p - finite_q
+        below = finite_q.exp() * self._generator(log_t.clamp(max=0.0))
+        above = finite_p.exp() * self._generator_over_t(log_t.clamp(min=0.0))
+        term = torch.where(log_t <= 0, below, above)
+        term = torch.where(no_p, _mass_times(log_q, no_p & ~no_q, self.at_zero), term)
+        term = torch.where(no_q, _mass_times(log_p, no_q & ~no_p, self.slope_at_infinity), term)
+        return term.sum(-1)
+
+    def estimate(self, log_t: Tensor, sampled_from: str = "q") -> Estimate:
+        """Monte-Carlo D_f(P‖Q) from the log-ratios of samples, all elements alike: (value, standard_error).
+
+        sampled_from="q": mean of f(t) over samples of Q; "p": mean of f(t)/t over samples of P. Both are unbiased; the
+        centring of f makes every term non-negative. Raises ValueError for no samples or another `sampled_from`.
+        """
+        log_t = as_float(log_t, "log_t").reshape(-1)
+        if log_t.numel() == 0:
+            raise ValueError("estimate needs at least one log-ratio, got an empty tensor")
+        if sampled_from == "q":
+            terms = self.generator(log_t)
+        elif sampled_from == "p":
+            terms = self._over_t_with_ends(log_t)
+        else:
+            raise ValueError(f"sampled_from must be 'q' (reference, target) or 'p' (policy), got {sampled_from!r}")
+        spread = terms.std(correction=1) if terms.numel() > 1 else terms.new_tensor(math.nan)
+        return Estimate(terms.mean(), spread / math.sqrt(terms.numel()))
+
+    def _over_t_with_ends(self, log_t: Tensor) -> Tensor:
+        """f(t)/t including log t = ±inf, where it is f'(∞) and (at 0, which P never samples) +inf."""
+        infinite = torch.isinf(log_t)
+        value = self._generator_over_t(log_t.masked_fill(infinite, 0.0))
+        ends = torch.where(log_t > 0, self.slope_at_infinity, math.inf).to(log_t.dtype)
+        return torch.where(infinite, ends, value)
+
+    # ---------------------------------------------------------------- hooks, on finite input in the open domain
+    def _generator(self, log_t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _generator_over_t(self, log_t: Tensor) -> Tensor:
+        return self.dual()._generator(-log_t)
+
+    def _score(self, log_t: Tensor, cap: float) -> Tensor:
+        raise NotImplementedError
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        # f*(f'(t)) = t f'(t) − f(t) = −(dual f)'(1/t): with a closed dual there is no cancellation for large t.
+        return -self.dual().derivative(-self._inverse_derivative(v))
+
+    def _conjugate_at_slope(self) -> float:
+        return -self.dual().derivative_at_zero
+
+    def _inverse_derivative(self, v: Tensor) -> Tensor:
+        from fdiv.divergences.rootfinding import invert_increasing
+
+        return invert_increasing(self.derivative, v)
+
+    def _activation(self, x: Tensor) -> Tensor:
+        return x if math.isinf(self.slope_at_infinity) else self.slope_at_infinity - F.softplus(-x)
+
+
+def _largest_below(bound: float, dtype: torch.dtype) -> float:
+    """The largest number of `dtype` strictly below `bound` (rounding `bound` to the type may round it up)."""
+    number = torch.tensor(bound, dtype=torch.float64).to(dtype)
+    if number.double().item() >= bound:
+        number = torch.nextafter(number, torch.tensor(-math.inf, dtype=dtype))
+    return number.item()
+
+
+def _mass_times(log_mass: Tensor, where: Tensor, factor: float) -> Tensor:
+    """e^log_mass · factor inside `where`, 0 outside; an infinite factor carries no gradient (it would be NaN)."""
+    if math.isinf(factor):
+        return torch.zeros_like(log_mass).masked_fill(where, factor)
+    return log_mass.masked_fill(~where, -math.inf).exp() * factor
