@@ -1,0 +1,154 @@
+"""What our trainers add to TRL's: per-example metrics, the stop on a non-finite loss, the model card section.
+
+A trainer derives from `ObjectiveTrainerMixin` and its TRL class, hands the per-example values of each micro-batch to
+`record_examples`, and says in `reduce_examples` what to log of them. One gather and one host read per micro-batch; the
+rest is reduced when TRL logs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fdiv.errors import NonFiniteLossError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fdiv.divergences import Divergence
+
+__all__ = ["ObjectiveTrainerMixin", "divergence_estimate", "frozen_copy", "log_ratio_quantiles"]
+
+_QUANTILES = (("p05", 0.05), ("p50", 0.50), ("p95", 0.95))
+
+
+def log_ratio_quantiles(name: str, log_ratio: Tensor) -> dict[str, float]:
+    """The 5, 50 and 95 % quantiles of `log_ratio` (any shape, nats) as `log_ratio/{name}_p05` … `_p95`.
+
+    Linear interpolation between order statistics, as in numpy.
+    """
+    probabilities = torch.tensor([p for _, p in _QUANTILES], dtype=log_ratio.dtype, device=log_ratio.device)
+    values = torch.quantile(log_ratio.flatten(), probabilities).tolist()
+    return {f"log_ratio/{name}_{suffix}": value for (suffix, _), value in zip(_QUANTILES, values, strict=True)}
+
+
+def divergence_estimate(divergence: Divergence, log_ratio: Tensor) -> dict[str, float]:
+    """D_f(π‖π_ref) = E_{y~π_ref}[f(π/π_ref)] as `divergence/{label}` and its standard error `divergence/{label}_se`.
+
+    Args:
+        divergence: f.
+        log_ratio: `[N]`, or `[N, K]` with the K completions of one prompt in a row: the standard error is that of the
+            N row means, since completions of one prompt are not independent draws of (prompt, completion).
+
+    An estimate of the divergence only as far as the completions were sampled from π_ref.
+    """
+    terms = divergence.generator(log_ratio.reshape(log_ratio.size(0), -1)).mean(-1)
+    standard_error = terms.std(correction=1).item() / math.sqrt(len(terms)) if len(terms) > 1 else math.nan
+    name = f"divergence/{divergence.label}"
+    return {name: terms.mean().item(), f"{name}_se": standard_error}
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A frozen copy of `model` in evaluation mode, for use as the reference; a fused LM head is not copied along."""
+    reference = copy.deepcopy(model)
+    # A patched forward is an instance attribute whose closure still calls the original model's forward.
+    vars(reference).pop("forward", None)
+    return reference.requires_grad_(False).eval()
+
+
+class ObjectiveTrainerMixin:
+    """Per-example metrics and guards for a TRL trainer; put it before the TRL class in the bases.
+
+    A subclass calls `record_examples` once per micro-batch from its loss, overrides `reduce_examples`, and may
+    override `objective_settings`, which goes to error messages and the model card.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._examples: dict[str, list[Tensor]] = {"train": [], "eval": []}
+        self._example_columns: tuple[str, ...] = ()
+        super().__init__(*args, **kwargs)
+
+    # ---------------------------------------------------------------- to be overridden
+    def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:
+        """What to log of `examples`: the recorded columns since the last log, `[N]` float64 on the host."""
+        raise NotImplementedError
+
+    def objective_settings(self) -> dict[str, Any]:
+        """The settings that define the objective (divergence, β, …), for error messages and the model card."""
+        return {}
+
+    # ---------------------------------------------------------------- metrics
+    def record_examples(self, columns: dict[str, Tensor]) -> None:
+        """Keep the per-example values of one micro-batch, gathered over the processes, until the next log.
+
+        Args:
+            columns: `[B]` tensors, the same names each time; `"loss"` is required and is what training stops on.
+
+        Raises:
+            NonFiniteLossError: in training, when any example's loss, on any process, is NaN or infinite. All processes
+                raise, before the backward pass, so no weight is touched.
+        """
+        training = self.model.training
+        self._example_columns = tuple(columns)
+        rows = torch.stack([column.detach().float() for column in columns.values()], dim=1)
+        # Rows that the sampler repeats to fill the last batch are trained on, so they count in training only.
+        rows = self.accelerator.gather(rows) if training else self.accelerator.gather_for_metrics(rows)
+        if training:
+            finite = torch.isfinite(rows[:, self._example_columns.index("loss")])
+            if not finite.all():
+                self._raise_non_finite(rows[~finite][0].tolist())
+        self._examples["train" if training else "eval"].append(rows)
+
+    def _raise_non_finite(self, row: list[float]) -> None:
+        example = dict(zip(self._example_columns, row, strict=True))
+        value = example.pop("loss")
+        settings = ", ".join(f"{name}={setting}" for name, setting in self.objective_settings().items())
+        last = self.state.log_history[-1] if self.state.log_history else {}
+        shown = [key for key in ("loss", "grad_norm", "learning_rate") if key in last]
+        last_metrics = ", ".join(f"{key}={last[key]:.4g}" for key in shown) or "none yet"
+        raise NonFiniteLossError(
+            f"step {self.state.global_step + 1}: the loss is {value} ({settings}); the example that made it so: "
+            + ", ".join(f"{name}={number:.6g}" for name, number in example.items())
+            + f"; last logged metrics: {last_metrics}. Training stopped before the optimizer step, so the "
+            "weights are those of the last good step. Remedies: a lower learning_rate, a lower max_exponent, a "
+            "max_grad_norm, float32 instead of half precision, or resuming from the last checkpoint"
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Reduce what was recorded since the last log and add it to `logs` under TRL's naming."""
+        mode = "train" if self.model.training else "eval"
+        recorded = self._examples[mode]
+        if recorded:
+            table = torch.cat(recorded).cpu().double()
+            recorded.clear()
+            examples = dict(zip(self._example_columns, table.unbind(1), strict=True))
+            for name, value in self.reduce_examples(examples, mode).items():
+                self._metrics[mode][name] = [value]  # TRL averages this list, adds the prefix, and clears it
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in TRL, from a clean slate: a `predict` before it leaves nothing behind."""
+        self._examples["eval"].clear()
+        return super().evaluate(*args, **kwargs)
+
+    # ---------------------------------------------------------------- model card
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's model card with the settings of the objective and, for a local base model, its path."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        from huggingface_hub import ModelCard
+
+        path = Path(self.args.output_dir) / "README.md"
+        card = ModelCard.load(path)
+        base = getattr(self.model.config, "_name_or_path", "") or "a model built in memory"
+        card.text = card.text.replace("[None](https://huggingface.co/None)", f"`{base}`")
+        rows = "\n".join(f"| {name} | `{value}` |" for name, value in self.objective_settings().items())
+        section = f"### Objective\n\n| setting | value |\n| --- | --- |\n{rows}\n\n"
+        card.text = card.text.replace("### Framework versions", section + "### Framework versions")
+        card.save(path)
