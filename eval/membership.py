@@ -64,8 +64,8 @@ def min_k_plus_plus_score(
 ) -> float | None:
     """Min-K%++ (Zhang et al. 2025, arXiv:2404.02936): Min-K of (log p - mu) / sigma.
 
-    mu and sigma^2 are the mean and variance of log p(z) for z drawn from the model's own next-token distribution, [L] each;
-    sigma^2 is clamped from below.
+    mu and sigma^2 are the mean and variance of log p(z) for z drawn from the model's own next-token distribution,
+    [L] each; sigma^2 is clamped from below.
     """
     log_probs, mean, variance = (np.asarray(x, dtype=np.float64) for x in (log_probs, mean, variance))
     scores = (log_probs - mean) / np.sqrt(np.maximum(variance, minimum_variance))
@@ -94,8 +94,8 @@ def privleak(model_auc: float, retain_auc: float, *, epsilon: float = 1e-10) -> 
     """PrivLeak = 100 ((1-AUC) - (1-AUC_retain)) / (1-AUC_retain + epsilon), in percent (Shi et al. 2024,
     arXiv:2407.06460).
 
-    0 is the retain model's level, -100 a model that still knows every forget row. MUSE's own code has epsilon = 0 and writes
-    A for 1-AUC. Raises ValueError when the denominator is 0.
+    0 is the retain model's level, -100 a model that still knows every forget row. MUSE's own code has epsilon = 0 and
+    writes A for 1-AUC. Raises ValueError when the denominator is 0.
     """
     score, reference = 1.0 - model_auc, 1.0 - retain_auc
     if reference + epsilon == 0:

@@ -2,7 +2,7 @@
 
 | preset | truth ratio | rows | generation | ROUGE | ES floor | Min-K |
 |---|---|---|---|---|---|---|
-| `open_unlearning` (default) | geometric, +1e-10 | all | 200 new tokens | stemmed | 1/L | no last label, 1 token at least |
+| `open_unlearning` (default) | geometric, +1e-10 | all | 200 new tokens | stemmed | 1/L | no last label, >= 1 token |
 | `tofu_paper` | arithmetic, exact | all | 200 in total | stemmed | 0 | every label |
 | `tofu_2024` (TOFU authors' code) | geometric, exact | first 300 | 200 in total | stemmed | 0 | every label |
 | `muse_original` | geometric, exact | all | 128 / 32 new tokens | not stemmed, percent | 0 | every label, int(k L) |

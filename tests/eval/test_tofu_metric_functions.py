@@ -33,7 +33,7 @@ def test_truth_ratio_of_underflowing_probabilities_is_defined():
 def test_truth_ratio_refuses_nan_and_wrong_shapes():
     with pytest.raises(ValueError, match="NaN"):
         truth.truth_ratio([float("nan")], [[1.0]])
-    with pytest.raises(ValueError, match="expected losses"):
+    with pytest.raises(ValueError, match="expected correct losses"):
         truth.truth_ratio([1.0, 2.0], [[1.0]])
     with pytest.raises(ValueError, match="choose one of"):
         truth.truth_ratio([1.0], [[1.0]], mean="harmonic")

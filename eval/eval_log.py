@@ -1,0 +1,172 @@
+"""Evaluation logs: per-item values of one model, read from and written to open-unlearning's `*_EVAL.json`.
+
+Two published formats are recognised: open-unlearning's `TOFU_EVAL.json` / `MUSE_EVAL.json`, which `fdiv eval` writes
+too (with a stamp of its own under the key `fdiv`, which open-unlearning ignores), and the TOFU authors'
+`eval_log_aggregated.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["STAMP", "EvalLog", "read_eval_log", "write_eval_log"]
+
+STAMP = "fdiv"
+"""Top-level key of our own metadata in a log."""
+
+_AUTHORS_PARTS = {
+    "eval_log_forget.json": "forget",
+    "eval_log.json": "retain",
+    "eval_real_author_wo_options.json": "ra",
+    "eval_real_world_wo_options.json": "wf",
+}
+_SPLIT_ROWS = {40: "forget01", 200: "forget05", 400: "forget10"}
+
+
+@dataclass
+class EvalLog:
+    """Per-item values of one model on one benchmark.
+
+    Attributes:
+        metrics: metric name → `{"value_by_index": {"0": {...}}}`, for attacks one level deeper by `forget` /
+            `holdout`; the layout of open-unlearning.
+        benchmark: `tofu` or `muse`.
+        preset: the definitions the per-item values were made with.
+        source: where the log comes from, for messages.
+        stamp: what `fdiv` wrote about the run; empty for published logs.
+    """
+
+    metrics: dict[str, dict[str, Any]]
+    benchmark: str
+    preset: str
+    source: str
+    stamp: dict[str, Any] = field(default_factory=dict)
+
+    def items(self, metric: str, part: str | None = None, max_rows: int | None = None) -> dict[int, dict[str, Any]]:
+        """Rows of one metric by index, in order; empty when the log has none. `part` is `forget` or `holdout` of an
+        attack."""
+        node = self.metrics.get(metric) or {}
+        if part is not None:
+            node = node.get(part) or {}
+        rows = {int(index): row for index, row in (node.get("value_by_index") or {}).items()}
+        return {i: rows[i] for i in sorted(rows) if max_rows is None or i < max_rows}
+
+    def column(
+        self, metric: str, name: str, part: str | None = None, max_rows: int | None = None
+    ) -> dict[int, float | list[float]]:
+        """One field of a metric by index, rows where it is null left out. ValueError for a row without the field or
+        a NaN."""
+        column = {}
+        for index, row in self.items(metric, part, max_rows).items():
+            if name not in row:
+                raise ValueError(f"{self.source}: {metric}, row {index} has no {name!r}, only {', '.join(row)}")
+            value = row[name]
+            if value is None:
+                continue
+            for number in value if isinstance(value, list) else [value]:
+                if math.isnan(number):
+                    raise ValueError(f"{self.source}: {metric}, row {index}: {name} is NaN")
+            column[index] = value
+        return column
+
+    def split(self) -> str | None:
+        """The forget split: as stamped, else by TOFU's row counts (40, 200, 400), else None."""
+        if "split" in self.stamp:
+            return self.stamp["split"]
+        if self.benchmark != "tofu" or self.preset == "tofu_2024":
+            return None
+        return _SPLIT_ROWS.get(len(self.items("forget_Q_A_PARA_Prob") or self.items("forget_Q_A_Prob")))
+
+    def truths(self) -> list[str]:
+        """True answers of the forget rows where the log keeps text, white space collapsed; else an empty list."""
+        rows = self.items("forget_Q_A_ROUGE") or self.items("forget_knowmem_ROUGE")
+        return [" ".join(row["ground_truth"].split()) for row in rows.values() if "ground_truth" in row]
+
+
+def _from_authors(parts: Mapping[str, Mapping[str, Any]], source: str) -> EvalLog:
+    """The TOFU authors' log in open-unlearning's layout: same per-item values under other names."""
+    metrics: dict[str, dict[str, Any]] = {}
+
+    def put(name: str, rows: dict[str, dict[str, Any]]) -> None:
+        metrics[name] = {"value_by_index": rows}
+
+    for part_name, part in _AUTHORS_PARTS.items():
+        if part_name not in parts:
+            continue
+        log = parts[part_name]
+        for key in ("avg_gt_loss", "average_perturb_loss", "avg_paraphrased_loss", "rougeL_recall"):
+            if key not in log:
+                raise ValueError(f"{source}: {part_name} has no {key!r}, only {', '.join(log)}")
+
+        def probability(losses: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+            rows = {}
+            for index, loss in losses.items():
+                prob = [math.exp(-x) for x in loss] if isinstance(loss, list) else math.exp(-loss)
+                rows[index] = {"prob": prob, "avg_loss": loss}
+            return rows
+
+        put(f"{part}_Q_A_Prob", probability(log["avg_gt_loss"]))
+        put(f"{part}_Q_A_PERT_Prob", probability(log["average_perturb_loss"]))
+        put(f"{part}_Q_A_PARA_Prob", probability(log["avg_paraphrased_loss"]))
+        rouge: dict[str, dict[str, Any]] = {}
+        for index, recall in log["rougeL_recall"].items():
+            rouge[index] = {"rougeL_recall": recall, "rouge1_recall": log.get("rouge1_recall", {}).get(index)}
+            if index in log.get("generated_text", {}):
+                prompt, generation, truth = log["generated_text"][index]
+                rouge[index] |= {"input": prompt, "generation": generation, "ground_truth": truth}
+        put(f"{part}_Q_A_ROUGE", rouge)
+    return EvalLog(metrics, "tofu", "tofu_2024", source)
+
+
+def read_eval_log(path: str | Path, benchmark: str | None = None) -> EvalLog:
+    """Read a log of either format; the format is recognised from its keys.
+
+    Args:
+        path: a JSON file.
+        benchmark: `tofu` or `muse` refuses a log of the other one.
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, not an evaluation log, a summary without per-item values, or another benchmark's log.
+    """
+    source = str(path)
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}: not JSON ({error})") from None
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{source}: expected a JSON object of metrics")
+    if "eval_log_forget.json" in content:
+        log = _from_authors(content, source)
+    elif not any(isinstance(value, dict) for value in content.values()):
+        raise ValueError(
+            f"{source}: aggregates only (a *_SUMMARY.json?); re-aggregation needs the per-item values of *_EVAL.json"
+        )
+    else:
+        stamp = content.get(STAMP, {})
+        metrics = {k: v for k, v in content.items() if k != STAMP}
+        muse, tofu = (any(mark in name for name in metrics) for mark in ("mem_ROUGE", "_Q_A_"))
+        found = stamp.get("benchmark") or ("tofu" if tofu else "muse" if muse else None)
+        if found is None:
+            raise ValueError(
+                f"{source}: not an evaluation log of open-unlearning or the TOFU authors; its keys are "
+                f"{', '.join(list(content)[:8])}"
+            )
+        log = EvalLog(metrics, found, stamp.get("preset", "open_unlearning"), source, stamp)
+    if benchmark is not None and log.benchmark != benchmark:
+        raise ValueError(f"{source}: a {log.benchmark} log; use `fdiv eval {log.benchmark} --from_logs`")
+    return log
+
+
+def write_eval_log(path: str | Path, log: EvalLog) -> None:
+    """Write open-unlearning's `*_EVAL.json`, metrics in alphabetical order, with our stamp under `fdiv`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = dict(sorted(log.metrics.items())) | {
+        STAMP: log.stamp | {"benchmark": log.benchmark, "preset": log.preset}
+    }
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")

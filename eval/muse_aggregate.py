@@ -1,0 +1,58 @@
+"""MUSE's six aggregates from per-item values (Shi et al. 2024, arXiv:2407.06460)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fdiv.eval.aggregation import REQUIRED_KEYS, Aggregates, check_retain_log, fresh
+from fdiv.eval.eval_log import EvalLog
+from fdiv.eval.presets import Preset
+
+__all__ = ["aggregate_muse", "utility_curve"]
+
+
+def utility_curve(values: Sequence[float], before: float) -> dict[str, float]:
+    """How retain KnowMem holds over folds of unlearning: growing forget sets (scalability) or requests in a row
+    (sustainability).
+
+    Args:
+        values: retain KnowMem after fold 1, 2, …; MUSE plots exactly these.
+        before: retain KnowMem of the model before unlearning, > 0.
+    Returns:
+        `fold_1`, `fold_2`, …: the values; `kept`: the last value / before; `worst`: the lowest value / before.
+    """
+    if not values:
+        raise ValueError("a utility curve needs at least one fold")
+    if not before > 0:
+        raise ValueError(f"retain KnowMem before unlearning is {before}: nothing to keep")
+    folds = {f"fold_{i}": float(v) for i, v in enumerate(values, start=1)}
+    return folds | {"kept": values[-1] / before, "worst": min(values) / before}
+
+
+def aggregate_muse(log: EvalLog, preset: Preset, retain: EvalLog | None = None, *, corpus: str = "") -> Aggregates:
+    """All MUSE aggregates of one model: VerbMem, KnowMem, PrivLeak, ES, EM, the attacks' AUCs.
+
+    Args:
+        log: per-item values, from `read_eval_log` or from an evaluation.
+        preset: the definitions.
+        retain: the retrained model's log, for PrivLeak.
+        corpus: `News` or `Books`: chooses the preset's published retain AUC when no retain log is given.
+    Returns:
+        `Aggregates` with open-unlearning's metric names; what the log cannot give is None, with its reason in `notes`.
+    """
+    if retain is not None:
+        check_retain_log(log, retain, "forget_knowmem_ROUGE")
+    result = Aggregates(preset, fresh(log))
+    for name in ("forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE"):
+        result.rouge(name, "rougeL_f1")
+    for name in ("extraction_strength", "exact_memorization"):
+        everything, column = result.log.items(name), result.log.column(name, "score")
+        result.mean(name, column, len(everything) - len(column))
+    result.attacks()
+    result.fluency("forget_ngram_entropy", "forget_verbmem_ROUGE")
+    result.classifier("forget_gibberish")
+    result.privleak(aggregate_muse(retain, preset, corpus=corpus) if retain is not None else None, corpus)
+    for name in REQUIRED_KEYS:
+        if name not in result.values:
+            result.put(name, None, "a TOFU metric; MUSE has no perturbed answers")
+    return result
