@@ -110,21 +110,23 @@ class Divergence:
     # ---------------------------------------------------------------- functions of v = f'(t)
     def conjugate(self, v: Tensor) -> Tensor:
         """f*(v) = sup over t ≥ 0 of t·v − f(t): −f(0⁺) for v ≤ f'(0⁺), +inf above f'(∞), the limit at f'(∞) itself."""
-        v = as_float(v, "v")
+        given = as_float(v, "v")
+        v = given.double()  # f'(∞) − v must keep its digits, and float32 rounds f'(∞) itself
         below, above = v <= self.derivative_at_zero, v >= self.slope_at_infinity
         value = self._conjugate(v.masked_fill(below | above, 0.0))
         top = torch.where(v > self.slope_at_infinity, math.inf, self._conjugate_at_slope()).to(v.dtype)
-        return torch.where(below, -self.at_zero, torch.where(above, top, value))
+        return torch.where(below, -self.at_zero, torch.where(above, top, value)).to(given.dtype)
 
     def inverse_derivative(self, v: Tensor) -> Tensor:
         """log t with f'(t) = v: the map to the optimal policy. −inf for v ≤ f'(0⁺), +inf for v ≥ f'(∞).
 
         Raises ValueError where f' has no inverse (total variation).
         """
-        v = as_float(v, "v")
+        given = as_float(v, "v")
+        v = given.double()
         below, above = v <= self.derivative_at_zero, v >= self.slope_at_infinity
         value = self._inverse_derivative(v.masked_fill(below | above, 0.0))
-        return torch.where(below, -math.inf, torch.where(above, math.inf, value))
+        return torch.where(below, -math.inf, torch.where(above, math.inf, value)).to(given.dtype)
 
     def activation(self, x: Tensor) -> Tensor:
         """g_f(x): the f-GAN output activation ℝ → conjugate domain, shifted by the f'(1) that centring removed.

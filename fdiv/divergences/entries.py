@@ -206,7 +206,7 @@ class Jeffreys(Divergence):
 
     def _conjugate(self, v: Tensor) -> Tensor:
         x = self._inverse_derivative(v)
-        return _expm1(x) + _expm1(-x) + v
+        return _expm1(x) + x  # = ω + 1/ω + v − 2 with v written out
 
     def _inverse_derivative(self, v: Tensor) -> Tensor:
         return -solve_x_plus_expm1(-v)
@@ -333,7 +333,9 @@ class PearsonChi2(Divergence):
         return 2.0 * capped_expm1(log_t, cap)
 
     def _conjugate(self, v: Tensor) -> Tensor:
-        return torch.expm1(2.0 * soft_cap(self._inverse_derivative(v), rate=2.0))  # t² − 1 = v + v²/4
+        small = v.clamp(max=1e12)
+        large = torch.expm1(2.0 * soft_cap(self._inverse_derivative(v), rate=2.0))  # t² − 1, without overflow
+        return torch.where(v < 1e12, small * (1.0 + 0.25 * small), large)
 
     def _inverse_derivative(self, v: Tensor) -> Tensor:
         return torch.log1p(0.5 * v)
