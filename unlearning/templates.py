@@ -1,0 +1,226 @@
+"""Where the answer to put in place of the forgotten one comes from: a fixed string, a list of refusals, a column of
+the rows, or another model's answers (generated once and kept in a file).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fdiv.unlearning.data import Answer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "REFUSALS",
+    "TEMPLATE_SOURCES",
+    "GenerationSettings",
+    "column_templates",
+    "generate_templates",
+    "read_refusals",
+]
+
+TEMPLATE_SOURCES = ("refusals", "fixed", "column", "generated")
+
+REFUSALS = (
+    "I don't know the answer to that.",
+    "I have no information about this.",
+    "I'm not able to say.",
+    "That is something I haven't learned.",
+    "I'm sorry, I can't answer this question.",
+    "I'm not familiar with this subject.",
+    "This is outside of what I know.",
+    "I don't have any details on that.",
+    "I'm afraid I don't know.",
+    "I cannot tell you anything about it.",
+    "There is nothing I know about this topic.",
+    "I have never come across that.",
+    "I can't help with this one, I simply don't know.",
+    "My knowledge does not cover that.",
+    "I'm unsure and would rather not guess.",
+    "No idea, sorry.",
+)
+"""Short refusals of our own. TOFU's 100-line `idontknow.jsonl` can be given as `template_file` instead."""
+
+
+def read_refusals(path: str) -> list[str]:
+    """One refusal per non-blank line: plain text, a JSON string, or a JSON object with one string in it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no line in it, or a JSON line that holds no single string.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"template_file {path} does not exist: give a file with one refusal per line")
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"template_file {path} is empty: it needs at least one line, one refusal each")
+    return [_refusal(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _refusal(line: str, where: str) -> str:
+    """The text of one line of a refusal file."""
+    if line[0] not in '{"':
+        return line
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError:
+        if line[0] == '"':  # a plain line that begins with a quotation mark
+            return line
+        raise ValueError(f"{where} starts like a JSON object but is none: {line[:60]!r}") from None
+    texts = [value] if isinstance(value, str) else [text for text in value.values() if isinstance(text, str)]
+    if len(texts) != 1 or not texts[0].strip():
+        raise ValueError(f"{where} must hold exactly one non-empty string: {line[:60]!r}")
+    return texts[0]
+
+
+def column_templates(answers: Sequence[Answer], column: str) -> list[list[str]]:
+    """Per row, the string or the list of strings in `column`.
+
+    Raises:
+        ValueError: the column is missing, or a row's entry is empty or no text.
+    """
+    if answers and column not in answers[0].row:
+        raise ValueError(
+            f"template_column={column!r} is not a column of the forget rows: they have {sorted(answers[0].row)}"
+        )
+    templates = []
+    for position, answer in enumerate(answers):
+        value = answer.row[column]
+        choices = [value] if isinstance(value, str) else value
+        if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c.strip() for c in choices):
+            raise ValueError(
+                f"forget row {position}, column {column!r}: a non-empty string or list of such is needed, got {value!r}"
+            )
+        templates.append(choices)
+    return templates
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How another model's answers are drawn.
+
+    Attributes:
+        model: path or hub id of the model that answers.
+        instruction: put after the prompt's question, with `{question}` and `{answer}` filled in; None asks the bare
+            prompt again.
+        answers_per_row: how many to draw for each row (AltPO: 5).
+        max_new_tokens: longest answer in tokens.
+        temperature: 0 is greedy (one answer per row only).
+        seed: of the sampling. batch_size: rows generated at once.
+    """
+
+    model: str
+    instruction: str | None = None
+    answers_per_row: int = 1
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    seed: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.answers_per_row < 1 or self.max_new_tokens < 1 or self.batch_size < 1:
+            raise ValueError("answers_per_row, max_new_tokens and batch_size must each be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"template_temperature={self.temperature}: must be at least 0 (0 is greedy)")
+        if self.temperature == 0 and self.answers_per_row > 1:
+            raise ValueError("template_temperature=0 gives one answer per row: raise it, or ask for one answer")
+
+
+def generate_templates(
+    answers: Sequence[Answer],
+    settings: GenerationSettings,
+    cache: Path,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[list[str]]:
+    """Per row, the answers that `settings.model` gives; read from `cache` when it holds them for the same settings.
+
+    Args:
+        answers: the forget rows. settings: see `GenerationSettings`.
+        cache: JSON file to read or, once everything is generated, to write.
+        model, tokenizer: an already loaded `settings.model`; loaded when None.
+
+    Raises:
+        ValueError: the model gave a row nothing but empty answers.
+    """
+    prompts = [_instructed(answer, settings.instruction) for answer in answers]
+    content = json.dumps([asdict(settings), prompts], ensure_ascii=False, sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()
+    if cache.is_file():
+        stored = json.loads(cache.read_text(encoding="utf-8"))
+        if stored["key"] == key:
+            return stored["templates"]
+    if model is None or tokenizer is None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(settings.model)
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    templates: list[list[str]] = [[] for _ in prompts]
+    for row, text in _generate(prompts, settings, model, tokenizer):
+        if text.strip():
+            templates[row].append(text.strip())
+    silent = [row for row, texts in enumerate(templates) if not texts]
+    if silent:
+        raise ValueError(
+            f"{settings.model} gave only empty answers to {len(silent)} of {len(prompts)} rows (first: row "
+            f"{silent[0]}): raise template_temperature or template_answers_per_row, or use another template_source"
+        )
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text(json.dumps({"key": key, "settings": asdict(settings), "templates": templates}, indent=1))
+    return templates
+
+
+def _instructed(answer: Answer, instruction: str | None) -> str | list[dict[str, str]]:
+    """The prompt to generate from: the row's own, or with its last message or text replaced by the instruction."""
+    if instruction is None:
+        return answer.prompt
+    if isinstance(answer.prompt, str):
+        return instruction.format(question=answer.prompt, answer=answer.completion)
+    text = instruction.format(question=answer.prompt[-1]["content"], answer=answer.completion[-1]["content"])
+    return [*answer.prompt[:-1], {**answer.prompt[-1], "content": text}]
+
+
+def _generate(prompts, settings: GenerationSettings, model, tokenizer) -> Iterator[tuple[int, str]]:
+    """(row, text) for every answer, in batches of prompts sorted by length."""
+    import torch
+    from trl.trainer.utils import pad
+
+    from fdiv.unlearning.data import _render
+
+    encoded = [
+        tokenizer(prompt)["input_ids"]
+        if isinstance(prompt, str)
+        else _render(tokenizer, prompt, add_generation_prompt=True)
+        for prompt in prompts
+    ]
+    order = sorted(range(len(prompts)), key=lambda row: len(encoded[row]))
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    sampling = (
+        {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
+    )
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(order), settings.batch_size):
+        rows = order[start : start + settings.batch_size]
+        ids = [torch.tensor(encoded[row]) for row in rows]
+        input_ids = pad(ids, padding_value=pad_id, padding_side="left").to(model.device)
+        mask = pad([torch.ones_like(i) for i in ids], padding_value=0, padding_side="left").to(model.device)
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(settings.seed * 1_000_003 + start)
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                max_new_tokens=settings.max_new_tokens,
+                num_return_sequences=settings.answers_per_row,
+                pad_token_id=pad_id,
+                **sampling,
+            )
+        texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+        yield from ((rows[i // settings.answers_per_row], text) for i, text in enumerate(texts))
+    model.train(was_training)
