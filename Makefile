@@ -1,0 +1,79 @@
+# Everything runs in .venv, which `make setup` creates from the pinned set. Nothing is needed but Python (3.11 or newer)
+# and make. Variables: PYTHON=python3.12, TORCH_INDEX=URL (where torch comes from), VERBOSE=1 (pip's output),
+# PYTEST_ARGS="-k name", FDIV_SHARED=DIR (folder with the shared data; tests that need it are skipped without).
+
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST_ARGS ?=
+
+# The recipes of the demonstration, one per objective, in the order they run.
+DEMO := recipes/tiny/f_dpo.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-vllm demo test test-slow test-all test-gpu test-vllm lint format recipes docs bench \
+	constraints clean
+
+# Tests, demonstration and documentation fetch nothing from a hub.
+demo test test-slow test-gpu test-vllm recipes docs bench: export HF_HUB_OFFLINE = 1
+demo test test-slow test-gpu test-vllm recipes docs bench: export HF_DATASETS_OFFLINE = 1
+demo test test-slow test-gpu test-vllm recipes docs bench: export HF_HUB_DISABLE_TELEMETRY = 1
+demo test test-slow test-gpu test-vllm recipes docs bench: export TOKENIZERS_PARALLELISM = false
+
+# pytest exits with 5 when a marker selects no test: no failure for the marked groups.
+define pytest_marked
+$(BIN)/pytest -m "$(1)" $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
+endef
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: ## create .venv with the pinned set (CPU torch where there is no accelerator)
+	@$(PYTHON) scripts/setup_environment.py main
+
+setup-vllm: ## create .venv-vllm, the separate environment of the vLLM server
+	@$(PYTHON) scripts/setup_environment.py vllm
+
+demo: setup ## train and compare on the built-in tiny world, in minutes; results under runs/demo
+	@for recipe in $(DEMO); do \
+		$(BIN)/fdiv sweep "$$recipe" --output_dir "runs/demo/$$(basename "$$recipe" .yaml)" || exit $$?; \
+	done
+
+test: setup ## run the tests (offline, CPU)
+	$(BIN)/pytest -m "not slow and not gpu and not vllm" $(PYTEST_ARGS)
+
+test-slow: setup ## run the tests that take minutes
+	$(call pytest_marked,slow and not gpu and not vllm)
+
+test-all: test test-slow ## run both
+
+test-gpu: setup ## run the tests that need an accelerator
+	$(call pytest_marked,gpu and not vllm)
+
+test-vllm: setup setup-vllm ## run the tests that start a vLLM server
+	$(call pytest_marked,vllm)
+
+lint: setup ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## fix style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+recipes: setup ## parse every recipe and print nothing but its name
+	@find recipes -name '*.yaml' -not -path 'recipes/accelerate/*' | sort | while read -r recipe; do \
+		echo "$$recipe"; $(BIN)/fdiv run "$$recipe" --dry_run > /dev/null || exit $$?; \
+	done
+
+docs: setup ## build the API reference and the guides into site/
+	$(BIN)/python scripts/build_docs.py
+
+bench: setup ## run the benchmarks; each writes its JSON beside itself
+	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit $$?; done
+
+constraints: ## rewrite the pins of constraints.txt from what .venv holds
+	@$(PYTHON) scripts/setup_environment.py freeze main
+
+clean: ## remove what the other targets made, except environments and your runs
+	rm -rf build dist site runs/demo *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

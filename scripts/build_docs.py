@@ -1,0 +1,101 @@
+"""Build the documentation into site/: the API reference from the docstrings (pdoc) and the guides in docs/ (Markdown).
+
+    .venv/bin/python scripts/build_docs.py [OUTPUT_DIR]         (make docs)
+
+Everything is static and self-contained: no page loads anything from the network.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+import sys
+import tomllib
+import warnings
+from html import escape
+from importlib import import_module
+from pathlib import Path
+
+import markdown2
+import pdoc
+import pdoc.extract
+import pdoc.render
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKDOWN_EXTRAS = ["fenced-code-blocks", "tables", "header-ids", "code-friendly"]
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>
+body {{ font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
+th, td {{ border: 1px solid #d0d7de; padding: .35rem .7rem; text-align: left; vertical-align: top; }}
+code {{ background: #f3f4f6; padding: .1em .25em; }} pre {{ background: #f3f4f6; padding: .8rem; overflow-x: auto; }}
+pre code {{ padding: 0; }}
+</style></head><body><nav><a href="index.html">fdiv</a> · <a href="api/index.html">API</a></nav>
+{body}</body></html>
+"""
+
+
+def documented_packages(root: Path = ROOT) -> list[str]:
+    """The import names of all packages that pyproject.toml installs, without those that hold data only."""
+    with (root / "pyproject.toml").open("rb") as file:
+        packages = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    return [name for name in packages if name != "fdiv.recipes" and not name.startswith("fdiv.recipes.")]
+
+
+def with_submodules(packages: list[str]) -> list[str]:
+    """The packages and every public module in their folders; sub-packages only as far as they are listed themselves.
+
+    pdoc's own search leaves out the submodules of a package with an `__all__`.
+    """
+    found = set(pdoc.extract.walk_specs(packages))
+    names = list(packages)
+    for package in packages:
+        for module in pkgutil.iter_modules(import_module(package).__path__, f"{package}."):
+            hidden = module.name.rpartition(".")[2].startswith("_")
+            if not (module.ispkg or hidden or module.name in found):
+                names.append(module.name)
+    return names
+
+
+def build_api(packages: list[str], output_dir: Path) -> None:
+    """Render packages, each with its submodules, below `output_dir`; one page per module and a search index.
+
+    Raises:
+        UserWarning: a module, or a name in an `__all__`, that cannot be imported.
+    """
+    pdoc.render.configure(docformat="google", footer_text="fdiv")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found .* does not resolve")
+        warnings.filterwarnings("error", message="Error loading")
+        # Names that are imported for type checkers only stay as text.
+        warnings.filterwarnings("ignore", message="Error parsing type annotation")
+        pdoc.pdoc(*with_submodules(packages), output_directory=output_dir)
+
+
+def build_guides(sources: list[Path], output_dir: Path) -> None:
+    """Render Markdown files to HTML pages beside each other; links between .md files become links between pages."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        text = source.read_text(encoding="utf-8")
+        body = markdown2.markdown(text, extras=MARKDOWN_EXTRAS)
+        body = re.sub(r'href="(?!https?:)(?:[^"#]*/)?([^"/#]+)\.md(#[^"]*)?"', r'href="\1.html\2"', body)
+        heading = re.search(r"^# (.+)$", text, re.MULTILINE)
+        title = heading.group(1) if heading else source.stem
+        (output_dir / f"{source.stem}.html").write_text(PAGE.format(title=escape(title), body=body), encoding="utf-8")
+
+
+def guide_sources(root: Path = ROOT) -> list[Path]:
+    """The hand-written pages: everything in docs/, and the contributors' page from the root."""
+    return [*sorted((root / "docs").glob("*.md")), root / "CONTRIBUTING.md"]
+
+
+def main(output_dir: Path) -> None:
+    """Build all of it."""
+    build_api(documented_packages(), output_dir / "api")
+    build_guides(guide_sources(), output_dir)
+    print(f"documentation: {output_dir / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "site")
