@@ -1,0 +1,29 @@
+"""Errors that the command line turns into one line and an exit code; everything else keeps its traceback."""
+
+from __future__ import annotations
+
+__all__ = ["DataError", "FdivError", "NonFiniteLossError", "RecipeError", "RequirementError"]
+
+
+class FdivError(Exception):
+    """Base of the errors with a remedy in their message. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class RecipeError(FdivError):
+    """The recipe or the command line is wrong: an unknown key, a value of the wrong type, an unlawful divergence."""
+
+    exit_code = 2
+
+
+class DataError(FdivError, ValueError):
+    """A dataset, model or tokenizer cannot be used: missing file, split or column, no rows, no pad token."""
+
+
+class NonFiniteLossError(FdivError):
+    """The loss became NaN or infinite. Raised before the optimizer step: the last good weights stand."""
+
+
+class RequirementError(FdivError):
+    """A `require:` of the `eval:` block does not hold after training."""
