@@ -418,7 +418,7 @@ class TotalVariation(Divergence):
         return 0.5 * torch.expm1(soft_cap(log_t)).abs()
 
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
-        return 0.5 * torch.sign(log_t)
+        return torch.where(log_t.isnan(), log_t, 0.5 * torch.sign(log_t))  # torch.sign(NaN) is 0
 
     def _conjugate(self, v: Tensor) -> Tensor:
         return v
