@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from fdiv.divergences.base import Divergence
-from fdiv.divergences.saturation import DEFAULT_MAX_EXPONENT
+from fdiv.divergences.saturation import DEFAULT_MAX_EXPONENT, as_float, check_max_exponent
+
+#: |log t| beyond which a user's f saturates: its exponent is not known, and e^(2·30) is the registry's own cap.
+_USER_CAP = DEFAULT_MAX_EXPONENT / 2
 
 
 class Scaled(Divergence):
@@ -91,8 +94,10 @@ class Sum(Divergence):
 class FromGenerator(Divergence):
     """A user's f, given as a function of log t; derivatives by autograd in float64, inverses by bisection.
 
-    f' = e^{−x} d/dx f(e^x) − f'(1). Slower than a closed form, and as precise as `f` itself is written: prefer
-    expm1/log1p/softplus in it. Beyond |log t| = `max_exponent` the argument saturates logarithmically.
+    f' = e^{−x} d/dx f(e^x) − f'(1). Slower than a closed form, and as precise for small t as the autograd of `f` is:
+    write exp(x) − 1 rather than expm1(x) and exponentials rather than tanh, whose gradients lose their digits below
+    log t ≈ −15. Beyond |log t| = 30 (or `max_exponent`, if less) the argument saturates logarithmically, so that
+    generators up to t² stay finite in float32.
     """
 
     def __init__(self, name: str, f: Callable[[Tensor], Tensor], **ends: float) -> None:
@@ -101,18 +106,23 @@ class FromGenerator(Divergence):
         self._offset, self._slope = 0.0, 0.0
         self._offset = _evaluate(name, f, one).item()
         self._slope = self._derivative(one).item()
-        self.curvature = _curvature_at_one(name, self)
+        self._curvature = _curvature_at_one(name, self)
         self.at_zero = ends.get("at_zero", math.nan)
         self.derivative_at_zero = ends.get("derivative_at_zero", math.nan)
         self.slope_at_infinity = ends.get("slope_at_infinity", math.nan)
-        if math.isnan(self.at_zero):
-            self.at_zero = _limit(self._centred, -1.0)
-        if math.isnan(self.derivative_at_zero):
-            self.derivative_at_zero = _limit(self._derivative, -1.0)
-        if math.isnan(self.slope_at_infinity):
-            self.slope_at_infinity = _limit(self._derivative, 1.0)
         _check_convex(self)
+        for what, function, side in (
+            ("at_zero", self._centred, -1.0),
+            ("derivative_at_zero", self._derivative, -1.0),
+            ("slope_at_infinity", self._derivative, 1.0),
+        ):
+            if math.isnan(getattr(self, what)):
+                setattr(self, what, _limit(name, what, function, side))
         self.exponents = (-1.0, 1.0)
+
+    @property
+    def curvature(self) -> float:
+        return self._curvature
 
     def _identity(self) -> tuple:
         return (self.name, self._f)
@@ -137,19 +147,19 @@ class FromGenerator(Divergence):
             slope_at_infinity=self.at_zero,
         )
 
-    def derivative(self, log_t: Tensor) -> Tensor:
-        return self.score(log_t)
+    def capped(self, log_t: Tensor, max_exponent: float | None = None) -> Tensor:
+        return as_float(log_t, "log_t").abs() > min(check_max_exponent(max_exponent), _USER_CAP)
 
     def _generator(self, log_t: Tensor) -> Tensor:
-        return self._centred(_two_sided_cap(log_t.double(), DEFAULT_MAX_EXPONENT)).to(log_t.dtype)
+        return self._centred(_two_sided_cap(log_t.double(), _USER_CAP)).to(log_t.dtype)
 
     def _generator_over_t(self, log_t: Tensor) -> Tensor:
-        x = _two_sided_cap(log_t.double(), DEFAULT_MAX_EXPONENT)
+        x = _two_sided_cap(log_t.double(), _USER_CAP)
         return (torch.exp(-x) * self._centred(x)).to(log_t.dtype)
 
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         infinite = torch.isinf(log_t)
-        x = _two_sided_cap(log_t.masked_fill(infinite, 0.0).double(), cap)
+        x = _two_sided_cap(log_t.masked_fill(infinite, 0.0).double(), min(cap, _USER_CAP))
         ends = torch.where(log_t > 0, self.slope_at_infinity, self.derivative_at_zero).to(log_t.dtype)
         return torch.where(infinite, ends, self._derivative(x).to(log_t.dtype))
 
@@ -158,7 +168,7 @@ class FromGenerator(Divergence):
         return (torch.exp(x) * v.double() - self._generator(x)).to(v.dtype)
 
     def _conjugate_at_slope(self) -> float:
-        return _limit(lambda x: torch.exp(x) * (self._derivative(x) - self._centred(x) * torch.exp(-x)), 1.0)
+        return _limit(self.name, "f*(f'(∞))", lambda x: torch.exp(x) * self._derivative(x) - self._centred(x), 1.0)
 
 
 def from_generator(name: str, f: Callable[[Tensor], Tensor], **ends: float) -> Divergence:
@@ -166,7 +176,7 @@ def from_generator(name: str, f: Callable[[Tensor], Tensor], **ends: float) -> D
 
     Centring, f', f'', f*, (f')⁻¹, `dual`, the limits at 0 and ∞ follow by autograd, extrapolation and bisection. The
     limits can be given instead, as `at_zero`, `derivative_at_zero`, `slope_at_infinity`, where extrapolation is not
-    trusted (it takes an f'(t) that still moves logarithmically at t = e^±600 for unbounded).
+    trusted or says that it cannot tell.
 
     Raises ValueError for an empty name, an unknown limit, values that are not finite near t = 1, a kink or no
     curvature at t = 1, and an f that is not convex.
@@ -199,14 +209,14 @@ def _curvature_at_one(name: str, divergence: FromGenerator) -> float:
 
 
 def _check_convex(divergence: FromGenerator) -> None:
-    grid = torch.linspace(-30.0, 30.0, 1201, dtype=torch.float64)
+    grid = torch.linspace(-15.0, 15.0, 601, dtype=torch.float64)
     slopes = divergence._derivative(grid)
     if not torch.isfinite(slopes).all():
         at = grid[~torch.isfinite(slopes)][0].item()
         raise ValueError(
             f"{divergence.name}: f'(t) is not finite at log t = {at:g}; write f in log t without overflow"
         )
-    drops = slopes.diff() < -1e-9 * (1.0 + slopes[1:].abs())
+    drops = slopes.diff() < -1e-8 * (1.0 + slopes[1:].abs())  # rounding of f, magnified by 1/t, stays below this
     if drops.any():
         at = grid[1:][drops][0].item()
         raise ValueError(
@@ -214,30 +224,28 @@ def _check_convex(divergence: FromGenerator) -> None:
         )
 
 
-def _limit(function: Callable[[Tensor], Tensor], side: float) -> float:
-    """Limit of a monotone function of log t at ±∞: Aitken's extrapolation on two nested grids, or ±inf if it diverges.
+def _limit(name: str, what: str, function: Callable[[Tensor], Tensor], side: float) -> float:
+    """Limit of a monotone function of log t at ±∞, from Aitken's extrapolation on two grids within |log t| ≤ 20.
 
-    A function that approaches its limit exponentially in log t extrapolates to it exactly on both grids; one that
-    keeps moving linearly, exponentially or logarithmically disagrees between them and is taken for unbounded.
+    Further out, autograd through `expm1` and `tanh` has lost its digits. What approaches a limit exponentially in
+    log t is extrapolated alike on both grids; what grows linearly or faster has a ratio of increments of 1 or more.
+    Anything else (a logarithmic approach, a mixture of slow exponentials) cannot be told apart, and raises.
     """
     guesses = []
-    for step in (100.0, 200.0):
-        x = side * step * torch.arange(1.0, 4.0, dtype=torch.float64)
-        first, second, third = function(x).tolist()
-        if not math.isfinite(third) or not math.isfinite(second):
-            return _sign_of_growth(function, side)
+    for grid in ((10.0, 15.0, 20.0), (12.0, 16.0, 20.0)):
+        first, second, third = function(side * torch.tensor(grid, dtype=torch.float64)).tolist()
         early, late = second - first, third - second
-        ratio = late / early if early else 0.0
-        guesses.append(third + late * ratio / (1.0 - ratio) if abs(ratio) < 1.0 else math.nan)
+        if abs(late) <= 1e-7 * max(1.0, abs(third)):
+            guesses.append(third)
+            continue
+        ratio = late / early if early else math.inf
+        guesses.append(math.copysign(math.inf, late) if ratio > 0.9999 else third + late * ratio / (1.0 - ratio))
     coarse, fine = guesses
-    if abs(fine - coarse) <= 1e-6 * max(1.0, abs(fine)):
+    if coarse == fine or abs(fine - coarse) <= 1e-5 * max(1.0, abs(fine)):
         return fine
-    return _sign_of_growth(function, side)
-
-
-def _sign_of_growth(function: Callable[[Tensor], Tensor], side: float) -> float:
-    near, far = function(side * torch.tensor([10.0, 20.0], dtype=torch.float64)).tolist()
-    return math.copysign(math.inf, far - near)
+    raise ValueError(
+        f"{name}: cannot tell whether {what} is finite from numbers ({coarse:g} or {fine:g}?): pass {what}="
+    )
 
 
 def _two_sided_cap(x: Tensor, cap: float) -> Tensor:
