@@ -274,7 +274,7 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
             metrics[f"rewards/{half}"] = pair["reward"][:, side].mean().item()
             metrics[f"rewards_raw/{half}"] = raw[:, side].mean().item()
             metrics |= log_ratio_quantiles(half, pair["log_ratio"][:, side])
-        metrics |= divergence_estimate(self.divergence, pair["log_ratio"])
+        metrics |= divergence_estimate(get_divergence(self.args.divergence), pair["log_ratio"])
         if "aux_loss" in examples:
             metrics["aux_loss"] = examples["aux_loss"].mean().item()
         if mode == "eval":

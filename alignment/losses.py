@@ -24,7 +24,7 @@ def check_f_dpo_divergence(divergence: str | Mapping[str, Any] | Divergence) -> 
 
     f-DPO turns max_π E_π[r] − β·D_f(π‖π_ref) into a loss through its KKT condition r(x, y) = β·f′(π/π_ref) + c(x). It
     holds for every y only if the optimum is positive everywhere; f′(0⁺) = −∞ ensures that (Wang et al. 2023,
-    arXiv:2309.16240, Theorem 1).
+    arXiv:2309.16240).
 
     Raises:
         ValueError: unknown name, missing parameter (from `get_divergence`), or f′(0⁺) is finite.
@@ -48,7 +48,7 @@ def f_dpo_rewards(
     *,
     max_exponent: float | None = None,
 ) -> Tensor:
-    """The implicit reward β·f′(π/π_ref), of which the reward r differs by a constant c(x) only (arXiv:2309.16240, §4).
+    """The implicit reward β·f′(π/π_ref), of which the reward r differs by a constant c(x) only (arXiv:2309.16240).
 
     Args:
         log_ratio: log π − log π_ref of whole completions, any shape, nats.
@@ -64,10 +64,7 @@ def f_dpo_rewards(
     Raises:
         ValueError: an unlawful divergence, `beta` ≤ 0.
     """
-    divergence = check_f_dpo_divergence(divergence)
-    if not beta > 0:
-        raise ValueError(f"beta={beta}: f-DPO needs beta > 0, the weight of the divergence from the reference")
-    return beta * divergence.score(log_ratio, max_exponent)
+    return beta * _lawful(divergence, beta).score(log_ratio, max_exponent)
 
 
 def f_dpo_loss(
@@ -78,7 +75,7 @@ def f_dpo_loss(
     *,
     max_exponent: float | None = None,
 ) -> Tensor:
-    """f-DPO: −log σ(β·f′(u_w) − β·f′(u_l)) with u = π_θ(y|x)/π_ref(y|x) (Wang et al. 2023, arXiv:2309.16240, eq. 9).
+    """f-DPO: −log σ(β·f′(u_w) − β·f′(u_l)) with u = π_θ(y|x)/π_ref(y|x) (Wang et al. 2023, arXiv:2309.16240).
 
     At π_θ = π_ref it is log 2 and its slope in the chosen log-ratio is −β·f″(1)/2 for every divergence; with
     `reverse_kl` it is DPO.
@@ -96,6 +93,13 @@ def f_dpo_loss(
     Raises:
         ValueError: an unlawful divergence (see `check_f_dpo_divergence`), `beta` ≤ 0.
     """
-    chosen = f_dpo_rewards(chosen_log_ratio, divergence, beta, max_exponent=max_exponent)
-    rejected = f_dpo_rewards(rejected_log_ratio, divergence, beta, max_exponent=max_exponent)
-    return -F.logsigmoid(chosen - rejected)
+    divergence = _lawful(divergence, beta)
+    chosen = divergence.score(chosen_log_ratio, max_exponent)
+    rejected = divergence.score(rejected_log_ratio, max_exponent)
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+def _lawful(divergence: str | Mapping[str, Any] | Divergence, beta: float) -> Divergence:
+    if not beta > 0:
+        raise ValueError(f"beta={beta}: f-DPO needs beta > 0, the weight of the divergence from the reference")
+    return check_f_dpo_divergence(divergence)
