@@ -58,19 +58,31 @@ def with_submodules(packages: list[str]) -> list[str]:
     return names
 
 
+def resolve_exports(module_names: list[str]) -> None:
+    """Put every name of an `__all__` into its module: packages export their trainers lazily, which pdoc cannot see.
+
+    Raises:
+        AttributeError: a name that its module does not have.
+    """
+    for module in map(import_module, module_names):
+        for name in getattr(module, "__all__", ()):
+            vars(module).setdefault(name, getattr(module, name))
+
+
 def build_api(packages: list[str], output_dir: Path) -> None:
     """Render packages, each with its submodules, below `output_dir`; one page per module and a search index.
 
     Raises:
-        UserWarning: a module, or a name in an `__all__`, that cannot be imported.
+        AttributeError: see `resolve_exports`.
+        ImportError: a module that cannot be imported.
     """
+    names = with_submodules(packages)
+    resolve_exports(names)
     pdoc.render.configure(docformat="google", footer_text="fdiv")
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Found .* does not resolve")
-        warnings.filterwarnings("error", message="Error loading")
         # Names that are imported for type checkers only stay as text.
         warnings.filterwarnings("ignore", message="Error parsing type annotation")
-        pdoc.pdoc(*with_submodules(packages), output_directory=output_dir)
+        pdoc.pdoc(*names, output_directory=output_dir)
 
 
 def build_guides(sources: list[Path], output_dir: Path) -> None:

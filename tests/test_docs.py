@@ -1,0 +1,137 @@
+"""The documentation: every public name has a docstring, the reference builds, examples in the guides run."""
+
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def builder(repository):
+    spec = importlib.util.spec_from_file_location("build_docs", repository / "scripts" / "build_docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def modules(builder):
+    return [import_module(name) for name in builder.with_submodules(builder.documented_packages())]
+
+
+def _public_members(cls):
+    """Methods and properties that a class of ours defines itself."""
+    for name, member in vars(cls).items():
+        function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
+        if not name.startswith("_") and (inspect.isfunction(function) or isinstance(function, property)):
+            yield name
+
+
+def test_every_public_name_has_a_docstring(modules):
+    missing = []
+    for module in modules:
+        if not inspect.getdoc(module):
+            missing.append(module.__name__)
+        for name in getattr(module, "__all__", ()):
+            value = getattr(module, name)
+            if not (inspect.isfunction(value) or inspect.isclass(value)):
+                continue
+            if not inspect.getdoc(value):
+                missing.append(f"{module.__name__}.{name}")
+            if inspect.isclass(value) and value.__module__.startswith("fdiv"):
+                # getdoc follows the inheritance: an override may rest on the docstring of what it overrides.
+                undocumented = [
+                    member for member in _public_members(value) if not inspect.getdoc(getattr(value, member))
+                ]
+                missing += [f"{value.__module__}.{value.__qualname__}.{member}" for member in undocumented]
+    assert not missing, f"no docstring: {sorted(set(missing))}"
+
+
+def test_every_package_lists_what_is_public(builder):
+    packages = [import_module(name) for name in builder.documented_packages()]
+    without = [package.__name__ for package in packages if not hasattr(package, "__all__")]
+    assert not without, f"no __all__ in: {without}"
+    for package in packages:
+        assert len(set(package.__all__)) == len(package.__all__), f"{package.__name__}.__all__ repeats a name"
+        for name in package.__all__:
+            assert hasattr(package, name), f"{package.__name__}.__all__ names {name!r}, which does not resolve"
+
+
+def test_reference_renders_names_and_formulas(builder, tmp_path):
+    builder.build_api(["fdiv.divergences"], tmp_path)
+    page = (tmp_path / "fdiv" / "divergences.html").read_text()
+    for name in ("get_divergence", "register_divergence", "Divergence.inverse_derivative"):
+        assert f'id="{name}"' in page
+    assert "D_f(P‖Q) = E_Q[f(t)]" in page
+    assert (tmp_path / "index.html").exists()
+
+
+def test_reference_covers_mapped_packages_and_submodules(builder):
+    names = builder.with_submodules(builder.documented_packages())
+    assert {"fdiv", "fdiv.tiny_models", "fdiv.alignment", "fdiv.alignment.losses", "fdiv.unlearning.losses"} <= set(
+        names
+    )
+    assert len(set(names)) == len(names)
+    assert not [name for name in names if name.startswith("fdiv.recipes") or name.endswith("__main__")]
+
+
+def test_reference_needs_every_public_name_to_resolve(builder, monkeypatch):
+    import fdiv.divergences
+
+    builder.resolve_exports(["fdiv.divergences"])
+    monkeypatch.setattr(fdiv.divergences, "__all__", [*fdiv.divergences.__all__, "no_such_name"])
+    with pytest.raises(AttributeError, match="no_such_name"):
+        builder.resolve_exports(["fdiv.divergences"])
+
+
+def test_guides_link_to_each_other_and_show_tables(builder, repository, tmp_path):
+    builder.build_guides(builder.guide_sources(), tmp_path)
+    index = (tmp_path / "index.html").read_text()
+    assert 'href="getting_started.html"' in index
+    assert 'href="CONTRIBUTING.html"' in index
+    assert "<th>Paper</th>" in index
+    pages = {page.name for page in tmp_path.iterdir()} | {"api/index.html"}
+    for page in tmp_path.glob("*.html"):
+        for target in re.findall(r'href="([^"#]+)', page.read_text()):
+            assert target.startswith("https://") or target in pages, (
+                f"{page.name} links to {target}, which is not built"
+            )
+
+
+def test_index_has_a_row_for_every_method(repository):
+    from fdiv.methods import METHODS
+
+    index = (repository / "docs" / "index.md").read_text()
+    for name, method in METHODS.items():
+        trainer = method.trainer.rpartition(":")[2]
+        assert method.paper in index, f"docs/index.md has no row for the paper of {name} ({method.paper})"
+        assert trainer in index, f"docs/index.md does not name the trainer of {name} ({trainer})"
+
+
+def test_index_names_things_that_exist(repository):
+    index = (repository / "docs" / "index.md").read_text()
+    names = re.findall(r"`(fdiv\.[a-z_.]+\.[A-Za-z_]+)`", index)
+    assert "fdiv.alignment.f_dpo_loss" in names
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(import_module(module), attribute), f"docs/index.md: {name} does not exist"
+    for recipe in re.findall(r"`(recipes/[^`]+)`", index):
+        assert (repository / recipe).is_file(), f"docs/index.md: {recipe} does not exist"
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/getting_started.md"])
+def test_python_examples_in_the_guides_run(repository, tmp_path, page):
+    text = (repository / page).read_text()
+    blocks = re.findall(r"^( *)```python\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    assert blocks
+    code = "\n".join(re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in blocks)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
