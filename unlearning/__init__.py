@@ -28,6 +28,34 @@ from fdiv.unlearning.losses import (
 )
 from fdiv.unlearning.vocabulary_losses import ce_u, pdu, undial, vocabulary_divergence
 
+_LAZY = {
+    "AltPO": "fdiv.unlearning.baselines.alt_po",
+    "CEU": "fdiv.unlearning.baselines.ce_u",
+    "FLAT": "fdiv.unlearning.flat",
+    "GradAscent": "fdiv.unlearning.baselines.grad_ascent",
+    "GradDiff": "fdiv.unlearning.baselines.grad_diff",
+    "IdkDPO": "fdiv.unlearning.baselines.idk_dpo",
+    "JensUn": "fdiv.unlearning.baselines.jensun",
+    "KLRetain": "fdiv.unlearning.baselines.kl_retain",
+    "NPO": "fdiv.unlearning.baselines.npo",
+    "PDU": "fdiv.unlearning.baselines.pdu",
+    "RMU": "fdiv.unlearning.baselines.rmu",
+    "SatImp": "fdiv.unlearning.baselines.sat_imp",
+    "SimNPO": "fdiv.unlearning.baselines.simnpo",
+    "UNDIAL": "fdiv.unlearning.baselines.undial",
+    "WGA": "fdiv.unlearning.baselines.wga",
+}
+"""Where `<key>Config` and `<key>Trainer` are."""
+
+
+def __getattr__(name: str):
+    """Import a config or trainer on first use: both pull in transformers and TRL."""
+    stem = name.removesuffix("Config").removesuffix("Trainer")
+    if stem != name and stem in _LAZY:
+        return getattr(import_module(_LAZY[stem]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "answer_score",
     "ce_u",

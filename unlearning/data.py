@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +34,7 @@ __all__ = [
     "encode_text",
     "load_rows",
     "read_answers",
+    "render_chat",
 ]
 
 logger = logging.getLogger(__name__)
@@ -151,13 +151,13 @@ def encode_answer(answer: Answer, tokenizer: PreTrainedTokenizerBase, max_length
         ValueError: no answer token is left (the prompt alone fills `max_length`).
     """
     if isinstance(answer.prompt, list):
-        prompt_ids = _render(tokenizer, answer.prompt, add_generation_prompt=True)
-        ids = _render(tokenizer, answer.prompt + answer.completion, add_generation_prompt=False)
+        prompt_ids = render_chat(tokenizer, answer.prompt, add_generation_prompt=True)
+        ids = render_chat(tokenizer, answer.prompt + answer.completion, add_generation_prompt=False)
     else:
         eos = tokenizer.eos_token or ""
         prompt_ids = tokenizer(answer.prompt)["input_ids"]
         ids = tokenizer(answer.prompt + answer.completion.removesuffix(eos) + eos)["input_ids"]
-    start = len(commonprefix([prompt_ids, ids]))
+    start = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
     ids = ids[:max_length]
     if start >= len(ids):
         raise ValueError(
@@ -167,7 +167,8 @@ def encode_answer(answer: Answer, tokenizer: PreTrainedTokenizerBase, max_length
     return EncodedAnswer(ids[:start], ids[start:])
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **kwargs: Any) -> list[int]:
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **kwargs: Any) -> list[int]:
+    """Token ids of messages under the tokenizer's chat template."""
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
 
 
@@ -225,6 +226,7 @@ class ForgetDataset(TorchDataset):
         answers: the rows before encoding, needed to put a template in the answer's place.
         tokenizer, max_length: for the templates.
         seed: of the draws.
+        raw_text: the rows are chunks of raw text.
     """
 
     forget: Sequence[EncodedAnswer]
@@ -234,6 +236,7 @@ class ForgetDataset(TorchDataset):
     tokenizer: PreTrainedTokenizerBase | None = None
     max_length: int | None = None
     seed: int = 0
+    raw_text: bool = False
 
     def __len__(self) -> int:
         return len(self.forget)
@@ -280,7 +283,7 @@ class UnlearningCollator:
         shape = (len(rows), -(-width // multiple) * multiple)
         ids = torch.full(shape, self.pad_token_id)
         attention, completion = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-        for position, (role, row) in enumerate(rows):
+        for position, (_, row) in enumerate(rows):
             start, end = len(row.prompt_ids), len(row.prompt_ids) + len(row.answer_ids)
             ids[position, :end] = torch.tensor([*row.prompt_ids, *row.answer_ids])
             attention[position, :end] = 1

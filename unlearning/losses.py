@@ -1,9 +1,9 @@
 """Unlearning losses on token log-probabilities: tensors in, one value per example out, smaller is better.
 
 Shapes: B examples, T tokens. `log_probs[B, T]` are log p(y_t | x, y_<t) in nats and `mask[B, T]` (bool or 0/1) marks
-answer tokens; what stands at other positions, NaN included, reaches neither value nor gradient. An example without answer tokens
-counts 0. Per-example values are never divided by padding or by another example's length, so the mean over a batch
-does not depend on how the rows were batched. The losses that need the whole vocabulary are in
+answer tokens; what stands at other positions, NaN included, reaches neither value nor gradient. An example without
+answer tokens counts 0. Per-example values are never divided by padding or by another example's length, so the mean
+over a batch does not depend on how the rows were batched. The losses that need the whole vocabulary are in
 `fdiv.unlearning.vocabulary_losses`.
 
 P is the trained policy, Q the frozen reference, log-ratio = log P − log Q, as everywhere in `fdiv`.

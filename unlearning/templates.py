@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fdiv.unlearning.data import Answer
+from fdiv.unlearning.data import Answer, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,7 +95,8 @@ def column_templates(answers: Sequence[Answer], column: str) -> list[list[str]]:
         choices = [value] if isinstance(value, str) else value
         if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c.strip() for c in choices):
             raise ValueError(
-                f"forget row {position}, column {column!r}: a non-empty string or list of such is needed, got {value!r}"
+                f"forget row {position}, column {column!r}: a non-empty string or a list of such is needed, "
+                f"got {value!r}"
             )
         templates.append(choices)
     return templates
@@ -191,12 +192,10 @@ def _generate(prompts, settings: GenerationSettings, model, tokenizer) -> Iterat
     import torch
     from trl.trainer.utils import pad
 
-    from fdiv.unlearning.data import _render
-
     encoded = [
         tokenizer(prompt)["input_ids"]
         if isinstance(prompt, str)
-        else _render(tokenizer, prompt, add_generation_prompt=True)
+        else render_chat(tokenizer, prompt, add_generation_prompt=True)
         for prompt in prompts
     ]
     order = sorted(range(len(prompts)), key=lambda row: len(encoded[row]))

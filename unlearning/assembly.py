@@ -1,0 +1,120 @@
+"""From datasets and a config to the paired rows of `ForgetDataset`: reading, encoding, templates, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fdiv.unlearning.config import TemplateConfig, UnlearningConfig
+from fdiv.unlearning.data import (
+    Answer,
+    EncodedAnswer,
+    ForgetDataset,
+    check_disjoint,
+    encode_answer,
+    encode_text,
+    load_rows,
+    read_answers,
+)
+from fdiv.unlearning.templates import REFUSALS, column_templates, generate_templates, read_refusals
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["build_forget_dataset", "read_retain_rows"]
+
+
+def read_retain_rows(
+    rows: Dataset | None, args: UnlearningConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[EncodedAnswer]:
+    """Encode the retain rows, given or named by the config; [] when there are none and none are needed.
+
+    Raises:
+        ValueError: the retain term needs rows and there are none; both a dataset and a name are given.
+    """
+    if rows is not None and args.retain_dataset_name is not None:
+        raise ValueError(
+            f"retain_dataset is given and retain_dataset_name={args.retain_dataset_name!r} too: drop one of the two"
+        )
+    if rows is None and args.retain_dataset_name is not None:
+        rows = load_rows(args.retain_dataset_name, args.retain_dataset_config, args.retain_dataset_split)
+    if rows is None or len(rows) == 0:
+        if args.retain_term != "none":
+            raise ValueError(
+                f"retain_term={args.retain_term!r} needs retain rows and there are none: set retain_dataset_name "
+                "(TOFU: locuslab/TOFU with retain_dataset_config retain90), or retain_term none where that is lawful"
+            )
+        return []
+    return _encode(rows, args, tokenizer, "retain")[0]
+
+
+def _encode(
+    rows: Dataset, args: UnlearningConfig, tokenizer: PreTrainedTokenizerBase, what: str
+) -> tuple[list[EncodedAnswer], list[Answer]]:
+    """Encoded rows and the rows themselves; chunks of raw text stand as their decoded prompt and continuation."""
+    if "text" in rows.column_names:
+        encoded = encode_text(rows["text"], tokenizer, args.max_length, args.text_prompt_tokens)
+        prompts, texts = (
+            tokenizer.batch_decode([row[part] for row in encoded], skip_special_tokens=True) for part in (0, 1)
+        )
+        return encoded, [Answer(prompt, text, {}) for prompt, text in zip(prompts, texts, strict=True)]
+    answers = read_answers(
+        rows, prompt_format=args.prompt_format, has_chat_template=tokenizer.chat_template is not None, what=what
+    )
+    encoded = []
+    for position, answer in enumerate(answers):
+        try:
+            encoded.append(encode_answer(answer, tokenizer, args.max_length))
+        except ValueError as error:
+            raise ValueError(f"{what} row {position}: {error}") from None
+    return encoded, answers
+
+
+def build_forget_dataset(
+    rows: Dataset,
+    retain: Sequence[EncodedAnswer],
+    args: UnlearningConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Any = None,
+    model_name: str = "",
+) -> ForgetDataset:
+    """Encode the forget rows and pair them with `retain` rows and, for a `TemplateConfig`, with template answers.
+
+    Args:
+        rows: forget rows. retain: encoded retain rows to draw from, or none. args: the method's config.
+        tokenizer: of the model to be trained.
+        model, model_name: that model (an object, or a path) and its path, for `template_source: generated`.
+
+    Raises:
+        ValueError: see `read_answers`, `encode_answer`, `check_disjoint` and the template sources.
+    """
+    forget, answers = _encode(rows, args, tokenizer, "forget")
+    check_disjoint(forget, retain)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    templates, raw_text = None, "text" in rows.column_names
+    if isinstance(args, TemplateConfig):
+        if raw_text and args.text_prompt_tokens == 0:
+            raise ValueError(
+                "a template answer needs a prompt to answer, and raw text rows have none: set text_prompt_tokens"
+            )
+        templates = _templates(answers, args, tokenizer, model, model_name)
+    return ForgetDataset(forget, retain, templates, answers, tokenizer, args.max_length, seed, raw_text)
+
+
+def _templates(
+    answers: Sequence[Answer], args: TemplateConfig, tokenizer: PreTrainedTokenizerBase, model: Any, model_name: str
+) -> Sequence[Sequence[str]]:
+    """Per forget row, the texts its template is drawn from."""
+    if args.template_source == "fixed":
+        return [(args.template_text,)] * len(answers)
+    if args.template_source == "refusals":
+        return [REFUSALS if args.template_file is None else read_refusals(args.template_file)] * len(answers)
+    if args.template_source == "column":
+        return column_templates(answers, args.template_column)
+    settings = args.generation_settings(model_name or "the model to be trained")
+    cache = Path(args.template_cache or Path(args.output_dir) / "templates.json")
+    own = args.template_model is None and model is not None and not isinstance(model, str)
+    with args.main_process_first(desc="generating template answers"):
+        return generate_templates(answers, settings, cache, *((model, tokenizer) if own else ()))

@@ -1,0 +1,41 @@
+"""AltPO: IdkDPO with plausible alternate answers, written by the model itself, as templates (arXiv:2409.13474)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fdiv.unlearning.baselines.idk_dpo import IdkDPOConfig, IdkDPOTrainer
+from fdiv.unlearning.templates import TEMPLATE_SOURCES
+
+__all__ = ["ALTERNATE_INSTRUCTION", "AltPOConfig", "AltPOTrainer"]
+
+ALTERNATE_INSTRUCTION = (
+    "Question: {question}\nAnswer: {answer}\n"
+    "Write another plausible answer to the question that changes every fact stated in the answer above."
+)
+
+
+@dataclass
+class AltPOConfig(IdkDPOConfig):
+    """Configuration of `AltPOTrainer`: that of IdkDPO, with five generated answers per row to draw from.
+
+    A base model that follows no instructions wants `template_source: column` with answers from elsewhere.
+    """
+
+    template_source: str = field(
+        default="generated", metadata={"help": "Where alternate answers come from.", "choices": TEMPLATE_SOURCES}
+    )
+    template_answers_per_row: int = field(default=5, metadata={"help": "Alternate answers per row."})
+
+    def __post_init__(self) -> None:
+        if self.template_source == "generated" and self.template_instruction is None:
+            self.template_instruction = ALTERNATE_INSTRUCTION
+        super().__post_init__()
+
+
+class AltPOTrainer(IdkDPOTrainer):
+    """Trains `idk_dpo` on alternate answers."""
+
+    config_class = AltPOConfig
+    _tag_names = ["trl", "fdiv", "unlearning", "alt-po"]
+    _name = "AltPO"

@@ -1,0 +1,104 @@
+"""RMU: push one layer's activations on forget answers towards a random vector (Li et al. 2024, arXiv:2403.03218)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fdiv.unlearning.config import UnlearningConfig, check_positive
+from fdiv.unlearning.losses import nll, rmu
+from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.trainer import UnlearningTrainer
+
+__all__ = ["RMUConfig", "RMUTrainer"]
+
+
+@dataclass
+class RMUConfig(UnlearningConfig):
+    r"""Configuration of `RMUTrainer`.
+
+    Args:
+        layer: the layer whose output is steered, counted from 0; not the last one, whose output is only seen normed.
+        steering_coefficient: c, the length of the target vector (2 for TOFU in open-unlearning, 6.5 for WMDP).
+        trainable: regular expression over parameter names; only matching parameters of layers 0 … `layer` are
+            trained. The paper: `layers\.(5|6|7)\.mlp\.down_proj`. None trains all of them. Parameters above the layer
+            get no gradient and are frozen, so that weight decay does not move them.
+        retain_term: `activations`, the same layer's squared error to the reference on retain answers.
+    """
+
+    retain_terms: ClassVar[tuple[str, ...]] = ("activations", "none")
+    retain_reason: ClassVar[str] = "The layers above the steered one are frozen, so only its activations can be held"
+
+    layer: int = field(default=7, metadata={"help": "Layer whose output is steered, from 0."})
+    steering_coefficient: float = field(default=2.0, metadata={"help": "Length of the random target vector."})
+    trainable: str | None = field(
+        default=None, metadata={"help": "Regular expression over the names of the parameters to train."}
+    )
+    retain_term: str = field(
+        default="activations", metadata={"help": "Retain half of the loss.", "choices": ("activations", "none")}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "steering_coefficient")
+        if self.layer < 0:
+            raise ValueError(f"layer={self.layer}: must be at least 0")
+        if self.precompute_reference:
+            raise ValueError("precompute_reference keeps log-probabilities only, and RMU compares activations")
+
+
+class RMUTrainer(UnlearningTrainer):
+    """Trains `rmu`; u is drawn from the seed once, uniform on [0, 1)^D and normed, the same on all processes."""
+
+    config_class = RMUConfig
+    _tag_names = ["trl", "fdiv", "unlearning", "rmu"]
+    _name = "RMU"
+
+    def __init__(self, model, args: RMUConfig | None = None, **kwargs) -> None:
+        super().__init__(model, args, **kwargs)
+        config = self.model.config.get_text_config()
+        if self.args.layer >= config.num_hidden_layers - 1:
+            raise ValueError(
+                f"layer={self.args.layer}: the model has {config.num_hidden_layers} layers and the last one's output "
+                f"is not seen before the final norm; use 0 … {config.num_hidden_layers - 2}"
+            )
+        _freeze_outside(self.model, self.args.layer, self.args.trainable)
+        generator = torch.Generator().manual_seed(self.args.seed)
+        direction = torch.rand(config.hidden_size, generator=generator)
+        self.target = self.args.steering_coefficient * direction / direction.norm()
+
+    def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
+        """Mean squared error to c·u over the forget answer's tokens."""
+        forget = scores["forget"]
+        return rmu(forget.hidden, self.target.to(forget.hidden.device), forget.mask)
+
+    def retain_loss(self, retain: RoleScores) -> Tensor:
+        """Mean squared error to the reference's activations over the retain answer's tokens."""
+        return rmu(retain.hidden, retain.reference.hidden, retain.mask)
+
+    def method_columns(self, scores: dict[str, RoleScores]) -> dict[str, Tensor]:
+        """The forget answer's NLL, which the loss does not look at."""
+        return {"nll/forget": nll(scores["forget"].log_probs, scores["forget"].mask)}
+
+
+def _freeze_outside(model: torch.nn.Module, layer: int, pattern: str | None) -> None:
+    """Leave trainable what is trainable, lies in layers 0 … `layer` (or below them) and matches `pattern`.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    kept = []
+    embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    for name, parameter in model.named_parameters():
+        numbers = re.findall(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
+        inside = id(parameter) in embedding or any(int(number) <= layer for number in numbers)
+        if inside and parameter.requires_grad and (pattern is None or re.search(pattern, name)):
+            kept.append(name)
+        else:
+            parameter.requires_grad_(False)
+    if not kept:
+        raise ValueError(f"no trainable parameter in layers 0 … {layer} matches trainable={pattern!r}: change it")

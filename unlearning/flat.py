@@ -1,0 +1,119 @@
+"""FLAT: unlearning by maximising a variational divergence between template and forget answers, for every f.
+
+Wang et al., "LLM Unlearning via Loss Adjustment with Only Forget Data", ICLR 2025, arXiv:2410.11143.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdiv.unlearning.config import TemplateConfig, named_divergence
+from fdiv.unlearning.losses import (
+    OFFICIAL_FLAT_DIVERGENCES,
+    REDUCTIONS,
+    answer_score,
+    flat_loss,
+    padded_batch_mean,
+)
+from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.trainer import UnlearningTrainer
+
+__all__ = ["FLATConfig", "FLATTrainer"]
+
+
+@dataclass
+class FLATConfig(TemplateConfig):
+    r"""Configuration of `FLATTrainer`.
+
+    Args:
+        divergence: f, any entry of the registry; the paper reports `total_variation`, `reverse_kl` (its "KL"),
+            `jensen_shannon` and `pearson_chi2`.
+        reduction: how an answer's token probabilities become its score; see `fdiv.unlearning.losses.answer_score`.
+        compat: `paper`, the paper's formula per example; `official`, the released code's padded batch mean: every
+            position up to `max_length` counts, and g sees the mean over the micro-batch. The latter is a statistic of
+            the micro-batch, so the run depends on how the global batch is split.
+        retain_term: `none` is the paper's FLAT, which needs no retain rows and no reference.
+
+    Raises:
+        ValueError: `compat: official` with a divergence whose sign is wrong in the released code, or with another
+            reduction.
+    """
+
+    _VALID_DICT_FIELDS = [*TemplateConfig._VALID_DICT_FIELDS, "divergence"]
+
+    divergence: dict[str, Any] | str | None = field(
+        default="total_variation", metadata={"help": "f: a name, or a mapping with parameters."}
+    )
+    reduction: str = field(
+        default="token_mean",
+        metadata={"help": "Score of an answer from its token probabilities.", "choices": REDUCTIONS},
+    )
+    compat: str = field(
+        default="paper",
+        metadata={"help": "The paper's formula, or the released code's batch mean.", "choices": ("paper", "official")},
+    )
+    retain_term: str = field(
+        default="none", metadata={"help": "Retain half of the loss.", "choices": ("none", "nll", "divergence")}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        divergence = named_divergence(self.divergence, "divergence")
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction={self.reduction!r}: use one of {', '.join(REDUCTIONS)}")
+        if self.compat not in ("paper", "official"):
+            raise ValueError(f"compat={self.compat!r}: use 'paper' or 'official'")
+        if self.compat == "official" and divergence.name not in OFFICIAL_FLAT_DIVERGENCES:
+            raise ValueError(
+                f"compat=official with divergence={divergence.name!r}: the released code has the right sign for "
+                f"{', '.join(OFFICIAL_FLAT_DIVERGENCES)} only (its reverse-KL and squared-Hellinger reinforce the "
+                "answer to forget). Use compat=paper"
+            )
+        if self.compat == "official" and self.reduction != "token_mean":
+            raise ValueError(
+                f"compat=official averages token probabilities: reduction={self.reduction!r} has no effect"
+            )
+
+
+class FLATTrainer(UnlearningTrainer):
+    r"""Trains FLAT; see `UnlearningTrainer` for the arguments and `flat_loss` for the loss.
+
+    Logged besides: `score/template` and `score/forget`, the P_e and P_f that the divergence sees.
+    """
+
+    config_class = FLATConfig
+    _tag_names = ["trl", "fdiv", "unlearning", "flat"]
+    _name = "FLAT"
+    _paper = {
+        "title": "LLM Unlearning via Loss Adjustment with Only Forget Data",
+        "id": "2410.11143",
+        "citation": """\
+@inproceedings{wang2025flat,
+    title     = {{LLM Unlearning via Loss Adjustment with Only Forget Data}},
+    author    = {Yaxuan Wang and Jiaheng Wei and Chris Yuhao Liu and Jinlong Pang and Quan Liu and others},
+    year      = 2025,
+    booktitle = {The Thirteenth International Conference on Learning Representations, {ICLR} 2025},
+    eprint    = {2410.11143}
+}""",
+    }
+
+    def _answer_scores(self, scores: dict[str, RoleScores]) -> tuple[Tensor, Tensor]:
+        """P_e and P_f: [B] each, or [1] with `compat: official`."""
+        rows = scores["template"], scores["forget"]
+        if self.args.compat == "official":
+            return tuple(padded_batch_mean(part.log_probs, part.mask, self.args.max_length) for part in rows)
+        return tuple(answer_score(part.log_probs, part.mask, self.args.reduction) for part in rows)
+
+    def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
+        """−g(P_e) + f*(g(P_f))."""
+        return flat_loss(*self._answer_scores(scores), self.args.divergence)
+
+    @torch.no_grad()
+    def method_columns(self, scores: dict[str, RoleScores]) -> dict[str, Tensor]:
+        """P_e and P_f, for the log."""
+        template, forget = self._answer_scores(scores)
+        return {"score/template": template, "score/forget": forget}

@@ -1,0 +1,295 @@
+"""The base of every unlearning trainer: forget, template and retain rows in one forward, the reference, the log.
+
+A method is a subclass that says which rows and scores it needs and returns its forget term, one value per example.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from fdiv.divergences import Divergence, get_divergence
+from fdiv.preference_data import check_pad_token
+from fdiv.training import ObjectiveTrainerMixin, log_ratio_quantiles
+from fdiv.unlearning.assembly import build_forget_dataset, read_retain_rows
+from fdiv.unlearning.config import TemplateConfig, UnlearningConfig
+from fdiv.unlearning.data import ForgetDataset, UnlearningCollator
+from fdiv.unlearning.losses import nll, sampled_divergence
+from fdiv.unlearning.pairing import EpochSampler
+from fdiv.unlearning.scoring import FrozenReference, PrecomputedReference, RoleScores, score_rows, split_roles
+from fdiv.unlearning.vocabulary_losses import vocabulary_divergence
+
+__all__ = ["UnlearningTrainer"]
+
+
+class _EpochCallback(TrainerCallback):
+    """Tells the sampler the epoch; a resumed run reaches it through no other way on every backend."""
+
+    def __init__(self, trainer: UnlearningTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.sampler.set_epoch(int(state.epoch))
+
+
+class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
+    r"""γ·forget term + α·retain term on TRL's `SFTTrainer`; subclasses give the forget term.
+
+    Args:
+        model: path, hub id, model or `PeftModel`. args: the method's config.
+        train_dataset: the forget rows (`fdiv.unlearning.data` lists their formats).
+        eval_dataset: forget rows to evaluate on, or a dict of such; partners are those of epoch 0.
+        retain_dataset: the retain rows; None loads those that `args` names, if any. They are trained on unless
+            `retain_term` is `none`, and always evaluated on.
+        ref_model: the frozen reference, where the method needs one; None makes it: for a PEFT policy the base with
+            the adapter off (a frozen copy of the adapter when training continues one), else a frozen copy.
+
+    Logged, as means over every example since the last log on all processes: `forget_term`, `retain_term`,
+    `prob/{template,forget,retain}` (length-normalised probability, TOFU's), and where there is a reference
+    `log_ratio/{role}_p05|p50|p95` of whole answers and `divergence/<name>` with `_se`, per token on the retain rows
+    (on the forget rows when there are no others): an estimate of D_f as far as those tokens are the reference's own.
+
+    Raises:
+        ValueError: rows without the needed columns, a forget row inside the retain set, missing retain rows, a
+            tokenizer without pad token.
+        NonFiniteLossError: a NaN or infinite loss in training, before the optimizer step.
+    """
+
+    loss_is_scaled_for_ga = False  # a mean over the micro-batch: Trainer divides by the accumulation steps
+    config_class: ClassVar[type[UnlearningConfig]] = UnlearningConfig
+    #: Whether the forget term compares with a template answer, looks at logits, or needs reference scores.
+    forget_needs_logits: ClassVar[bool] = False
+    forget_needs_reference: ClassVar[bool] = False
+    _tag_names = ["trl", "fdiv", "unlearning"]
+
+    def __init__(
+        self,
+        model,
+        args: UnlearningConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        retain_dataset=None,
+        ref_model=None,
+        processing_class=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+    ) -> None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        if args is None:
+            args = self.config_class(f"{Path(name).name or type(model).__name__}-{self._name}")
+        if not isinstance(args, self.config_class):
+            raise TypeError(
+                f"args is a {type(args).__name__}: {type(self).__name__} needs {self.config_class.__name__}"
+            )
+        if train_dataset is None or len(train_dataset) == 0:
+            raise ValueError("train_dataset is missing or empty: it holds the rows to forget")
+        processing_class = _checked_tokenizer(processing_class, model, name, args)
+        self.uses_template = isinstance(args, TemplateConfig)
+        self._model_at_start, self._model_name = model, name
+        self._retain_rows = read_retain_rows(retain_dataset, args, processing_class)
+        starting_adapter = not isinstance(model, str) and is_peft_model(model)
+        super().__init__(
+            model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        del self._model_at_start
+        if args.disable_dropout:
+            _disable_dropout(self.model)
+        self.data_collator = self.make_collator()
+        self.reference = self._make_reference(ref_model, starting_adapter)
+        self.add_callback(_EpochCallback(self))
+
+    # ---------------------------------------------------------------- what a method gives
+    def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
+        """The forget half of the loss → [B], or [1] for a statistic of the batch."""
+        raise NotImplementedError
+
+    def retain_loss(self, retain: RoleScores) -> Tensor:
+        """The retain half of the loss → [B]."""
+        if self.args.retain_term == "nll":
+            return nll(retain.log_probs, retain.mask)
+        divergence = get_divergence(self.args.retain_divergence)
+        if self.args.retain_level == "vocabulary":
+            return vocabulary_divergence(retain.logits, retain.reference.logits, retain.mask, divergence)
+        return sampled_divergence(retain.token_log_ratio, retain.mask, divergence)
+
+    def retain_weight(self) -> float:
+        """α; a method with a multiplier of its own overrides this."""
+        return self.args.retain_weight
+
+    def method_columns(self, scores: dict[str, RoleScores]) -> dict[str, Tensor]:
+        """Further per-example values to log as means, [B] each."""
+        return {}
+
+    def make_collator(self) -> UnlearningCollator:
+        """The collator; rows of all roles share one padded batch."""
+        return UnlearningCollator(self._tokenizer.pad_token_id, pad_to_multiple_of=self.args.pad_to_multiple_of)
+
+    @property
+    def metric_divergence(self) -> Divergence:
+        """The f that `divergence/<name>` is logged for: the method's own, else the retain term's."""
+        return get_divergence(getattr(self.args, "divergence", None) or self.args.retain_divergence)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether vocabulary-sized scores are needed."""
+        return self.forget_needs_logits or self._retain_over_vocabulary
+
+    @property
+    def _retain_over_vocabulary(self) -> bool:
+        return self.args.retain_term == "divergence" and self.args.retain_level == "vocabulary"
+
+    # ---------------------------------------------------------------- data
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        if isinstance(dataset, ForgetDataset):
+            return dataset
+        if formatting_func is not None:
+            raise ValueError(
+                "formatting_func is not used here: give rows in one of the formats of fdiv.unlearning.data"
+            )
+        train = dataset_name == "train"
+        retain = self._retain_rows if args.retain_term != "none" or not train else ()
+        return build_forget_dataset(
+            dataset, retain, args, processing_class, getattr(self, "_model_at_start", None), self._model_name
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["index", "forget", "retain", "template"]
+
+    def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        self.sampler = self._sampler_over(rows)
+        return self.sampler
+
+    def _sampler_over(self, rows: ForgetDataset) -> EpochSampler:
+        batch = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return EpochSampler(len(rows), seed=rows.seed, global_batch_size=batch)
+
+    # ---------------------------------------------------------------- reference
+    def _make_reference(self, ref_model, starting_adapter: bool) -> FrozenReference | PrecomputedReference | None:
+        args = self.args
+        if not (self.forget_needs_reference or args.retain_term in ("divergence", "activations")):
+            if ref_model is not None:
+                raise ValueError(f"ref_model is given, but {self._name} with this retain_term uses no reference")
+            return None
+        reference = FrozenReference(self, starting_adapter, ref_model)
+        if not args.precompute_reference:
+            return reference
+        if self.needs_logits or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "precompute_reference keeps token log-probabilities only and scores on whole models: set it to false "
+                "for a method that looks at the vocabulary or at activations, under DeepSpeed and under FSDP"
+            )
+        table = PrecomputedReference()
+        table.fill(reference, list(self._rows_ahead()), self.data_collator, args.per_device_eval_batch_size)
+        return table
+
+    def _rows_ahead(self):
+        """Every row that training and evaluation will score, in all epochs."""
+        evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        sampler = self._sampler_over(self.train_dataset)
+        epochs = math.ceil(self.args.num_train_epochs)
+        if self.args.max_steps > 0:
+            batch = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+            epochs = math.ceil(self.args.max_steps * batch / len(sampler))
+        for rows, count in [(self.train_dataset, epochs), *((rows, 1) for rows in evals.values() if rows is not None)]:
+            for address in range(count * len(rows)):
+                item = rows[address]
+                yield from (item[role] for role in ("template", "forget", "retain") if role in item)
+
+    # ---------------------------------------------------------------- loss
+    def score_roles(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, RoleScores]:
+        """Score all rows in one forward, and in another without gradient under the reference, if there is one."""
+        size = len(inputs["index"])
+        roles = (("template",) if self.uses_template else ()) + ("forget", "retain")
+        roles = roles[: inputs["input_ids"].size(0) // size]
+        layer = getattr(self.args, "layer", None)
+        rows = score_rows(model, inputs, logits=self.needs_logits, layer=layer)
+        scores = split_roles(rows, roles, size)
+        if self.reference is not None:
+            reference = self.reference.score(inputs, logits=self.needs_logits, layer=layer)
+            for role, part in split_roles(reference, roles, size).items():
+                scores[role] = scores[role].with_reference(part)
+        return scores
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean over the micro-batch of γ·forget term + α·retain term; the per-example values go to the log."""
+        scores = self.score_roles(model, inputs)
+        forget = self.forget_term(scores)
+        losses, columns = self.args.forget_weight * forget, {"forget_term": forget}
+        if "retain" in scores and self.args.retain_term != "none":
+            retain = self.retain_loss(scores["retain"])
+            losses = losses + self.retain_weight() * retain
+            columns["retain_term"] = retain
+        size = len(inputs["index"])
+        columns = {"loss": losses, **columns, **self.method_columns(scores)}
+        with torch.no_grad():
+            columns = {name: value.detach().expand(size) for name, value in columns.items()} | _common_columns(scores)
+        self.record_examples(columns | self._divergence_column(scores))
+        return (losses.mean(), {}) if return_outputs else losses.mean()
+
+    @torch.no_grad()
+    def _divergence_column(self, scores: dict[str, RoleScores]) -> dict[str, Tensor]:
+        rows = scores.get("retain", scores["forget"])
+        if rows.reference is None:
+            return {}
+        return {"divergence": sampled_divergence(rows.token_log_ratio, rows.mask, self.metric_divergence)}
+
+    def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:
+        """Means, quantiles of the log-ratios, and the divergence with its standard error; see the class."""
+        metrics: dict[str, float] = {}
+        for name, values in examples.items():
+            if name.startswith("log_ratio/"):
+                metrics |= log_ratio_quantiles(name.removeprefix("log_ratio/"), values)
+            elif name == "divergence":
+                error = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+                label = f"divergence/{self.metric_divergence.label}"
+                metrics |= {label: values.mean().item(), f"{label}_se": error}
+            elif name != "loss":
+                metrics[name] = values.mean().item()
+        return metrics
+
+    def objective_settings(self) -> dict[str, Any]:
+        """The method's name and the keys that define its loss and rows."""
+        return {"method": self._name, **self.args.method_settings()}
+
+
+def _common_columns(scores: dict[str, RoleScores]) -> dict[str, Tensor]:
+    """Per example: each role's length-normalised probability, and its log-ratio where there is a reference."""
+    columns = {f"prob/{role}": torch.exp(-nll(part.log_probs, part.mask)) for role, part in scores.items()}
+    with_reference = {role: part for role, part in scores.items() if part.reference is not None}
+    return columns | {f"log_ratio/{role}": part.log_ratio for role, part in with_reference.items()}
+
+
+def _checked_tokenizer(processing_class: Any, model: Any, name: str, args: UnlearningConfig) -> Any:
+    """The tokenizer, loaded as TRL would; refused without a pad token (TRL would take eos silently)."""
+    if processing_class is None:
+        from transformers import AutoTokenizer
+
+        if not name:
+            raise ValueError(f"pass processing_class: the {type(model).__name__} was built in memory and has no path")
+        processing_class = AutoTokenizer.from_pretrained(name)
+    check_pad_token(processing_class, name or type(model).__name__, args.pad_token)
+    return processing_class
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    from trl.trainer.utils import disable_dropout_in_model
+
+    disable_dropout_in_model(model)
