@@ -274,7 +274,10 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
             metrics[f"rewards/{half}"] = pair["reward"][:, side].mean().item()
             metrics[f"rewards_raw/{half}"] = raw[:, side].mean().item()
             metrics |= log_ratio_quantiles(half, pair["log_ratio"][:, side])
-        metrics |= divergence_estimate(get_divergence(self.args.divergence), pair["log_ratio"])
+        # An estimate of D_f as far as the data were sampled from π_ref, as preference data usually are.
+        divergence = get_divergence(self.args.divergence)
+        name = f"divergence/{divergence.label}"
+        metrics[name], metrics[f"{name}_se"] = divergence_estimate(divergence, pair["log_ratio"])
         if "aux_loss" in examples:
             metrics["aux_loss"] = examples["aux_loss"].mean().item()
         if mode == "eval":

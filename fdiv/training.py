@@ -37,20 +37,21 @@ def log_ratio_quantiles(name: str, log_ratio: Tensor) -> dict[str, float]:
     return {f"log_ratio/{name}_{suffix}": value for (suffix, _), value in zip(_QUANTILES, values, strict=True)}
 
 
-def divergence_estimate(divergence: Divergence, log_ratio: Tensor) -> dict[str, float]:
-    """D_f(π‖π_ref) = E_{y~π_ref}[f(π/π_ref)] as `divergence/{label}` and its standard error `divergence/{label}_se`.
+def divergence_estimate(divergence: Divergence, log_ratio: Tensor) -> tuple[float, float]:
+    """D_f(π‖π_ref) = E_{y~π_ref}[f(π/π_ref)] and its standard error, from completions of π_ref.
 
     Args:
         divergence: f.
-        log_ratio: `[N]`, or `[N, K]` with the K completions of one prompt in a row: the standard error is that of the
-            N row means, since completions of one prompt are not independent draws of (prompt, completion).
+        log_ratio: log π − log π_ref, `[N]`, or `[N, K]` with the K completions of one prompt in a row: the standard
+            error is that of the N row means, since completions of one prompt are not independent draws of (prompt,
+            completion).
 
-    An estimate of the divergence only as far as the completions were sampled from π_ref.
+    Returns:
+        (value, standard error); the latter is NaN for N = 1.
     """
     terms = divergence.generator(log_ratio.reshape(log_ratio.size(0), -1)).mean(-1)
     standard_error = terms.std(correction=1).item() / math.sqrt(len(terms)) if len(terms) > 1 else math.nan
-    name = f"divergence/{divergence.label}"
-    return {name: terms.mean().item(), f"{name}_se": standard_error}
+    return terms.mean().item(), standard_error
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

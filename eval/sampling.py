@@ -1,0 +1,143 @@
+"""The sampling pass: completions drawn from a model, the same whatever the batch size and the number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fdiv.errors import DataError
+from fdiv.eval.batched_pass import run_batches
+from fdiv.eval.item_cache import ItemCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["SamplingRequest", "sample_completions"]
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """One completion to draw. `stream` picks the random numbers: equal streams draw equal uniforms."""
+
+    key: str
+    prompt_ids: tuple[int, ...]
+    stream: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Number of prompt tokens."""
+        return len(self.prompt_ids)
+
+
+class _InverseCDF:
+    """A logits processor that leaves one token per row: where the row's cumulative probability passes its uniform.
+
+    Sampling with uniforms fixed beforehand, instead of torch's generator, makes a draw depend on its own row only.
+    """
+
+    def __init__(self, uniforms: Tensor, prompt_width: int, temperature: float) -> None:
+        self.uniforms, self.prompt_width, self.temperature = uniforms, prompt_width, temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.size(1) - self.prompt_width
+        cumulative = torch.softmax(scores.double() / self.temperature, dim=-1).cumsum(-1)
+        target = self.uniforms[:, step : step + 1] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, target, right=True).clamp(max=scores.size(-1) - 1)
+        return torch.full_like(scores, -float("inf")).scatter(1, token, 0.0)
+
+
+def sample_completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[SamplingRequest],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    title: str = "sampling",
+    progress: bool = True,
+) -> dict[str, tuple[int, ...]]:
+    """Draw one completion per request from π(·|prompt) at `temperature`, no truncation of the distribution; call it on
+    all processes.
+
+    Args:
+        model: a causal LM, plain or PEFT, on its device.
+        tokenizer: gives the pad and end tokens.
+        requests: prompts with their random streams.
+        max_new_tokens: a completion ends with its end token or after this many tokens.
+        temperature: logits are divided by it; > 0.
+        seed: with `stream`, determines the random numbers of a request.
+        batch_size: prompts per call; no influence on the draws but for floating-point rounding.
+        title, progress: the progress bar.
+
+    Returns:
+        By key: the token ids of the completion, end token included where it was drawn.
+
+    Raises:
+        DataError: `temperature` ≤ 0, or a prompt and `max_new_tokens` exceed the model's context.
+    """
+    from accelerate.utils import extract_model_from_parallel
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    from fdiv.eval.generation import _check_context, _stop_ids
+
+    if not temperature > 0:
+        raise DataError(f"temperature={temperature}: sampling needs a temperature above 0")
+    model = extract_model_from_parallel(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    limit = getattr(base.config, "max_position_embeddings", None)
+    _check_context([_Bounded(r.key, r.length, max_new_tokens) for r in requests], limit)
+    stop_ids = _stop_ids(base, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(sorted(stop_ids)), 0)
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def compute(batch: list[SamplingRequest]) -> list[dict[str, Any]]:
+        width = max(request.length for request in batch)
+        ids = torch.full((len(batch), width), pad_id)
+        mask = torch.zeros_like(ids)
+        uniforms = np.stack([np.random.default_rng((seed, *r.stream)).random(max_new_tokens) for r in batch])
+        for row, request in enumerate(batch):
+            ids[row, width - request.length :] = torch.tensor(request.prompt_ids)
+            mask[row, width - request.length :] = 1
+        draw = _InverseCDF(torch.from_numpy(uniforms).to(device), width, temperature)
+        own_settings = base.generation_config
+        # `generate` fills what is not set from the model's own generation config (penalties, forbidden tokens, …).
+        base.generation_config = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id, eos_token_id=sorted(stop_ids) or None
+        )
+        try:
+            output = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                logits_processor=LogitsProcessorList([draw]),
+            )
+        finally:
+            base.generation_config = own_settings
+        new = output[:, width:].tolist()
+        return [{"key": r.key, "ids": _until_stop(row, stop_ids)} for r, row in zip(batch, new, strict=True)]
+
+    records = run_batches(
+        requests, compute, batch_size=batch_size, cache=ItemCache(None, "samples", ""), title=title, progress=progress
+    )
+    return {key: tuple(record["ids"]) for key, record in records.items()}
+
+
+@dataclass(frozen=True)
+class _Bounded:
+    key: str
+    length: int
+    max_new_tokens: int
+
+
+def _until_stop(ids: list[int], stop_ids: set[int]) -> list[int]:
+    for position, token in enumerate(ids):
+        if token in stop_ids:
+            return ids[: position + 1]
+    return ids
