@@ -163,3 +163,20 @@ def test_no_tool_is_needed_that_the_extras_do_not_install(project, repository):
     called = set(re.findall(r"\$\(BIN\)/([a-z-]+)", (repository / "Makefile").read_text()))
     assert called - {"fdiv", "python"} <= installed
     assert {"pytest", "ruff"} <= called
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        (r"trust_remote_code\s*[=:]\s*(True|true)", "runs code from a model repository"),
+        (r"\btorch\.load\(|\bimport pickle\b|\bfrom pickle\b|\bdill\b|\bjoblib\b", "unpickles"),
+        (r"shell\s*=\s*True|os\.system\(|os\.popen\(", "starts a shell"),
+        (r"yaml\.(unsafe_load|full_load|load)\(", "builds objects from YAML tags"),
+        (r"(?<![\w.])(eval|exec)\(", "evaluates data as code"),
+    ],
+)
+def test_package_and_recipes_keep_the_rules_of_security_md(repository, tree, pattern, why):
+    shipped = [name for name in tree if name.parts[0] in ("fdiv", *MAPPED) and name.suffix in (".py", ".yaml")]
+    assert len(shipped) > 20
+    offending = [str(name) for name in shipped if re.search(pattern, (repository / name).read_text())]
+    assert not offending, f"{why}: {offending}"
