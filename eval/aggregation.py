@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fdiv.errors import DataError
 from fdiv.eval.eval_log import EvalLog
 from fdiv.eval.membership import ATTACKS, auc, privleak
 from fdiv.eval.presets import Preset
@@ -129,7 +130,7 @@ class Aggregates:
         if retain is not None:
             reference = retain.values.get("mia_min_k")
             if reference is None:
-                raise ValueError(
+                raise DataError(
                     f"{retain.log.source}: the retain log holds no Min-K scores, so PrivLeak has no reference; "
                     "make the retain log again with its holdout rows"
                 )
@@ -159,29 +160,30 @@ def check_retain_log(log: EvalLog, retain: EvalLog, metric: str) -> None:
     """
     where = f"retain log {retain.source}"
     if retain.benchmark != log.benchmark:
-        raise ValueError(f"{where}: a {retain.benchmark} log, the model's is a {log.benchmark} log")
+        raise DataError(f"{where}: a {retain.benchmark} log, the model's is a {log.benchmark} log")
     if retain.preset != log.preset:
-        raise ValueError(
+        raise DataError(
             f"{where}: made with preset {retain.preset}, the model's values with preset {log.preset}; evaluate "
             "the retain model with the same preset"
         )
     ours, theirs = log.split(), retain.split()
     if ours and theirs and ours != theirs:
-        raise ValueError(f"{where}: made on split {theirs}, the model's values on {ours}; use {ours}'s retain log")
+        raise DataError(f"{where}: made on split {theirs}, the model's values on {ours}; use {ours}'s retain log")
     own_rows, retain_rows = log.items(metric), retain.items(metric)
-    if own_rows and retain_rows and own_rows.keys() != retain_rows.keys():
-        raise ValueError(
+    subset = log.stamp.get("max_items") is not None and own_rows.keys() <= retain_rows.keys()
+    if own_rows and retain_rows and own_rows.keys() != retain_rows.keys() and not subset:
+        raise DataError(
             f"{where}: {len(retain_rows)} rows of {metric}, the model's log has {len(own_rows)}: "
             "it is of another split"
         )
     ours, theirs = log.stamp.get("forget_rows"), retain.stamp.get("forget_rows")
     if ours and theirs and ours != theirs:
-        raise ValueError(f"{where}: made on other forget rows than the model's values (fingerprints {theirs}, {ours})")
+        raise DataError(f"{where}: made on other forget rows than the model's values (fingerprints {theirs}, {ours})")
     own_truths, retain_truths = log.truths(), retain.truths()
-    if own_truths and retain_truths:
+    if own_truths and retain_truths and not subset:
         same = sum(a == b for a, b in zip(own_truths, retain_truths, strict=False))
         if same < 0.5 * max(len(own_truths), len(retain_truths)):
-            raise ValueError(f"{where}: its true answers are not those of the model's log, so it is of another split")
+            raise DataError(f"{where}: its true answers are not those of the model's log, so it is of another split")
 
 
 def fresh(log: EvalLog) -> EvalLog:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fdiv.errors import DataError
+
 __all__ = ["STAMP", "EvalLog", "read_eval_log", "write_eval_log"]
 
 STAMP = "fdiv"
@@ -64,13 +66,13 @@ class EvalLog:
         column = {}
         for index, row in self.items(metric, part, max_rows).items():
             if name not in row:
-                raise ValueError(f"{self.source}: {metric}, row {index} has no {name!r}, only {', '.join(row)}")
+                raise DataError(f"{self.source}: {metric}, row {index} has no {name!r}, only {', '.join(row)}")
             value = row[name]
             if value is None:
                 continue
             for number in value if isinstance(value, list) else [value]:
                 if math.isnan(number):
-                    raise ValueError(f"{self.source}: {metric}, row {index}: {name} is NaN")
+                    raise DataError(f"{self.source}: {metric}, row {index}: {name} is NaN")
             column[index] = value
         return column
 
@@ -81,6 +83,22 @@ class EvalLog:
         if self.benchmark != "tofu" or self.preset == "tofu_2024":
             return None
         return _SPLIT_ROWS.get(len(self.items("forget_Q_A_PARA_Prob") or self.items("forget_Q_A_Prob")))
+
+    def restricted_to(self, other: EvalLog) -> EvalLog:
+        """This log with only the rows `other` has, metric by metric: for a run on a subset of the rows."""
+
+        def keep(node: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+            rows = node.get("value_by_index", {})
+            return node | {"value_by_index": {i: row for i, row in rows.items() if i in wanted["value_by_index"]}}
+
+        metrics = {}
+        for name, node in self.metrics.items():
+            wanted = other.metrics.get(name, {})
+            if "value_by_index" in node and "value_by_index" in wanted:
+                metrics[name] = keep(node, wanted)
+            elif {"forget", "holdout"} <= node.keys() and {"forget", "holdout"} <= wanted.keys():
+                metrics[name] = node | {side: keep(node[side], wanted[side]) for side in ("forget", "holdout")}
+        return EvalLog(metrics, self.benchmark, self.preset, self.source, self.stamp)
 
     def truths(self) -> list[str]:
         """True answers of the forget rows where the log keeps text, white space collapsed; else an empty list."""
@@ -101,7 +119,7 @@ def _from_authors(parts: Mapping[str, Mapping[str, Any]], source: str) -> EvalLo
         log = parts[part_name]
         for key in ("avg_gt_loss", "average_perturb_loss", "avg_paraphrased_loss", "rougeL_recall"):
             if key not in log:
-                raise ValueError(f"{source}: {part_name} has no {key!r}, only {', '.join(log)}")
+                raise DataError(f"{source}: {part_name} has no {key!r}, only {', '.join(log)}")
 
         def probability(losses: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             rows = {}
@@ -137,13 +155,13 @@ def read_eval_log(path: str | Path, benchmark: str | None = None) -> EvalLog:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{source}: not JSON ({error})") from None
+        raise DataError(f"{source}: not JSON ({error})") from None
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{source}: expected a JSON object of metrics")
+        raise DataError(f"{source}: expected a JSON object of metrics")
     if "eval_log_forget.json" in content:
         log = _from_authors(content, source)
     elif not any(isinstance(value, dict) for value in content.values()):
-        raise ValueError(
+        raise DataError(
             f"{source}: aggregates only (a *_SUMMARY.json?); re-aggregation needs the per-item values of *_EVAL.json"
         )
     else:
@@ -152,13 +170,13 @@ def read_eval_log(path: str | Path, benchmark: str | None = None) -> EvalLog:
         muse, tofu = (any(mark in name for name in metrics) for mark in ("mem_ROUGE", "_Q_A_"))
         found = stamp.get("benchmark") or ("tofu" if tofu else "muse" if muse else None)
         if found is None:
-            raise ValueError(
+            raise DataError(
                 f"{source}: not an evaluation log of open-unlearning or the TOFU authors; its keys are "
                 f"{', '.join(list(content)[:8])}"
             )
         log = EvalLog(metrics, found, stamp.get("preset", "open_unlearning"), source, stamp)
     if benchmark is not None and log.benchmark != benchmark:
-        raise ValueError(f"{source}: a {log.benchmark} log; use `fdiv eval {log.benchmark} --from_logs`")
+        raise DataError(f"{source}: a {log.benchmark} log; use `fdiv eval {log.benchmark} --from_logs`")
     return log
 
 

@@ -42,6 +42,8 @@ def aggregate_muse(log: EvalLog, preset: Preset, retain: EvalLog | None = None, 
     """
     if retain is not None:
         check_retain_log(log, retain, "forget_knowmem_ROUGE")
+        if log.stamp.get("max_items") is not None:
+            retain = retain.restricted_to(log)
     result = Aggregates(preset, fresh(log))
     for name in ("forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE"):
         result.rouge(name, "rougeL_f1")

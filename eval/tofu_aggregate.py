@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fdiv.errors import DataError
 from fdiv.eval import truth
 from fdiv.eval.aggregation import Aggregates, check_retain_log, fresh
 from fdiv.eval.eval_log import EvalLog
@@ -43,7 +44,7 @@ def _truth_ratios(
     if not correct or not wrong:
         return [], None
     if correct.keys() != wrong.keys():
-        raise ValueError(f"{log.source}: {true_name} and {row_set}_Q_A_PERT_Prob hold different rows")
+        raise DataError(f"{log.source}: {true_name} and {row_set}_Q_A_PERT_Prob hold different rows")
     ratios = truth.truth_ratio(
         np.array(list(correct.values())),
         np.array(list(wrong.values())),
@@ -117,7 +118,7 @@ def _put_forget_quality(result: Aggregates, ratios: np.ndarray | None, retain: A
     else:
         theirs = retain.log.column("forget_truth_ratio", "score")
         if not theirs:
-            raise ValueError(f"{retain.log.source}: the retain log has no truth ratios of the forget rows")
+            raise DataError(f"{retain.log.source}: the retain log has no truth ratios of the forget rows")
         quality = truth.forget_quality(ratios, np.array(list(theirs.values())))
         note = None if quality.method == "exact" else f"p-value by scipy's method {quality.method}"
         result.put(names[0], quality.p_value, note)
@@ -141,6 +142,8 @@ def aggregate_tofu(log: EvalLog, preset: Preset, retain: EvalLog | None = None) 
     """
     if retain is not None:
         check_retain_log(log, retain, "forget_Q_A_PARA_Prob")
+        if log.stamp.get("max_items") is not None:
+            retain = retain.restricted_to(log)
     result = Aggregates(preset, fresh(log))
     limit = preset.max_rows
     for row_set in SETS:

@@ -1,0 +1,178 @@
+"""The generation pass: greedy continuations of many prompts, by transformers or by vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fdiv.errors import DataError
+from fdiv.eval.batched_pass import run_batches
+from fdiv.eval.item_cache import ItemCache, fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["BACKENDS", "GenerationRequest", "VLLMSource", "generate_texts", "generate_with_vllm"]
+
+BACKENDS = ("transformers", "vllm")
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt and the bound on its continuation."""
+
+    key: str
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+
+    @property
+    def length(self) -> int:
+        """Number of prompt tokens."""
+        return len(self.prompt_ids)
+
+
+@dataclass(frozen=True)
+class VLLMSource:
+    """What vLLM loads: a model path or hub name, and a LoRA adapter on it."""
+
+    model: str
+    adapter: str | None = None
+    dtype: str = "auto"
+
+
+def _check_context(requests: Sequence[GenerationRequest], limit: int | None) -> None:
+    for request in requests:
+        if limit is not None and request.length + request.max_new_tokens > limit:
+            raise DataError(
+                f"{request.key}: a prompt of {request.length} tokens and {request.max_new_tokens} new ones exceed the "
+                f"model's context of {limit}"
+            )
+
+
+def _record(
+    request: GenerationRequest, new_ids: Sequence[int], stop_ids: set[int], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    kept = list(new_ids)[: request.max_new_tokens]
+    for position, token in enumerate(kept):
+        if token in stop_ids:
+            kept = kept[:position]
+            break
+    return {"key": request.key, "generation": tokenizer.decode(kept, skip_special_tokens=True), "tokens": len(kept)}
+
+
+def _stop_ids(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """End tokens: the tokenizer's and every one the model's generation config names (chat models have several)."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = set(named if isinstance(named, list) else [] if named is None else [named])
+    return ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+
+
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[GenerationRequest],
+    *,
+    batch_size: int = 64,
+    cache_dir: Path | None = None,
+    model_digest: str = "",
+    title: str = "generating",
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Greedy continuation of every prompt with transformers; call it on all processes.
+
+    Prompts of a batch are padded on the left to the longest; batches hold prompts of like length.
+
+    Returns:
+        By key: `generation` (text up to the end token, special tokens removed) and `tokens` (their number).
+    Raises:
+        DataError: a prompt and its bound exceed the model's context.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import extract_model_from_parallel
+    from transformers import GenerationConfig
+
+    model = extract_model_from_parallel(model)
+    _check_context(requests, getattr(model.config, "max_position_embeddings", None))
+    stop_ids = _stop_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(sorted(stop_ids)), 0)
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def compute(batch: list[GenerationRequest]) -> list[dict[str, Any]]:
+        width, bound = max(r.length for r in batch), max(r.max_new_tokens for r in batch)
+        if bound == 0:
+            return [_record(request, [], stop_ids, tokenizer) for request in batch]
+        ids = torch.full((len(batch), width), pad_id)
+        mask = torch.zeros_like(ids)
+        for row, request in enumerate(batch):
+            ids[row, width - request.length :] = torch.tensor(request.prompt_ids)
+            mask[row, width - request.length :] = 1
+        settings = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=bound,
+            use_cache=True,
+            repetition_penalty=1.0,
+            pad_token_id=pad_id,
+            eos_token_id=sorted(stop_ids) or None,
+        )
+        output = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=settings)
+        new = output[:, width:].tolist()
+        return [_record(request, row, stop_ids, tokenizer) for request, row in zip(batch, new, strict=True)]
+
+    texts = [[r.key, list(r.prompt_ids), r.max_new_tokens] for r in requests]
+    digest = fingerprint(model_digest, texts, "transformers", str(next(model.parameters()).dtype))
+    cache = ItemCache(cache_dir, "generations", digest, PartialState().process_index)
+    return run_batches(requests, compute, batch_size=batch_size, cache=cache, title=title, progress=progress)
+
+
+def generate_with_vllm(
+    source: VLLMSource,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[GenerationRequest],
+    *,
+    cache_dir: Path | None = None,
+    model_digest: str = "",
+    chunk: int = 512,
+) -> dict[str, dict[str, Any]]:
+    """Greedy continuation of every prompt with vLLM, on one process; vLLM does the batching.
+
+    Raises:
+        DataError: vLLM is not installed, or several processes run.
+    """
+    from accelerate import PartialState
+
+    if PartialState().num_processes > 1:
+        raise DataError(
+            "--backend vllm runs in one process (vLLM uses the other GPUs by itself): start without accelerate"
+        )
+    try:
+        from vllm import LLM, SamplingParams
+        from vllm.lora.request import LoRARequest
+    except ImportError as error:
+        raise DataError(
+            f"--backend vllm: {error}; install it with `make setup-vllm`, or use --backend transformers"
+        ) from None
+    texts = [[r.key, list(r.prompt_ids), r.max_new_tokens] for r in requests]
+    cache = ItemCache(cache_dir, "generations", fingerprint(model_digest, texts, "vllm", source.dtype))
+    pending = [request for request in requests if request.key not in cache.items]
+    if pending:
+        engine = LLM(model=source.model, dtype=source.dtype, enable_lora=source.adapter is not None)
+        adapter = LoRARequest("adapter", 1, source.adapter) if source.adapter else None
+        stop_ids = _stop_ids(None, tokenizer)
+        for start in range(0, len(pending), chunk):
+            part = pending[start : start + chunk]
+            outputs = engine.generate(
+                [{"prompt_token_ids": list(request.prompt_ids)} for request in part],
+                [SamplingParams(temperature=0.0, max_tokens=max(1, request.max_new_tokens)) for request in part],
+                lora_request=adapter,
+            )
+            cache.add(
+                _record(request, output.outputs[0].token_ids, stop_ids, tokenizer)
+                for request, output in zip(part, outputs, strict=True)
+            )
+    return {request.key: cache.items[request.key] for request in requests}

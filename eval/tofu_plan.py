@@ -1,0 +1,176 @@
+"""What a TOFU evaluation asks of a model, and how the answers become a log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fdiv.eval.eval_log import EvalLog
+from fdiv.eval.generation import GenerationRequest
+from fdiv.eval.item_metrics import attack_rows, memorization_rows, probability_row
+from fdiv.eval.presets import Preset
+from fdiv.eval.prompting import PromptFormat
+from fdiv.eval.scoring import ScoringRequest
+from fdiv.eval.text_overlap import rouge_scores
+from fdiv.eval.tofu_data import TofuRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TofuPlan", "plan_tofu"]
+
+Records = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass
+class TofuPlan:
+    """Every text to score once and every prompt to continue once, with what is needed to read the answers.
+
+    Attributes:
+        scoring: keys are `METRIC/index`, for perturbed answers `METRIC/index/k`, for holdout rows `holdout/index`.
+        generation: keys are `SET_Q_A_ROUGE/index`.
+        questions, truths: by generation key.
+        answer_texts: decoded label text by scoring key of forget answers and holdout rows, for ZLIB.
+    """
+
+    preset: Preset
+    rows: TofuRows
+    scoring: list[ScoringRequest] = field(default_factory=list)
+    generation: list[GenerationRequest] = field(default_factory=list)
+    questions: dict[str, str] = field(default_factory=dict)
+    truths: dict[str, str] = field(default_factory=dict)
+    answer_texts: dict[str, str] = field(default_factory=dict)
+
+    def attacked(self) -> list[ScoringRequest]:
+        """The forget answers and holdout rows."""
+        return [request for request in self.scoring if request.token_level]
+
+    def likelihoods(self) -> list[ScoringRequest]:
+        """What forget quality and PrivLeak need: truth ratios of the forget rows and the attacked texts."""
+        return [r for r in self.scoring if r.token_level or r.key.startswith("forget_")]
+
+    def forget_keys(self) -> EvalLog:
+        """A log of the forget rows without values, to check a retain log before any model is loaded."""
+        indices = [request.key.split("/")[1] for request in self.scoring if request.key.startswith("forget_Q_A_PARA")]
+        truths = {i: {"ground_truth": self.rows.forget[int(i)]["answer"]} for i in indices}
+        metrics = {"forget_Q_A_PARA_Prob": {"value_by_index": {i: {} for i in indices}}}
+        metrics["forget_Q_A_ROUGE"] = {"value_by_index": truths}
+        return EvalLog(metrics, "tofu", self.preset.name, "this evaluation")
+
+
+def _selected(count: int, max_rows: int | None, max_items: int | None) -> list[int]:
+    """Row indices that count: the preset's first rows, thinned evenly to `max_items`."""
+    count = count if max_rows is None else min(count, max_rows)
+    if max_items is None or max_items >= count:
+        return list(range(count))
+    return sorted({int(i) for i in np.linspace(0, count - 1, max_items).round()})
+
+
+def plan_tofu(
+    rows: TofuRows,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: PromptFormat,
+    preset: Preset,
+    max_items: int | None = None,
+) -> TofuPlan:
+    """Encode everything the metrics need, each text once.
+
+    `max_items` keeps so many evenly spaced rows of every set, a cheap look at a model during training; indices stay
+    those of the full set.
+    """
+    plan = TofuPlan(preset, rows)
+
+    def score(key: str, question: str, answer: str, token_level: bool = False) -> None:
+        text = prompt.encode(tokenizer, question, answer)
+        plan.scoring.append(ScoringRequest(key, text, token_level))
+        if token_level:
+            labels = list(text.input_ids[text.prompt_length :])
+            plan.answer_texts[key] = tokenizer.decode(labels, skip_special_tokens=True)
+
+    for name in ("forget", "retain", "ra", "wf"):
+        row_set = getattr(rows, name)
+        limit = preset.max_rows if name in ("forget", "retain") else None
+        for i in _selected(len(row_set), limit, max_items):
+            row = row_set[i]
+            question = row["question"]
+            score(f"{name}_Q_A_Prob/{i}", question, row["answer"], token_level=name == "forget")
+            if name in ("forget", "retain"):
+                score(f"{name}_Q_A_PARA_Prob/{i}", question, row["paraphrased_answer"])
+            for k, wrong in enumerate(row["perturbed_answer"]):
+                score(f"{name}_Q_A_PERT_Prob/{i}/{k}", question, wrong)
+            key = f"{name}_Q_A_ROUGE/{i}"
+            text = prompt.encode(tokenizer, question, row["answer"])
+            prompt_ids = text.input_ids[: text.prompt_length]
+            bound = preset.answer_tokens - (len(prompt_ids) if preset.answer_bound == "total" else 0)
+            plan.generation.append(GenerationRequest(key, prompt_ids, max(0, bound)))
+            plan.questions[key], plan.truths[key] = question, row["answer"].strip()
+    for i in _selected(len(rows.holdout), preset.max_rows, max_items):
+        score(f"holdout/{i}", rows.holdout[i]["question"], rows.holdout[i]["answer"], token_level=True)
+    return plan
+
+
+def _by_metric(records: Records) -> dict[str, dict[int, Any]]:
+    """Records by metric and index; perturbed answers become lists."""
+    metrics: dict[str, dict[int, Any]] = {}
+    for key, record in records.items():
+        metric, index, *answer = key.split("/")
+        node = metrics.setdefault(metric, {})
+        if answer:
+            node.setdefault(int(index), {})[int(answer[0])] = record
+        else:
+            node[int(index)] = record
+    for node in metrics.values():
+        for index, value in node.items():
+            if 0 in value:
+                node[index] = [value[k] for k in sorted(value)]
+    return metrics
+
+
+def build_metrics(
+    plan: TofuPlan,
+    records: Records,
+    generations: Records | None = None,
+    reference: Records | None = None,
+    gradnorms: Records | None = None,
+) -> dict[str, dict[str, Any]]:
+    """open-unlearning's metric tree of per-item values, without aggregates.
+
+    Args:
+        plan: what was asked.
+        records: `score_texts` of `plan.scoring` (or of a part of it).
+        generations: `generate_texts` of `plan.generation`.
+        reference: the reference model's `score_texts` of `plan.attacked()`.
+        gradnorms: `gradient_norms` of `plan.attacked()`.
+    """
+    scored = _by_metric(records)
+    metrics: dict[str, dict[str, Any]] = {}
+    for name, node in scored.items():
+        if name != "holdout":
+            metrics[name] = {"value_by_index": {str(i): probability_row(node[i]) for i in sorted(node)}}
+    sides = {"forget": scored.get("forget_Q_A_Prob", {}), "holdout": scored.get("holdout", {})}
+    if sides["forget"]:
+        metrics |= memorization_rows(sides["forget"], plan.preset)
+    if sides["forget"] and sides["holdout"]:
+        keys = {"forget": "forget_Q_A_Prob", "holdout": "holdout"}
+        texts = {side: {i: plan.answer_texts[f"{keys[side]}/{i}"] for i in sides[side]} for side in sides}
+        other = None
+        if reference is not None:
+            grouped = _by_metric(reference)
+            other = {side: grouped[keys[side]] for side in sides}
+        metrics |= attack_rows(sides, texts, plan.preset, other)
+        if gradnorms is not None:
+            grouped = _by_metric(gradnorms)
+            metrics["mia_gradnorm"] = {
+                side: {"value_by_index": {str(i): {"score": r["score"]} for i, r in grouped[keys[side]].items()}}
+                for side in sides
+            }
+    for key, record in (generations or {}).items():
+        metric, index = key.split("/")
+        text, truth = record["generation"].strip(), plan.truths[key]
+        row = rouge_scores(truth, text, use_stemmer=plan.preset.use_stemmer)
+        row |= {"input": plan.questions[key], "ground_truth": truth, "generation": text}
+        metrics.setdefault(metric, {"value_by_index": {}})["value_by_index"][index] = row
+    return metrics
