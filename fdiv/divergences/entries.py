@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fdiv.divergences.base import Divergence
 from fdiv.divergences.rootfinding import solve_x_plus_expm1
-from fdiv.divergences.saturation import DEFAULT_MAX_EXPONENT, capped_expm1, soft_cap
+from fdiv.divergences.saturation import DEFAULT_MAX_EXPONENT, capped_expm1, half_sign, soft_cap
 
 _INF = math.inf
 _LOG2 = math.log(2.0)
@@ -136,7 +136,10 @@ class SkewJensenShannon(Divergence):
         return self.weight * torch.exp(x) * log_t_over_m - (1.0 - self.weight) * log_m
 
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
-        return self.weight * _log_mixture(log_t, self.weight)[0]
+        # w log(t/m) = −w (log w + softplus(c − x)), c = log((1−w)/w); minus its own rounding at t = 1
+        odds = math.log1p(-self.weight) - math.log(self.weight)
+        at_one = F.softplus(log_t.new_tensor(odds))
+        return (F.softplus(odds - log_t) - at_one) * -self.weight
 
     def _conjugate(self, v: Tensor) -> Tensor:
         return (1.0 - self.weight) * self._log_m(v)
@@ -418,7 +421,7 @@ class TotalVariation(Divergence):
         return 0.5 * torch.expm1(soft_cap(log_t)).abs()
 
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
-        return torch.where(log_t.isnan(), log_t, 0.5 * torch.sign(log_t))  # torch.sign(NaN) is 0
+        return half_sign(log_t)
 
     def _conjugate(self, v: Tensor) -> Tensor:
         return v
