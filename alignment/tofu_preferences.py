@@ -1,0 +1,114 @@
+"""Preference pairs from TOFU's perturbed rows: the paraphrased answer is preferred to each perturbed (wrong) answer.
+
+TOFU (Maini et al., arXiv:2401.06121) ships, for every question of `forget*_perturbed` and `retain_perturbed`, a
+paraphrase of the true answer and several perturbed ones: the same sentence with wrong facts. A model trained on the
+original answers has memorised those word by word, so original-against-perturbed is solved before the first step; the
+paraphrase was never seen in training, so ranking it above the perturbed answers asks for the fact itself. The split is
+by question: no question of the test set has a pair in the training set.
+"""
+
+import json
+import random
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+PROMPT = "{bos}Question: {question}\nAnswer:"
+"""The prompt that plain TOFU models, without a chat template, are trained on; the answer follows after a space."""
+
+_COLUMNS = ("question", "paraphrased_answer", "perturbed_answer")
+
+
+@dataclass
+class TofuPreferencesConfig:
+    """Recipe block `prepare: {name: tofu_preferences}`: write train and test preference pairs of TOFU rows.
+
+    Args:
+        data: directory with the TOFU files, one JSON object a line (`forget10_perturbed.json` …).
+        files: the perturbed files to read from it, without `.json`.
+        test_fraction: share of the questions whose pairs go to the test split, in (0, 1).
+        bos: text put before every prompt: the token the model's training rows began with; "" for a tokenizer that adds
+            its own.
+        seed: of the split and of the order of the rows.
+    """
+
+    data: str
+    files: list[str] = field(default_factory=lambda: ["forget10_perturbed", "retain_perturbed"])
+    test_fraction: float = 0.25
+    bos: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ValueError(
+                "prepare.files is empty: name at least one perturbed TOFU file, such as forget10_perturbed"
+            )
+        if not 0 < self.test_fraction < 1:
+            raise ValueError(f"prepare.test_fraction must lie in (0, 1), got {self.test_fraction}")
+
+    def build(self, output_dir: Path) -> dict[str, Any]:
+        """Write `data/train.jsonl` and `data/test.jsonl` with the columns prompt, chosen, rejected.
+
+        Returns:
+            The recipe keys it settles: `dataset_name`, `dataset_train_split`, `dataset_test_split`.
+
+        Raises:
+            FileNotFoundError: the directory or one of the files is missing.
+            ValueError: a row lacks one of the columns, or a split would be empty.
+        """
+        questions: dict[str, list[dict[str, str]]] = {}
+        for name in self.files:
+            for row in _read_rows(Path(self.data) / f"{name}.json"):
+                questions.setdefault(row["question"].strip(), []).extend(self._pairs(row))
+        names = sorted(questions)
+        random.Random(self.seed).shuffle(names)
+        n_test = round(self.test_fraction * len(names))
+        if not 0 < n_test < len(names):
+            raise ValueError(
+                f"prepare.test_fraction={self.test_fraction} of {len(names)} questions leaves one split empty: change "
+                "it or add files"
+            )
+        output_dir = Path(output_dir)
+        data_dir = output_dir / "data"
+        data_dir.mkdir(parents=True, exist_ok=True)
+        for split, chosen_names in (("test", names[:n_test]), ("train", names[n_test:])):
+            pairs = [pair for question in chosen_names for pair in questions[question]]
+            random.Random(self.seed).shuffle(pairs)
+            with (data_dir / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+        (output_dir / "prepare.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+        return {"dataset_name": str(data_dir), "dataset_train_split": "train", "dataset_test_split": "test"}
+
+    def _pairs(self, row: dict[str, Any]) -> list[dict[str, str]]:
+        """One pair per perturbed answer of the row; one equal to the paraphrase is no preference and left out."""
+        prompt = PROMPT.format(bos=self.bos, question=row["question"])
+        chosen = " " + row["paraphrased_answer"]
+        return [
+            {"prompt": prompt, "chosen": chosen, "rejected": " " + answer}
+            for answer in row["perturbed_answer"]
+            if answer.strip() != row["paraphrased_answer"].strip()
+        ]
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of one perturbed file, with their columns checked."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: set prepare.data to the directory that holds TOFU's *_perturbed.json files"
+        )
+    with path.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file if line.strip()]
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    for number, row in enumerate(rows, start=1):
+        missing = [column for column in _COLUMNS if not row.get(column)]
+        if missing:
+            raise ValueError(
+                f"{path} row {number} has no {missing[0]!r}: a perturbed TOFU file with {_COLUMNS} is needed"
+            )
+        if not isinstance(row["perturbed_answer"], list):
+            raise ValueError(f"{path} row {number}: 'perturbed_answer' must be a list of answers")
+    return rows
+
+
+__all__ = ["PROMPT", "TofuPreferencesConfig"]
