@@ -76,6 +76,7 @@ class Block:
     values: dict[str, Any]
     where: str
     require: dict[str, str] = field(default_factory=dict)
+    summary: list[str] = field(default_factory=list)
 
     def instance(self, variables: Mapping[str, str] | None = None) -> Any:
         """The dataclass, with `${NAME}` replaced. A `ValueError` of its own checks becomes a `RecipeError`."""
@@ -116,6 +117,13 @@ class Recipe:
         """Where the run writes: `output_dir`, or `runs/NAME` where the recipe does not say."""
         stated = interpolate({"output_dir": self.stated.get("output_dir")}, self.variables, "", self.source)
         return Path(stated["output_dir"] or Path("runs") / self.name)
+
+    def unset_variables(self) -> list[str]:
+        """The environment variables that the recipe uses and that are not set."""
+        blocks = [block.values for block in (self.prepare, *self.evaluations) if block]
+        found = [_VARIABLE.match(text) for text in _texts([self.stated, *blocks])]
+        used = {match.group(1) for match in found if match}
+        return sorted(name for name in used if name not in os.environ and name not in ("prepare", *self.variables))
 
     def value(self, key: str, default: Any = None) -> Any:
         """A top-level key as stated, else as filled in, else `default`."""
@@ -247,6 +255,14 @@ def interpolate(values: Any, variables: Mapping[str, str], prefix: str, source: 
             f"or give --{key} PATH"
         )
     return os.environ[name] + values[match.end() :]
+
+
+def _texts(values: Any) -> list[str]:
+    """Every text inside a nested value."""
+    if isinstance(values, str):
+        return [values]
+    inner = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
+    return [text for value in inner for text in _texts(value)]
 
 
 def one_line(error: BaseException | str) -> str:

@@ -54,6 +54,7 @@ def block_section(title: str, name: str, config: type) -> Section:
     extra = {"name": Key("name", str, name, "Which one.", tuple(_BUILDERS[title]), title)}
     if title == "eval":
         extra["require"] = Key("require", dict, None, "Metric → improved | increased | decreased.", group=title)
+        extra["summary"] = Key("summary", list[str] | None, None, "Metrics of the tables, in order.", group=title)
     return Section(title, {**extra, **section_of(config, title).keys})
 
 
@@ -216,7 +217,8 @@ class _Checker:
         checked = self.check(values, block_section(title, name, config), path)
         checked.pop("name")
         require = checked.pop("require", None) or {}
-        return Block(title, name, config, checked, self.where(path), self.requirements(require, path))
+        summary = checked.pop("summary", None) or []
+        return Block(title, name, config, checked, self.where(path), self.requirements(require, path), summary)
 
     def requirements(self, require: dict[str, Any], path: KeyPath) -> dict[str, str]:
         """`require:` of an evaluation: metric → improved, increased or decreased."""

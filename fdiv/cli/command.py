@@ -1,0 +1,181 @@
+"""The parser of `fdiv` and the way from an error to one line and an exit code. Standard library only: `fdiv --help`
+answers at once, and each verb imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+import fdiv
+from fdiv.errors import FdivError
+from fdiv.methods import EVAL_COMMANDS, load
+from fdiv.terminal import complain
+
+__all__ = ["main"]
+
+_OVERRIDES = """\
+RECIPE is a path, or the name of a packaged recipe (`fdiv recipes` lists them). Every key of it can be overridden:
+
+  --learning_rate 1e-5            a key of the training config, the model or the dataset
+  --eval.batch_size 8             a key of a block (prepare, eval, report, sweep)
+  --divergence.alpha 0.3          a parameter; or --divergence '{name: alpha, alpha: 0.3}'
+  --bf16 false, --no_bf16         a switch; --bf16 alone turns it on
+  --loss_type a b, --x '[1, 2]'   a list
+
+`fdiv recipes --keys METHOD` lists the keys. The command line wins over the recipe, the recipe over the defaults.
+"""
+_DEBUG_HELP = "show the traceback of an error instead of one line"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line; no abbreviated flags, so that a new flag never changes an old command."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        complain(f"{message} (see `{self.prog} --help`)")
+        sys.exit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every verb; `args.verb` is its name."""
+    parser = _Parser(prog="fdiv", description="Align and unlearn language models with any f-divergence.")
+    parser.add_argument("--version", action="version", version=f"fdiv {fdiv.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+
+    run = verbs.add_parser("run", help="run a recipe: prepare, train, evaluate, report", epilog=_OVERRIDES)
+    run.usage = "fdiv run RECIPE [--dry_run] [--accelerate NAME_OR_FILE] [--debug] [--KEY VALUE ...]"
+    _add_recipe(run)
+    run.add_argument("--dry_run", "--dry-run", action="store_true", help="print the resolved recipe and stop")
+
+    sweep = verbs.add_parser("sweep", help="run a recipe for divergences × seeds: one table, one frontier plot")
+    sweep.usage = (
+        "fdiv sweep RECIPE [--divergences D ...] [--seeds N ...] [--dry_run] [--accelerate NAME_OR_FILE] [--debug] "
+        "[--KEY VALUE ...]"
+    )
+    sweep.epilog = (
+        "The cells are all combinations of the lists in the recipe's `sweep:` block. A finished cell is not run\n"
+        "again; a failed one is reported, and the exit code is then 1.\n\n" + _OVERRIDES
+    )
+    _add_recipe(sweep)
+    sweep.add_argument("--divergences", nargs="+", metavar="D", help="names, or '{name: alpha, alpha: 0.3}'")
+    sweep.add_argument("--seeds", nargs="+", type=int, metavar="N", help="training seeds")
+    sweep.add_argument("--dry_run", "--dry-run", action="store_true", help="print the cells and stop")
+
+    evaluate = verbs.add_parser("eval", help="evaluate a model: " + ", ".join(EVAL_COMMANDS))
+    evaluate.add_argument("kind", choices=list(EVAL_COMMANDS), metavar="KIND", help=", ".join(EVAL_COMMANDS))
+    evaluate.add_argument("arguments", nargs=argparse.REMAINDER, help="see `fdiv eval KIND --help`")
+
+    report = verbs.add_parser("report", help="write one HTML page and plots from run or sweep directories")
+    report.add_argument("directories", nargs="+", metavar="DIR", help="the output_dir of a run or of a sweep")
+    report.add_argument("--output", required=True, metavar="FILE", help="the HTML page; plots go beside it")
+    report.add_argument("--title", help="heading of the page")
+    report.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
+
+    divergences = verbs.add_parser("divergences", help="list the divergences, or show one")
+    divergences.add_argument("name", nargs="?", metavar="NAME", help="a name, or '{name: alpha, alpha: 0.3}'")
+
+    recipes = verbs.add_parser("recipes", help="list the packaged recipes, show or copy one, list the valid keys")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="show this recipe")
+    recipes.add_argument("--copy", metavar="TO", help="copy the recipe to this file or directory")
+    recipes.add_argument("--keys", metavar="METHOD", help="list every key a recipe for METHOD may hold")
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged recipe")
+    parser.add_argument(
+        "--accelerate", metavar="NAME_OR_FILE", help="start under `accelerate launch` with this configuration"
+    )
+    parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 for a failed run, 2 for a wrong recipe or command line."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    flag_first = len(words) > 1 and words[1].startswith("-") and words[1] not in ("-h", "--help")
+    if flag_first and words[0] in ("run", "sweep"):
+        complain(f"the recipe comes first: fdiv {words[0]} RECIPE {words[1]} …")
+        return 2
+    parser = build_parser()
+    args, rest = parser.parse_known_args(words)
+    if rest and args.verb not in ("run", "sweep"):
+        complain(f"unrecognized arguments: {' '.join(rest)} (see `fdiv {args.verb} --help`)")
+        return 2
+    # TRL's own default sets the deprecated spelling; nobody who reads the terminal can do anything about it.
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
+    try:
+        return _VERBS[args.verb](args, rest, words)
+    except FdivError as error:
+        return _fail(error, args, error.exit_code)
+    except FileNotFoundError as error:
+        return _fail(error, args, 1)
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return 130
+
+
+def _fail(error: Exception, args: argparse.Namespace, code: int) -> int:
+    """One line for an error with a remedy; its traceback under --debug."""
+    if vars(args).get("debug"):
+        raise error
+    complain(str(error))
+    return code
+
+
+def _run(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from fdiv.cli.run_verb import run
+
+    return run(args, rest, words)
+
+
+def _sweep(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from fdiv.cli.run_verb import sweep
+
+    return sweep(args, rest, words)
+
+
+def _eval(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    command = load(EVAL_COMMANDS[args.kind])
+    parser = _Parser(prog=f"fdiv eval {args.kind}", description=command.__doc__)
+    command.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
+    kind_args = parser.parse_args(args.arguments)
+    args.debug = kind_args.debug
+    return command.run(kind_args)
+
+
+def _report(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from pathlib import Path
+
+    from fdiv.reporting import write_report
+    from fdiv.terminal import info
+
+    info(f"report: {write_report([Path(d) for d in args.directories], Path(args.output), args.title)}")
+    return 0
+
+
+def _divergences(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from fdiv.cli.listings import divergences
+
+    return divergences(args.name)
+
+
+def _recipes(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from fdiv.cli.listings import recipes
+
+    return recipes(args.name, args.copy, args.keys)
+
+
+_VERBS = {
+    "run": _run,
+    "sweep": _sweep,
+    "eval": _eval,
+    "report": _report,
+    "divergences": _divergences,
+    "recipes": _recipes,
+}

@@ -1,0 +1,157 @@
+"""`fdiv divergences` and `fdiv recipes`."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from fdiv.errors import RecipeError
+from fdiv.methods import METHODS, load, lookup
+from fdiv.recipe import find_recipe, packaged_recipes
+from fdiv.recipe_yaml import parse_value, read_document
+from fdiv.terminal import number, print_table
+
+__all__ = ["divergences", "recipes"]
+
+_EXAMPLE = 0.5  # any value inside (0, 1): limits that depend on the parameter are shown as formulas by `NAME`
+
+
+def divergences(spec: str | None) -> int:
+    """The registry as a table, or one entry in full."""
+    from fdiv.divergences import get_divergence, list_divergences
+    from fdiv.divergences.registry import aliases_of, parameters_of
+
+    if spec is not None:
+        try:
+            return _one_divergence(get_divergence(_with_example(parse_value(spec))))
+        except (ValueError, TypeError) as error:
+            raise RecipeError(str(error)) from error
+    rows = []
+    for name in list_divergences():
+        parameters = parameters_of(name)
+        entry = get_divergence({"name": name, **dict.fromkeys(parameters, _EXAMPLE)})
+        limits = (_curvature(entry), entry.derivative_at_zero, entry.slope_at_infinity)
+        shown = ["–" if limit is None else _limit(limit) for limit in limits]
+        rows.append((name, ", ".join(parameters), *shown, _lawful_for(entry), ", ".join(aliases_of(name))))
+    columns = ("name", "parameters", "f''(1)", "f'(0)", "f'(inf)", "lawful for", "aliases")
+    notes = [f"Limits that depend on a parameter are those at {_EXAMPLE}. `fdiv divergences NAME` shows one in full."]
+    print_table("Divergences D_f(policy ‖ reference)", columns, rows, notes, text_columns=(0, 1, 5, 6))
+    return 0
+
+
+def _with_example(spec: Any) -> Any:
+    """A bare name with parameters gets the example value, so that it can be shown."""
+    from fdiv.divergences import list_divergences
+    from fdiv.divergences.registry import parameters_of
+
+    if isinstance(spec, str) and spec in list_divergences():
+        return {"name": spec, **dict.fromkeys(parameters_of(spec), _EXAMPLE)}
+    return spec
+
+
+def _one_divergence(entry: Any) -> int:
+    from fdiv.divergences import list_divergences
+    from fdiv.divergences.registry import aliases_of
+
+    at_zero, curvature = entry.at_zero, _curvature(entry)
+    rows = [
+        ("f''(1)", "– (total variation has a corner there)" if curvature is None else _limit(curvature)),
+        ("f(0)", _limit(at_zero)),
+        ("f'(0)", _limit(entry.derivative_at_zero)),
+        ("f'(inf)", _limit(entry.slope_at_infinity)),
+        ("conjugate domain", " to ".join(_limit(bound) for bound in entry.conjugate_domain)),
+        ("lawful for", _lawful_for(entry)),
+    ]
+    if entry.name in list_divergences():
+        rows.append(("aliases", ", ".join(aliases_of(entry.name)) or "–"))
+    for name, method in METHODS.items():
+        reason = _refusal(method, entry)
+        if reason:
+            rows.append((f"not for {name}", reason))
+    print_table(entry.label, ("", ""), rows, text_columns=(0, 1))
+    sys.stdout.write((inspect.getdoc(entry) or "") + "\n")
+    return 0
+
+
+def _curvature(entry: Any) -> float | None:
+    try:
+        return float(entry.curvature)
+    except ValueError:  # total variation: the second derivative does not exist
+        return None
+
+
+def _limit(value: Any) -> str:
+    value = float(value)
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return number(value)
+
+
+def _refusal(method: Any, entry: Any) -> str | None:
+    """Why a method refuses a divergence; None where it does not."""
+    if method.check_divergence is None:
+        return None
+    try:
+        load(method.check_divergence)(entry)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _lawful_for(entry: Any) -> str:
+    lawful = [name for name, method in METHODS.items() if method.check_divergence and not _refusal(method, entry)]
+    return ", ".join(lawful) or "–"
+
+
+def recipes(name: str | None, copy_to: str | None, method: str | None) -> int:
+    """List the packaged recipes; show or copy one; list the valid keys."""
+    if method is not None:
+        return _keys(method)
+    if name is None:
+        if copy_to is not None:
+            raise RecipeError("--copy needs the name of a recipe: fdiv recipes NAME --copy TO")
+        rows = [(name, *_headline(path)) for name, path in packaged_recipes().items()]
+        notes = ["Run one: fdiv run NAME"]
+        print_table("Packaged recipes", ("name", "method", "what it does"), rows, notes, text_columns=(0, 1, 2))
+        return 0
+    path = find_recipe(name)
+    if copy_to is None:
+        sys.stdout.write(path.read_text(encoding="utf-8"))
+        return 0
+    target = Path(copy_to)
+    target = target / path.name if target.is_dir() else target
+    if target.exists():
+        raise RecipeError(f"{target} exists and is left alone; give another --copy")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
+    sys.stdout.write(f"{target}\n")
+    return 0
+
+
+def _headline(path: Path) -> tuple[str, str]:
+    """The method, and the first comment line of a recipe."""
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    headline = first.lstrip("# ").rstrip() if first.startswith("#") else ""
+    return str(read_document(path).values.get("method", "–")), headline
+
+
+def _keys(name: str) -> int:
+    """Every key a recipe for a method may hold, by group, with its type, default and help."""
+    from fdiv.recipe_check import all_keys
+    from fdiv.recipe_dump import plain
+    from fdiv.recipe_schema import type_name
+
+    method = lookup(METHODS, name, "method", "--keys")
+    group = None
+    for path, key in all_keys(method):
+        if key.group != group:
+            group = key.group
+            sys.stdout.write(f"\n# {group}\n")
+        default = "required" if key.required else plain(key.default)
+        text = " ".join(key.help.replace("%%", "%").split())
+        sys.stdout.write(f"{path}: {type_name(key.type)}; default {default!r}. {text}\n")
+    return 0

@@ -1,0 +1,88 @@
+"""Where a result came from: package versions, git revision, command line, seed, device."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import fdiv
+
+__all__ = ["command_line", "environment", "git_revision", "package_versions"]
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "vllm")
+_SECRET_FLAGS = ("--hub_token", "--hub-token")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Version of `fdiv` and of every package that shapes a result; None where one is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), "fdiv": fdiv.__version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def git_revision() -> dict[str, Any] | None:
+    """`{"revision": hash, "dirty": bool}` of the checkout `fdiv` is imported from; None for an installed package.
+
+    `dirty`: a tracked file differs from the revision.
+    """
+    folder = Path(fdiv.__file__).parent
+    # An installed package may lie inside somebody else's repository (a virtual environment in it): ask for our file.
+    if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    revision = _git(folder, "rev-parse", "HEAD")
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no", ":/")
+    return {"revision": revision, "dirty": bool(changes)} if revision else None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Output of one git command, None where git is missing or refuses."""
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=30, check=False
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def command_line(words: Sequence[str] | None = None) -> str:
+    """The command as one would type it again, `fdiv run …`, without the value of a token flag."""
+    words = list(sys.argv[1:] if words is None else words)
+    for index, word in enumerate(words):
+        if word in _SECRET_FLAGS and index + 1 < len(words):
+            words[index + 1] = "REDACTED"
+        elif word.startswith(tuple(f"{flag}=" for flag in _SECRET_FLAGS)):
+            words[index] = word.partition("=")[0] + "=REDACTED"
+    return shlex.join(["fdiv", *words])
+
+
+def environment(command: str, seed: int | None = None) -> dict[str, Any]:
+    """The content of `environment.json`. The host's name is left out: a result may be published."""
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState()
+    accelerated = state.device.type != "cpu"
+    return {
+        "command": command,
+        "seed": seed,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": package_versions(),
+        "git": git_revision(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.get_device_module(state.device).get_device_name(state.device) if accelerated else "cpu",
+        "processes": state.num_processes,
+        "distributed": state.distributed_type.value,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,126 @@
+"""The directory of a run: what may be written into it, and how."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fdiv.errors import FdivError
+
+__all__ = ["RunDirectory", "read_json", "write_json"]
+
+FINISHED = "result.json"
+_MARKS = ("recipe_resolved.yaml", "environment.json")
+_OUTPUTS = (
+    FINISHED,
+    *_MARKS,
+    "metrics.jsonl",
+    "eval_before.json",
+    "eval_after.json",
+    "README.md",
+    "report.html",
+    "error.txt",
+)
+
+
+class RunDirectory:
+    """`output_dir` of one run. `result.json` is written last: where it stands, the run is finished."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run came to its end here."""
+        return (self.path / FINISHED).is_file()
+
+    def checkpoints(self) -> list[Path]:
+        """The training checkpoints, oldest first."""
+        found = [folder for folder in self.path.glob("checkpoint-*") if folder.name.partition("-")[2].isdigit()]
+        return sorted(found, key=lambda folder: int(folder.name.partition("-")[2]))
+
+    def check(self, overwrite: bool, resume: bool | str | None) -> None:
+        """Refuse to write where that would touch an earlier result. Reads only.
+
+        Raises:
+            FdivError: a finished run, an unfinished one with checkpoints, or a directory that is no run of fdiv;
+                or nothing to resume from.
+        """
+        if resume is True and not self.checkpoints():
+            raise FdivError(
+                f"resume_from_checkpoint: there is no checkpoint in {self.path}; leave the key out to start"
+            )
+        if isinstance(resume, str) and not Path(resume).is_dir():
+            raise FdivError(f"resume_from_checkpoint: no such directory: {resume}")
+        if overwrite or not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise FdivError(f"output_dir {self.path} is a file; choose another --output_dir")
+        if self.finished:
+            raise FdivError(
+                f"{self.path} holds a finished run, which is left alone; choose another --output_dir, or replace it "
+                "with --overwrite_output_dir true"
+            )
+        if resume:
+            return
+        if self.checkpoints():
+            raise FdivError(
+                f"{self.path} holds checkpoints of an unfinished run; continue it with --resume_from_checkpoint true, "
+                "start again with --overwrite_output_dir true, or choose another --output_dir"
+            )
+        strangers = [entry.name for entry in self.path.iterdir() if entry.name not in ("prepared", "error.txt")]
+        if strangers and not any((self.path / mark).exists() for mark in _MARKS):
+            raise FdivError(
+                f"output_dir {self.path} is not empty and not a run of fdiv (it holds {sorted(strangers)[0]!r}); "
+                "choose another --output_dir, or write into it with --overwrite_output_dir true"
+            )
+
+    def clear(self, resume: bool | str | None) -> None:
+        """Make the directory, and remove what an earlier run of fdiv wrote (nothing that it did not)."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if resume:
+            return
+        for name in _OUTPUTS:
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (*self.checkpoints(), self.path / "eval", self.path / "plots"):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+
+    def write(self, name: str, content: str) -> None:
+        """Write a file so that it is either whole or absent."""
+        target = self.path / name
+        temporary = target.with_name(f".{name}.part")
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, target)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all. NaN and infinity, which JSON lacks, become null."""
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+    RunDirectory(path.parent).write(path.name, text + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        FdivError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FdivError(f"{path} does not exist") from None
+    except json.JSONDecodeError as error:
+        raise FdivError(f"{path} is not valid JSON: {error}") from error
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    if isinstance(content, dict):
+        return {str(key): _finite(value) for key, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, (list, tuple)) else content

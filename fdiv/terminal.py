@@ -1,0 +1,92 @@
+"""What a person sees in the terminal: one-line messages and tables. Nothing is printed by any but the main process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["complain", "info", "is_main_process", "number", "print_table", "run_table"]
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that talks and writes, of those a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def info(message: str) -> None:
+    """A line of progress, on stderr."""
+    if is_main_process():
+        sys.stderr.write(f"{message}\n")
+        sys.stderr.flush()
+
+
+def complain(message: str) -> None:
+    """An error as exactly one line on stderr."""
+    info("fdiv: " + " ".join(message.split()))
+
+
+def number(value: Any) -> str:
+    """A number to four significant digits, plain where that is readable; `–` for a missing one."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e6):
+        return f"{int(value)}" if isinstance(value, int) else f"{value:.1f}"
+    size = abs(value)
+    if 1e-3 <= size < 1e5:
+        digits = max(0, 3 - len(str(int(size))) + 1) if size >= 1 else 4
+        return f"{value:.{digits}f}"
+    return f"{value:.3g}"
+
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str] = (),
+    text_columns: Sequence[int] = (0,),
+) -> None:
+    """A table on stdout, with lines of notes below; `text_columns` are left-aligned, the others right-aligned."""
+    if not is_main_process():
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index in text_columns else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def run_table(result: Mapping[str, Any], output_dir: Any) -> None:
+    """The end-of-run table: every summary metric before and after training, and the change."""
+    rows = []
+    for name in result["summary_metrics"]:
+        before, after = result.get(f"before/{name}"), result.get(f"after/{name}")
+        change = None if before is None or after is None else after - before
+        rows.append((name, number(before), number(after), "–" if change is None else f"{change:+.4g}"))
+    if not rows:
+        trained = {name: value for name, value in result.items() if name.startswith("train/")}
+        rows = [(name.removeprefix("train/"), "–", number(value), "–") for name, value in trained.items()]
+    title = f"{result['recipe']} · {divergence_label(result['divergence'])} · seed {result['seed']}"
+    notes = [f"{name}: {reason}" for name, reason in result["notes"].items()]
+    notes.append(f"{result['steps']} steps in {result['train_seconds']:.1f} s; everything is in {output_dir}")
+    print_table(title, ("metric", "before", "after", "change"), rows, notes)
+
+
+def divergence_label(spec: Any) -> str:
+    """`reverse_kl`, `alpha(alpha=0.3)`, or `no divergence`."""
+    if spec is None:
+        return "no divergence"
+    if isinstance(spec, str):
+        return spec
+    parameters = ", ".join(f"{name}={value}" for name, value in spec.items() if name != "name")
+    return f"{spec.get('name')}({parameters})" if parameters else str(spec.get("name"))
