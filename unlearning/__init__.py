@@ -4,6 +4,7 @@ The losses are pure functions and imported with the package; configs and trainer
 """
 
 from importlib import import_module
+from typing import Any
 
 if __name__ != "fdiv.unlearning":
     raise ImportError(
@@ -48,7 +49,7 @@ _LAZY = {
 """Where `<key>Config` and `<key>Trainer` are."""
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Import a config or trainer on first use: both pull in transformers and TRL."""
     stem = name.removesuffix("Config").removesuffix("Trainer")
     if stem != name and stem in _LAZY:
@@ -56,7 +57,12 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 __all__ = [
+    *(f"{stem}{kind}" for stem in _LAZY for kind in ("Config", "Trainer")),
     "answer_score",
     "ce_u",
     "flat_loss",

@@ -32,6 +32,7 @@ __all__ = [
     "OFFICIAL_FLAT_DIVERGENCES",
     "REDUCTIONS",
     "answer_score",
+    "check_one_hot_divergence",
     "flat_loss",
     "grad_ascent",
     "grad_diff",
@@ -248,6 +249,21 @@ def sat_imp(log_probs: Tensor, mask: Tensor, beta1: float = 5.0, beta2: float = 
 # ------------------------------------------------------------------------------------------- divergences per token
 
 
+def check_one_hot_divergence(divergence: DivergenceSpec) -> Divergence:
+    """The divergence that `divergence` specifies, if its distance to a one-hot Q is finite, that is f'(∞) < ∞.
+
+    Raises:
+        ValueError: f'(∞) = ∞: any mass off the target would cost infinitely much.
+    """
+    divergence = get_divergence(divergence)
+    if divergence.slope_at_infinity == float("inf"):
+        raise ValueError(
+            f"{divergence.name} has f'(∞) = ∞, so its distance to a one-hot target is infinite wherever the policy "
+            "leaves it any mass: use one with a finite slope at infinity, such as jensen_shannon or squared_hellinger"
+        )
+    return divergence
+
+
 def jensun(target_log_probs: Tensor, mask: Tensor, divergence: DivergenceSpec = "jensen_shannon") -> Tensor:
     """(1/|y|) Σ_t D_f(p_θ(·|x, y_<t) ‖ onehot(w_t)) → [B]: JensUn's forget half for any f with f'(∞) < ∞.
 
@@ -260,17 +276,12 @@ def jensun(target_log_probs: Tensor, mask: Tensor, divergence: DivergenceSpec = 
         divergence: f with a finite slope at infinity.
 
     Raises:
-        ValueError: f'(∞) = ∞: any mass off the target would cost infinitely much.
+        ValueError: see `check_one_hot_divergence`.
     """
-    divergence = get_divergence(divergence)
-    slope = divergence.slope_at_infinity
-    if not slope < float("inf"):
-        raise ValueError(
-            f"{divergence.name} has f'(∞) = ∞, so its distance to a one-hot target is infinite wherever the policy "
-            "leaves it any mass: use one with a finite slope at infinity, such as jensen_shannon or squared_hellinger"
-        )
+    divergence = check_one_hot_divergence(divergence)
     log_probs = _masked(target_log_probs, mask)
-    return masked_mean(divergence.generator(log_probs) - torch.expm1(log_probs) * slope, mask)
+    off_target = -torch.expm1(log_probs)
+    return masked_mean(divergence.generator(log_probs) + off_target * divergence.slope_at_infinity, mask)
 
 
 def sampled_divergence(log_ratio: Tensor, mask: Tensor, divergence: DivergenceSpec) -> Tensor:

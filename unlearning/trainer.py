@@ -53,8 +53,9 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
 
     Logged, as means over every example since the last log on all processes: `forget_term`, `retain_term`,
     `prob/{template,forget,retain}` (length-normalised probability, TOFU's), and where there is a reference
-    `log_ratio/{role}_p05|p50|p95` of whole answers and `divergence/<name>` with `_se`, per token on the retain rows
-    (on the forget rows when there are no others): an estimate of D_f as far as those tokens are the reference's own.
+    `log_ratio/{role}_p05|p50|p95` of whole answers and `divergence/<name>` with `_se` over examples, per token on the
+    retain rows (on the forget rows when there are no others): exact over the vocabulary where the method has logits,
+    else f(P/Q) at the rows' own tokens, an estimate of D_f as far as those are the reference's own.
 
     Raises:
         ValueError: rows without the needed columns, a forget row inside the retain set, missing retain rows, a
@@ -249,7 +250,10 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
         rows = scores.get("retain", scores["forget"])
         if rows.reference is None:
             return {}
-        return {"divergence": sampled_divergence(rows.token_log_ratio, rows.mask, self.metric_divergence)}
+        if rows.logits is None:
+            return {"divergence": sampled_divergence(rows.token_log_ratio, rows.mask, self.metric_divergence)}
+        pair = rows.logits, rows.reference.logits
+        return {"divergence": vocabulary_divergence(*pair, rows.mask, self.metric_divergence)}
 
     def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:
         """Means, quantiles of the log-ratios, and the divergence with its standard error; see the class."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fdiv.unlearning.config import UnlearningConfig, named_divergence
 from fdiv.unlearning.data import UnlearningCollator
-from fdiv.unlearning.losses import jensun
+from fdiv.unlearning.losses import check_one_hot_divergence, jensun
 from fdiv.unlearning.scoring import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
@@ -46,7 +46,7 @@ class JensUnConfig(UnlearningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        jensun(torch.zeros(1, 1), torch.ones(1, 1), named_divergence(self.divergence, "divergence"))  # refuses
+        check_one_hot_divergence(named_divergence(self.divergence, "divergence"))
         if not self.pattern:
             raise ValueError("pattern is empty: give the refusal to steer to, for example ' No idea'")
 
