@@ -71,8 +71,9 @@ class EvalLog:
             if value is None:
                 continue
             for number in value if isinstance(value, list) else [value]:
-                if math.isnan(number):
-                    raise DataError(f"{self.source}: {metric}, row {index}: {name} is NaN")
+                if not math.isfinite(number):
+                    word = "NaN" if math.isnan(number) else "infinite"
+                    raise DataError(f"{self.source}: {metric}, row {index}: {name} is {word}")
             column[index] = value
         return column
 

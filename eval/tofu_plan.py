@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fdiv.eval.eval_log import EvalLog
 from fdiv.eval.generation import GenerationRequest
 from fdiv.eval.item_metrics import attack_rows, memorization_rows, probability_row
+from fdiv.eval.model_evaluation import selected_rows
 from fdiv.eval.presets import Preset
 from fdiv.eval.prompting import PromptFormat
 from fdiv.eval.scoring import ScoringRequest
@@ -20,7 +19,7 @@ from fdiv.eval.tofu_data import TofuRows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TofuPlan", "plan_tofu"]
+__all__ = ["TofuPlan", "build_metrics", "plan_tofu"]
 
 Records = Mapping[str, Mapping[str, Any]]
 
@@ -52,21 +51,13 @@ class TofuPlan:
         """What forget quality and PrivLeak need: truth ratios of the forget rows and the attacked texts."""
         return [r for r in self.scoring if r.token_level or r.key.startswith("forget_")]
 
-    def forget_keys(self) -> EvalLog:
+    def empty_log(self) -> EvalLog:
         """A log of the forget rows without values, to check a retain log before any model is loaded."""
         indices = [request.key.split("/")[1] for request in self.scoring if request.key.startswith("forget_Q_A_PARA")]
         truths = {i: {"ground_truth": self.rows.forget[int(i)]["answer"]} for i in indices}
         metrics = {"forget_Q_A_PARA_Prob": {"value_by_index": {i: {} for i in indices}}}
         metrics["forget_Q_A_ROUGE"] = {"value_by_index": truths}
         return EvalLog(metrics, "tofu", self.preset.name, "this evaluation")
-
-
-def _selected(count: int, max_rows: int | None, max_items: int | None) -> list[int]:
-    """Row indices that count: the preset's first rows, thinned evenly to `max_items`."""
-    count = count if max_rows is None else min(count, max_rows)
-    if max_items is None or max_items >= count:
-        return list(range(count))
-    return sorted({int(i) for i in np.linspace(0, count - 1, max_items).round()})
 
 
 def plan_tofu(
@@ -93,7 +84,7 @@ def plan_tofu(
     for name in ("forget", "retain", "ra", "wf"):
         row_set = getattr(rows, name)
         limit = preset.max_rows if name in ("forget", "retain") else None
-        for i in _selected(len(row_set), limit, max_items):
+        for i in selected_rows(len(row_set), limit, max_items):
             row = row_set[i]
             question = row["question"]
             score(f"{name}_Q_A_Prob/{i}", question, row["answer"], token_level=name == "forget")
@@ -107,7 +98,7 @@ def plan_tofu(
             bound = preset.answer_tokens - (len(prompt_ids) if preset.answer_bound == "total" else 0)
             plan.generation.append(GenerationRequest(key, prompt_ids, max(0, bound)))
             plan.questions[key], plan.truths[key] = question, row["answer"].strip()
-    for i in _selected(len(rows.holdout), preset.max_rows, max_items):
+    for i in selected_rows(len(rows.holdout), preset.max_rows, max_items):
         score(f"holdout/{i}", rows.holdout[i]["question"], rows.holdout[i]["answer"], token_level=True)
     return plan
 
