@@ -83,7 +83,7 @@ class Divergence:
         log_t = as_float(log_t, "log_t")
         infinite = torch.isinf(log_t)
         value = self._generator(log_t.masked_fill(infinite, 0.0))
-        ends = torch.where(log_t > 0, math.inf, self.at_zero).to(log_t.dtype)
+        ends = torch.full_like(value, self.at_zero).masked_fill(log_t > 0, math.inf)
         return torch.where(infinite, ends, value)
 
     def derivative(self, log_t: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Divergence:
         v = given.double()  # f'(∞) − v must keep its digits, and float32 rounds f'(∞) itself
         below, above = v <= self.derivative_at_zero, v >= self.slope_at_infinity
         value = self._conjugate(v.masked_fill(below | above, 0.0))
-        top = torch.where(v > self.slope_at_infinity, math.inf, self._conjugate_at_slope()).to(v.dtype)
+        top = torch.full_like(v, self._conjugate_at_slope()).masked_fill(v > self.slope_at_infinity, math.inf)
         return torch.where(below, -self.at_zero, torch.where(above, top, value)).to(given.dtype)
 
     def inverse_derivative(self, v: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ class Divergence:
         """f(t)/t including log t = ±inf, where it is f'(∞) and (at 0, which P never samples) +inf."""
         infinite = torch.isinf(log_t)
         value = self._generator_over_t(log_t.masked_fill(infinite, 0.0))
-        ends = torch.where(log_t > 0, self.slope_at_infinity, math.inf).to(log_t.dtype)
+        ends = torch.full_like(value, math.inf).masked_fill(log_t > 0, self.slope_at_infinity)
         return torch.where(infinite, ends, value)
 
     # ---------------------------------------------------------------- hooks, on finite input in the open domain
