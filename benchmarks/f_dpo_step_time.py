@@ -1,0 +1,212 @@
+"""Step time and peak memory of `FDPOTrainer` against TRL's `DPOTrainer`, as ratios.
+
+    python benchmarks/f_dpo_step_time.py [--divergences reverse_kl …] [--pairs 30] [--output FILE]
+
+One process builds both trainers on the same model and data. Pairs of optimizer steps (forward, reference forward,
+backward, clipping, AdamW, and a log of every metric after every step) run on the same batch, in alternating order; the
+time ratio is the median over the pairs, with a 95 % bootstrap interval. The batch is doubled until a step lasts long
+enough. Memory is the peak of a whole step, weights and optimizer states included: allocated tensors as the profiler
+counts them on a CPU (exact and repeatable), `max_memory_allocated` on an accelerator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+LAWFUL: list[Any] = [
+    "reverse_kl",
+    "forward_kl",
+    "jensen_shannon",
+    {"name": "skew_jensen_shannon", "weight": 0.3},
+    "jeffreys",
+    {"name": "alpha", "alpha": 0.3},
+    "squared_hellinger",
+    "neyman_chi2",
+    "chi2_kl",
+]
+TIME_GOAL, MEMORY_GOAL = 1.02, 1.01
+
+
+def rows(count: int, length: int) -> Any:
+    """Preference rows of about `length` bytes (tokens of the tiny tokenizer) each; no two alike."""
+    from datasets import Dataset
+
+    generator = random.Random(0)
+    letters = "bcdfghjklmnpqrstvwxz0123456789"
+
+    def text(size: int) -> str:
+        return "".join(generator.choices(letters, k=size))
+
+    half = length // 2
+    return Dataset.from_list(
+        [{"prompt": text(half), "chosen": text(half), "rejected": text(half - 2)} for _ in range(count)]
+    )
+
+
+def build(kind: str, model_dir: str, pairs: int, length: int, output_dir: str, **options: Any) -> Any:
+    """A trainer of `kind` ("trl" or "fdiv") with optimizer and schedule, ready to step."""
+    from trl import DPOConfig, DPOTrainer
+
+    from fdiv.alignment import FDPOConfig, FDPOTrainer
+
+    config, trainer_class = (DPOConfig, DPOTrainer) if kind == "trl" else (FDPOConfig, FDPOTrainer)
+    args = config(
+        output_dir=output_dir,
+        per_device_train_batch_size=pairs,
+        learning_rate=1e-5,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        disable_tqdm=True,
+        max_length=None,
+        **options,
+    )
+    trainer = trainer_class(model_dir, args=args, train_dataset=rows(pairs * 4, length))
+    trainer.callback_handler.callbacks = []  # nothing but the trainer's own work
+    trainer.create_optimizer_and_scheduler(num_training_steps=1000)
+    trainer.model.to(trainer.args.device)
+    return trainer
+
+
+def step(trainer: Any, batch: dict[str, torch.Tensor]) -> float:
+    """One optimizer step with its log, in seconds."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    synchronize()
+    started = time.perf_counter()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.training_step(trainer.model, dict(batch))
+    trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
+    trainer.optimizer.step()
+    trainer.model.zero_grad()
+    trainer.log({})
+    synchronize()
+    return time.perf_counter() - started
+
+
+def peak_bytes(trainer: Any, batch: dict[str, torch.Tensor]) -> int:
+    """Peak tensor memory during one step, with everything that lies there before it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(trainer, batch)
+        return torch.cuda.max_memory_allocated() - before + resident_bytes(trainer)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(trainer, batch)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    if not events:
+        raise RuntimeError("the profiler reported no allocations: this torch build cannot measure CPU memory")
+    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(held.max()) + resident_bytes(trainer)
+
+
+def resident_bytes(trainer: Any) -> int:
+    """Weights of policy and reference and optimizer states."""
+    tensors = [*trainer.model.parameters(), *trainer.ref_model.parameters()]
+    for state in trainer.optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def compare(divergence: Any, pairs: int, model_dir: str, batch_pairs: int, length: int) -> dict[str, Any]:
+    """Time and memory of both trainers under one divergence."""
+    with tempfile.TemporaryDirectory() as folder:
+        ours = build("fdiv", model_dir, batch_pairs, length, folder, divergence=divergence)
+        theirs = build("trl", model_dir, batch_pairs, length, folder)
+        batch = ours._prepare_inputs(next(iter(ours.get_train_dataloader())))
+        for trainer in (ours, theirs):
+            for _ in range(2):
+                step(trainer, batch)
+        times: dict[str, list[float]] = {"fdiv": [], "trl": []}
+        for pair in range(pairs):
+            order = [("fdiv", ours), ("trl", theirs)]
+            for name, trainer in order if pair % 2 else reversed(order):
+                times[name].append(step(trainer, batch))
+        memory = {name: peak_bytes(trainer, batch) for name, trainer in (("fdiv", ours), ("trl", theirs))}
+    ratios = np.array(times["fdiv"]) / np.array(times["trl"])
+    resampled = np.random.default_rng(0).choice(ratios, size=(10_000, len(ratios)))
+    low, high = np.quantile(np.median(resampled, axis=1), [0.025, 0.975])
+    return {
+        "divergence": divergence,
+        "time_ratio": float(np.median(ratios)),
+        "time_ratio_interval": [float(low), float(high)],
+        "memory_ratio": memory["fdiv"] / memory["trl"],
+        "step_seconds": {name: statistics.median(values) for name, values in times.items()},
+        "peak_bytes": memory,
+        "pairs": pairs,
+        "ratios": [round(float(ratio), 5) for ratio in ratios],
+        "meets_goal": bool(np.median(ratios) <= TIME_GOAL and memory["fdiv"] <= MEMORY_GOAL * memory["trl"]),
+    }
+
+
+def batch_for(seconds: float, model_dir: str, length: int) -> int:
+    """The number of pairs per batch, a power of two, at which a step of TRL's trainer lasts `seconds` or more."""
+    pairs = 1
+    while True:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = build("trl", model_dir, pairs, length, folder)
+            batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+            step(trainer, batch)
+            if min(step(trainer, batch) for _ in range(2)) >= seconds:
+                return pairs
+        pairs *= 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--divergences", nargs="+", help="names, or JSON mappings; all lawful ones when left out")
+    parser.add_argument("--pairs", type=int, default=30, help="interleaved pairs of steps per divergence")
+    parser.add_argument("--min_step_seconds", type=float, default=0.6)
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence, about")
+    parser.add_argument("--hidden_size", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "f_dpo_step_time.json"))
+    options = parser.parse_args()
+
+    from fdiv.provenance import environment
+    from fdiv.tiny_models import build_tiny_model
+
+    named = options.divergences or LAWFUL
+    divergences = [json.loads(d) if isinstance(d, str) and d.startswith("{") else d for d in named]
+    with tempfile.TemporaryDirectory() as folder:
+        model_dir = str(
+            build_tiny_model(
+                f"{folder}/model", hidden_size=options.hidden_size, layers=options.layers, head_dim=64,
+                max_positions=4 * options.length,
+            )
+        )  # fmt: skip
+        batch_pairs = batch_for(options.min_step_seconds, model_dir, options.length)
+        results = []
+        for divergence in divergences:
+            result = compare(divergence, options.pairs, model_dir, batch_pairs, options.length)
+            results.append(result)
+            low, high = result["time_ratio_interval"]
+            print(
+                f"{divergence!s:48} time {result['time_ratio']:.4f} [{low:.4f}, {high:.4f}]  "
+                f"memory {result['memory_ratio']:.4f}  step {result['step_seconds']['trl']:.2f} s"
+            )
+    content = {
+        "goal": {"time_ratio": TIME_GOAL, "memory_ratio": MEMORY_GOAL},
+        "settings": vars(options) | {"batch_pairs": batch_pairs, "output": Path(options.output).name},
+        "results": results,
+        "environment": environment(shlex.join(["python", *sys.argv]), seed=0),
+    }
+    output = Path(options.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {output}")
+
+
+if __name__ == "__main__":
+    main()
