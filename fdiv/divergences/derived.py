@@ -160,7 +160,7 @@ class FromGenerator(Divergence):
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         infinite = torch.isinf(log_t)
         x = _two_sided_cap(log_t.masked_fill(infinite, 0.0).double(), min(cap, _USER_CAP))
-        ends = torch.where(log_t > 0, self.slope_at_infinity, self.derivative_at_zero).to(log_t.dtype)
+        ends = torch.full_like(log_t, self.derivative_at_zero).masked_fill(log_t > 0, self.slope_at_infinity)
         return torch.where(infinite, ends, self._derivative(x).to(log_t.dtype))
 
     def _conjugate(self, v: Tensor) -> Tensor:

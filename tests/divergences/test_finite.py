@@ -127,6 +127,9 @@ def test_the_ends(spec, dtype):
     ends = torch.tensor([-math.inf, math.inf, 1.0], dtype=dtype)
     slope, gradient = value_and_gradient(divergence.derivative, ends)
     assert not torch.isnan(gradient).any()
+    if dtype == torch.float64:  # the limits are kept to the last bit of float64
+        zero = torch.tensor([-math.inf], dtype=dtype)
+        assert divergence.generator(zero).item() == divergence.at_zero
     assert slope[0].item() == pytest.approx(divergence.derivative_at_zero)
     assert slope[1].item() == pytest.approx(divergence.slope_at_infinity)
     value, gradient = value_and_gradient(divergence.generator, ends)
