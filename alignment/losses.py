@@ -5,9 +5,11 @@ A log-ratio is log π_θ(y|x) − log π_ref(y|x), summed over the completion to
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,11 +18,13 @@ from fdiv.divergences import get_divergence
 if TYPE_CHECKING:
     from fdiv.divergences import Divergence
 
-__all__ = ["check_f_dpo_divergence", "f_dpo_loss", "f_dpo_rewards"]
+__all__ = ["check_f_dpo_divergence", "d2o_experimental_reason", "d2o_loss", "f_dpo_loss", "f_dpo_rewards"]
 
 
-def check_f_dpo_divergence(divergence: str | Mapping[str, Any] | Divergence) -> Divergence:
-    """The divergence `divergence` specifies, if f-DPO is lawful with it.
+def check_f_dpo_divergence(
+    divergence: str | Mapping[str, Any] | Divergence, *, objective: str = "f-DPO"
+) -> Divergence:
+    """The divergence `divergence` specifies, if f-DPO (or another `objective` on the same reward) is lawful with it.
 
     f-DPO turns max_π E_π[r] − β·D_f(π‖π_ref) into a loss through its KKT condition r(x, y) = β·f′(π/π_ref) + c(x). It
     holds for every y only if the optimum is positive everywhere; f′(0⁺) = −∞ ensures that (Wang et al. 2023,
@@ -32,7 +36,7 @@ def check_f_dpo_divergence(divergence: str | Mapping[str, Any] | Divergence) -> 
     divergence = get_divergence(divergence)
     if divergence.derivative_at_zero != -float("inf"):
         raise ValueError(
-            f"f-DPO cannot use the divergence {divergence.name!r}: it needs f'(0+) = -inf, here f'(0+) = "
+            f"{objective} cannot use the divergence {divergence.name!r}: it needs f'(0+) = -inf, here f'(0+) = "
             f"{divergence.derivative_at_zero:g}. With a finite slope at 0 the optimal policy may give a response "
             "probability 0 (the KKT multiplier of pi >= 0 becomes active), and then r = beta*f'(pi/pi_ref) + c(x), on "
             "which the loss rests, no longer holds. Lawful ones: `fdiv divergences` lists them (reverse_kl, "
@@ -103,3 +107,88 @@ def _lawful(divergence: str | Mapping[str, Any] | Divergence, beta: float) -> Di
     if not beta > 0:
         raise ValueError(f"beta={beta}: f-DPO needs beta > 0, the weight of the divergence from the reference")
     return check_f_dpo_divergence(divergence)
+
+
+def d2o_experimental_reason(
+    divergence: str | Mapping[str, Any] | Divergence, alpha: float, beta: float, *, one_reference: bool = True
+) -> str | None:
+    """Why D²O under this divergence is a heuristic; None for `reverse_kl` (the published loss) and where it is exact.
+
+    Args:
+        divergence: any spec of `get_divergence`.
+        alpha, beta: the weights of the two terms.
+        one_reference: whether the anchors and the rejected answer are compared with the same reference.
+    """
+    name = get_divergence(divergence).label
+    if name == "reverse_kl" or (alpha == beta and one_reference):
+        return None
+    cause = f"alpha={alpha} differs from beta={beta}" if alpha != beta else "the two references differ"
+    return (
+        f"D2O with the divergence {name} is experimental here: {cause}. The reward of an answer is "
+        "beta*f'(pi/pi_ref) + c(x), and c(x), which nobody can compute, cancels between the anchors and the rejected "
+        "answer only if both carry the same weight (alpha = beta) and the same reference; otherwise the loss is a "
+        "heuristic that no reward model stands behind"
+    )
+
+
+def d2o_loss(
+    anchor_log_ratio: Tensor,
+    rejected_log_ratio: Tensor,
+    alpha: float,
+    beta: float,
+    divergence: str | Mapping[str, Any] | Divergence = "reverse_kl",
+    *,
+    anchor_mask: Tensor | None = None,
+    max_exponent: float | None = None,
+) -> Tensor:
+    """D²O: −log σ((β/K)·Σ_k f′(π_θ(y_k)/π_r⁻(y_k)) − α·f′(π_θ(y_l)/π_r⁺(y_l))) (Duan et al. 2024, arXiv:2403.03419).
+
+    The anchors y_1 … y_K are the model's own samples, averaged inside σ, so that a bad sample counts 1/K. With K = 1,
+    α = β and one reference it is f-DPO with the anchor as the chosen answer; with no anchors it is (α/2)·NPO at NPO's
+    β = α; it is at most the mean over k of its value with anchor k alone (Jensen).
+
+    Args:
+        anchor_log_ratio: `[B, K]`, log π_θ(y_k|x) − log π_r⁻(y_k|x), summed over tokens, nats. K = 0 is allowed.
+        rejected_log_ratio: `[B]`, log π_θ(y_l|x) − log π_r⁺(y_l|x).
+        alpha: weight of the rejected answer, > 0.
+        beta: weight of the anchors, ≥ 0.
+        divergence: any spec of `get_divergence` with f′(0⁺) = −∞. The paper's loss is `reverse_kl`; another one is
+            experimental unless α = β and both references are the same (see `d2o_experimental_reason`).
+        anchor_mask: `[B, K]` bool or 0/1; an anchor with 0 is left out of the mean. A row without any counts as K = 0.
+        max_exponent: overflow cap on exp-type scores, see `f_dpo_rewards`.
+
+    Returns:
+        `[B]`, nats; float32 for half-precision input, float64 is kept.
+
+    Raises:
+        ValueError: an unlawful divergence (see `check_f_dpo_divergence`), `alpha` ≤ 0, `beta` < 0, shapes that do not
+            fit.
+
+    Warns:
+        UserWarning: another divergence than `reverse_kl` with α ≠ β, with the reason.
+    """
+    _check_d2o_inputs(anchor_log_ratio, rejected_log_ratio, anchor_mask, alpha, beta)
+    divergence = check_f_dpo_divergence(divergence, objective="D2O")
+    reason = d2o_experimental_reason(divergence, alpha, beta)
+    if reason:
+        warnings.warn(reason, UserWarning, stacklevel=2)
+    present = torch.ones_like(anchor_log_ratio, dtype=torch.bool) if anchor_mask is None else anchor_mask.bool()
+    scores = divergence.score(torch.where(present, anchor_log_ratio, 0.0), max_exponent)
+    anchors = torch.where(present, scores, 0.0).sum(-1) / present.sum(-1).clamp(min=1)
+    return -F.logsigmoid(beta * anchors - alpha * divergence.score(rejected_log_ratio, max_exponent))
+
+
+def _check_d2o_inputs(anchors: Tensor, rejected: Tensor, mask: Tensor | None, alpha: float, beta: float) -> None:
+    if not alpha > 0:
+        raise ValueError(f"alpha={alpha}: D2O needs alpha > 0, the weight of the rejected answer")
+    if not beta >= 0:
+        raise ValueError(f"beta={beta}: D2O needs beta >= 0, the weight of the anchors")
+    if anchors.dim() != 2 or rejected.shape != anchors.shape[:1]:
+        raise ValueError(
+            f"anchor_log_ratio has shape {tuple(anchors.shape)} and rejected_log_ratio {tuple(rejected.shape)}: D2O "
+            "needs [B, K] and [B]"
+        )
+    if mask is not None and mask.shape != anchors.shape:
+        raise ValueError(
+            f"anchor_mask has shape {tuple(mask.shape)}, anchor_log_ratio {tuple(anchors.shape)}: must be equal"
+        )
