@@ -5,7 +5,8 @@
     python3 scripts/setup_environment.py freeze main             rewrite the pins of constraints.txt from .venv
 
 A stamp in the environment holds a hash of the constraints, of pyproject.toml and of the checkout's path: while it
-matches, there is nothing to do. It is written last, so a failed install leaves none.
+matches, there is nothing to do, unless TORCH_INDEX names another index than the one torch came from. It is written
+last, so a failed install leaves none.
 
 Environment variables: TORCH_INDEX (index to take torch from, whatever the machine), VERBOSE=1 (all of pip's output).
 """
@@ -77,7 +78,9 @@ def choose_torch(
     """
     cpu_build = f"{version}+cpu"
     if torch_index:
-        return TorchSource(f"torch=={version}", ("--index-url", torch_index), "TORCH_INDEX is set")
+        # Forced, because ==VERSION is met by another build of it that is installed already.
+        options = ("--force-reinstall", "--index-url", torch_index)
+        return TorchSource(f"torch=={version}", options, "TORCH_INDEX is set")
     if accelerator:
         # A +cpu wheel in a configured source would sort above the plain release: === takes the plain one only.
         operator = "===" if cpu_build in offered else "=="
@@ -163,9 +166,11 @@ def create_venv(directory: Path) -> Path:
 def install(environment: Environment) -> None:
     """Bring one environment up to date with its pinned set; nothing to do while its stamp matches."""
     directory, constraints = ROOT / environment.directory, ROOT / environment.constraints
-    stamp, key = directory / ".fdiv-setup", stamp_key(environment)
-    if stamp.exists() and stamp.read_text() == key and (directory / "bin" / "python").exists():
-        return
+    stamp, torch_index = directory / ".fdiv-setup", os.environ.get("TORCH_INDEX")
+    if stamp.exists() and (directory / "bin" / "python").exists():
+        key, _, installed_from = stamp.read_text(encoding="utf-8").partition("\n")
+        if key == stamp_key(environment) and torch_index in (None, "", installed_from):
+            return
     stamp.unlink(missing_ok=True)
     python = create_venv(directory)
     pinned = ("-c", str(constraints))
@@ -176,24 +181,27 @@ def install(environment: Environment) -> None:
     accelerator = has_accelerator()
     torch = choose_torch(
         pinned_version(constraints, "torch"),
-        torch_index=os.environ.get("TORCH_INDEX"),
+        torch_index=torch_index,
         accelerator=accelerator,
         system=platform.system(),
         offered=offered_versions(python, "torch"),
     )
     print(f"==> installing {' '.join((torch.requirement, *torch.options))} ({torch.reason})", flush=True)
-    pip(python, "install", *pinned, *torch.options, torch.requirement)
+    # Without its dependencies: torch's own index may not have the pinned releases of them.
+    pip(python, "install", "--no-deps", *torch.options, torch.requirement)
 
     packages = ["-e", f".[{environment.extras}]"]
     if environment.cpu_engine:
         engine = environment.gpu_engine if accelerator else environment.cpu_engine
         packages.insert(0, f"{engine}=={pinned_version(constraints, environment.cpu_engine)}")
     print(f"==> installing {' '.join(packages)} with the rest of {constraints.name}", flush=True)
-    pip(python, "install", *pinned, *packages)
+    # A build from TORCH_INDEX may need packages that only that index has (ROCm's triton).
+    further_index = ("--extra-index-url", torch_index) if torch_index else ()
+    pip(python, "install", *pinned, *further_index, *packages)
     if environment.cpu_removals and not accelerator:
         print(f"==> removing {', '.join(environment.cpu_removals)} (CUDA builds, not needed)", flush=True)
         pip(python, "uninstall", "-y", *environment.cpu_removals)
-    stamp.write_text(key)
+    stamp.write_text(f"{stamp_key(environment)}\n{torch_index or ''}", encoding="utf-8")
     print(f"==> {environment.directory} is ready", flush=True)
 
 

@@ -9,6 +9,7 @@ import time
 import pytest
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+MIRROR = "https://mirror.example/torch"
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,8 @@ PYPI, LOCAL = frozenset({"2.13.0", "2.14.0"}), frozenset({"2.13.0", "2.13.0+cpu"
         (None, False, "Darwin", PYPI, "torch==2.13.0", ()),
         (None, True, "Linux", PYPI, "torch==2.13.0", ()),
         (None, True, "Linux", LOCAL, "torch===2.13.0", ()),  # plain ==2.13.0 would take the +cpu wheel
-        ("https://mirror/cu", True, "Linux", LOCAL, "torch==2.13.0", ("--index-url", "https://mirror/cu")),
-        ("https://mirror/cu", False, "Linux", LOCAL, "torch==2.13.0", ("--index-url", "https://mirror/cu")),
+        (MIRROR, True, "Linux", LOCAL, "torch==2.13.0", ("--force-reinstall", "--index-url", MIRROR)),
+        (MIRROR, False, "Linux", LOCAL, "torch==2.13.0", ("--force-reinstall", "--index-url", MIRROR)),
     ],
 )
 def test_choice_of_torch(script, index, accelerator, system, offered, requirement, options):
@@ -85,7 +86,7 @@ def test_second_setup_does_nothing_until_the_pins_change(script, checkout):
     pinned = ("-c", str(root / "constraints.txt"))
     assert calls == [
         ("install", *pinned, "pip", "setuptools", "wheel"),
-        ("install", *pinned, "torch==2.13.0+cpu"),
+        ("install", "--no-deps", "torch==2.13.0+cpu"),
         ("install", *pinned, "-e", ".[deepspeed,eval,dev]"),
     ]
     calls.clear()
@@ -95,6 +96,21 @@ def test_second_setup_does_nothing_until_the_pins_change(script, checkout):
         file.write("# moved\n")
     script.main(["main"])
     assert len(calls) == 3
+
+
+def test_another_torch_index_reinstalls_and_leaving_it_out_afterwards_does_not(script, checkout, monkeypatch):
+    _, calls = checkout
+    script.main(["main"])
+    calls.clear()
+    monkeypatch.setenv("TORCH_INDEX", MIRROR)
+    script.main(["main"])
+    assert calls[1] == ("install", "--no-deps", "--force-reinstall", "--index-url", MIRROR, "torch==2.13.0")
+    assert calls[2][-4:] == ("--extra-index-url", MIRROR, "-e", ".[deepspeed,eval,dev]")
+    calls.clear()
+    script.main(["main"])
+    monkeypatch.delenv("TORCH_INDEX")
+    script.main(["main"])
+    assert calls == []
 
 
 def test_a_failed_install_leaves_no_stamp(script, checkout, monkeypatch):
@@ -129,7 +145,7 @@ def test_vllm_environment_without_an_accelerator_and_with_one(script, checkout, 
     monkeypatch.setattr(script, "has_accelerator", lambda: True)
     script.main(["vllm"])
     assert calls[1:] == [
-        ("install", *pinned, "torch===2.13.0"),
+        ("install", "--no-deps", "torch===2.13.0"),
         ("install", *pinned, f"vllm=={release}", "-e", ".[eval]"),
     ]
 
