@@ -251,6 +251,15 @@ class Divergence:
         return x if math.isinf(self.slope_at_infinity) else self.slope_at_infinity - F.softplus(-x)
 
 
+def open_unit_interval(divergence: str, parameter: str, value: float, limits: str) -> float:
+    """`value` as a float in (0, 1), or ValueError naming the divergence, the parameter, the value and the limits."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < 1.0:
+        raise ValueError(
+            f"{divergence}: {parameter} must be a number strictly between 0 and 1, got {value!r} ({limits})"
+        )
+    return float(value)
+
+
 def _largest_below(bound: float, dtype: torch.dtype) -> float:
     """The largest number of `dtype` strictly below `bound` (rounding `bound` to the type may round it up)."""
     number = torch.tensor(bound, dtype=torch.float64).to(dtype)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fdiv.divergences.base import Divergence
-from fdiv.divergences.entries import ENTRIES, Alpha
+from fdiv.divergences.entries import ENTRIES
+from fdiv.divergences.powers import Alpha
 
 #: What `get_divergence` accepts.
 DivergenceSpec = str | Mapping[str, Any] | Divergence

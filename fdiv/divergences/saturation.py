@@ -73,6 +73,11 @@ def capped_expm1(exponent: Tensor, cap: float) -> Tensor:
     return _CappedExpm1.apply(exponent, cap)
 
 
+def saturating_expm1(exponent: Tensor) -> Tensor:
+    """`capped_expm1` at the registry's own cap."""
+    return capped_expm1(exponent, DEFAULT_MAX_EXPONENT)
+
+
 class _HalfSign(torch.autograd.Function):
     """½ sign(x), keeping NaN (torch.sign makes it 0); the gradient is 0."""
 

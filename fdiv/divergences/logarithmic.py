@@ -1,0 +1,202 @@
+"""The divergences whose generator holds a logarithm: both Kullback–Leibler directions, Jensen–Shannon, Jeffreys.
+
+Every formula of this file and its neighbours `powers` and `bounded` is written in x = log t so that it loses no digits
+near t = 1 and does not overflow far from it; where an exponential must grow, it saturates as
+`fdiv.divergences.saturation` says. Sources: f-DPO (arXiv:2309.16240), f-DPG (arXiv:2302.08215), DPH-RL
+(arXiv:2509.07430), f-GAN (Nowozin et al. 2016, arXiv:1606.00709).
+"""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal, localcontext
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fdiv.divergences.base import Divergence, open_unit_interval
+from fdiv.divergences.rootfinding import solve_x_plus_expm1
+from fdiv.divergences.saturation import capped_expm1, saturating_expm1, soft_cap
+
+_INF = math.inf
+_LOG2 = math.log(2.0)
+
+
+class ReverseKL(Divergence):
+    """KL(P‖Q): f(t) = t log t − t + 1, f' = log t, f* = e^v − 1. Mode seeking; f-DPO with it is DPO."""
+
+    name = "reverse_kl"
+    aliases = ("rkl",)
+    at_zero, derivative_at_zero, slope_at_infinity = 1.0, -_INF, _INF
+    curvature = 1.0
+
+    def dual(self) -> Divergence:
+        return ForwardKL()
+
+    def _generator(self, log_t: Tensor) -> Tensor:
+        x = soft_cap(log_t)
+        return torch.exp(x) * x - torch.expm1(x)
+
+    def _score(self, log_t: Tensor, cap: float) -> Tensor:
+        return log_t
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        return saturating_expm1(v)
+
+    def _inverse_derivative(self, v: Tensor) -> Tensor:
+        return v
+
+    def _activation(self, x: Tensor) -> Tensor:
+        return x - 1.0
+
+
+class ForwardKL(Divergence):
+    """KL(Q‖P): f(t) = −log t + t − 1, f' = 1 − 1/t, f* = −log(1 − v). Mass covering."""
+
+    name = "forward_kl"
+    aliases = ("fkl",)
+    at_zero, derivative_at_zero, slope_at_infinity = _INF, -_INF, 1.0
+    curvature = 1.0
+    exponents = (-1.0,)
+
+    def dual(self) -> Divergence:
+        return ReverseKL()
+
+    def _generator(self, log_t: Tensor) -> Tensor:
+        x = soft_cap(log_t)
+        return torch.expm1(x) - x
+
+    def _score(self, log_t: Tensor, cap: float) -> Tensor:
+        return -capped_expm1(-log_t, cap)
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        return -torch.log1p(-v)
+
+    def _inverse_derivative(self, v: Tensor) -> Tensor:
+        return -torch.log1p(-v)
+
+    def _activation(self, x: Tensor) -> Tensor:
+        return -saturating_expm1(-x)
+
+
+def _log_mixture(x: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """(log t − log m, log m) with m = w·t + 1 − w, each to full relative precision on its own side of t = 1."""
+    right = torch.log1p((1.0 - weight) * torch.expm1(-x.clamp(min=0.0)))
+    left = torch.log1p(weight * torch.expm1(x.clamp(max=0.0)))
+    return torch.where(x < 0, x - left, -right), torch.where(x < 0, left, x + right)
+
+
+class SkewJensenShannon(Divergence):
+    """w KL(P‖M) + (1−w) KL(Q‖M), M = w P + (1−w) Q, 0 < w < 1.
+
+    f(t) = w t log t − m log m, m = w t + 1 − w; f' = w log(t/m); f* = −(1−w) log[(1 − w e^{v/w})/(1−w)]. w = ½ is half
+    of `jensen_shannon`. Bounded; f'(∞) = −w log w.
+    """
+
+    name = "skew_jensen_shannon"
+    aliases = ("skew_js",)
+    derivative_at_zero = -_INF
+
+    def __init__(self, weight: float) -> None:
+        self.weight = open_unit_interval(self.name, "weight", weight, "w → 0 and w → 1 vanish")
+        self.parameters = MappingProxyType({"weight": self.weight})
+        self.at_zero = -(1.0 - self.weight) * math.log1p(-self.weight)
+        # f'(∞) as a sum of two floats, so that f'(∞) − v keeps its digits when v is close to it
+        with localcontext() as context:
+            context.prec = 50
+            slope = -Decimal(self.weight) * Decimal(self.weight).ln()
+            self.slope_at_infinity = float(slope)
+            self._slope_rest = float(slope - Decimal(self.slope_at_infinity))
+
+    @property
+    def curvature(self) -> float:
+        return self.weight * (1.0 - self.weight)
+
+    def dual(self) -> Divergence:
+        return SkewJensenShannon(1.0 - self.weight)
+
+    def _generator(self, log_t: Tensor) -> Tensor:
+        x = soft_cap(log_t)
+        log_t_over_m, log_m = _log_mixture(x, self.weight)
+        return self.weight * torch.exp(x) * log_t_over_m - (1.0 - self.weight) * log_m
+
+    def _score(self, log_t: Tensor, cap: float) -> Tensor:
+        # w log(t/m) = −w (log w + softplus(c − x)), c = log((1−w)/w); minus its own rounding at t = 1
+        odds = math.log1p(-self.weight) - math.log(self.weight)
+        at_one = F.softplus(log_t.new_tensor(odds))
+        return (F.softplus(odds - log_t) - at_one) * -self.weight
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        return (1.0 - self.weight) * self._log_m(v)
+
+    def _inverse_derivative(self, v: Tensor) -> Tensor:
+        return v / self.weight + self._log_m(v)
+
+    def _log_m(self, v: Tensor) -> Tensor:
+        """log m at f'(t) = v: −log[(1 − w e^{v/w})/(1−w)], from the gap to f'(∞) when v is close to it."""
+        w = self.weight
+        gap = (self.slope_at_infinity - v) + self._slope_rest
+        close = gap < 0.5 * self.slope_at_infinity
+        near = math.log1p(-w) - torch.log(-torch.expm1(-torch.where(close, gap, 1.0) / w))
+        far = -torch.log1p(-(w / (1.0 - w)) * torch.expm1(torch.where(close, 0.0, v) / w))
+        return torch.where(close, near, far)
+
+
+class JensenShannon(Divergence):
+    """KL(P‖M) + KL(Q‖M), M = (P+Q)/2: TWICE the textbook Jensen–Shannon divergence, as in f-DPO, f-DPG and f-GAN.
+
+    f(t) = t log t − (1+t) log((1+t)/2); f' = log(2t/(1+t)); f* = −log(2 − e^v). At most 2 log 2.
+    """
+
+    name = "jensen_shannon"
+    aliases = ("js", "jsd", "js_divergence", "jenson_shannon")
+    at_zero, derivative_at_zero, slope_at_infinity = _LOG2, -_INF, _LOG2
+    curvature = 0.5
+    _half = SkewJensenShannon(0.5)
+
+    def dual(self) -> Divergence:
+        return self
+
+    def _generator(self, log_t: Tensor) -> Tensor:
+        return 2.0 * self._half._generator(log_t)
+
+    def _score(self, log_t: Tensor, cap: float) -> Tensor:
+        return F.logsigmoid(log_t) + _LOG2
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        return 2.0 * self._half._conjugate(0.5 * v)
+
+    def _inverse_derivative(self, v: Tensor) -> Tensor:
+        return self._half._inverse_derivative(0.5 * v)
+
+    def _activation(self, x: Tensor) -> Tensor:
+        return _LOG2 - F.softplus(-x)
+
+
+class Jeffreys(Divergence):
+    """KL(P‖Q) + KL(Q‖P): f(t) = (t−1) log t, f' = log t + 1 − 1/t; f* = ω + 1/ω + v − 2, ω = W(e^{1−v})."""
+
+    name = "jeffreys"
+    aliases = ("jeffrey", "symmetric_kl")
+    at_zero, derivative_at_zero, slope_at_infinity = _INF, -_INF, _INF
+    curvature = 2.0
+    exponents = (-1.0,)
+
+    def dual(self) -> Divergence:
+        return self
+
+    def _generator(self, log_t: Tensor) -> Tensor:
+        x = soft_cap(log_t)
+        return torch.expm1(x) * x
+
+    def _score(self, log_t: Tensor, cap: float) -> Tensor:
+        return log_t - capped_expm1(-log_t, cap)
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        x = self._inverse_derivative(v)
+        return saturating_expm1(x) + x  # = ω + 1/ω + v − 2 with v written out
+
+    def _inverse_derivative(self, v: Tensor) -> Tensor:
+        return -solve_x_plus_expm1(-v)

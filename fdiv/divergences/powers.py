@@ -1,0 +1,176 @@
+"""The divergences whose generator is a power of t: the α family, squared Hellinger, both χ², and χPO's mixture.
+
+Sources: f-DPO and DPH-RL for α (arXiv:2309.16240, arXiv:2509.07430), χPO (arXiv:2407.13399), FLAT (arXiv:2410.11143).
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from fdiv.divergences.base import Divergence, open_unit_interval
+from fdiv.divergences.logarithmic import ForwardKL
+from fdiv.divergences.rootfinding import solve_x_plus_expm1
+from fdiv.divergences.saturation import DEFAULT_MAX_EXPONENT, capped_expm1, saturating_expm1, soft_cap
+
+_INF = math.inf
+
+
+class Alpha(Divergence):
+    """The α-divergence of f-DPO and DPH-RL, 0 < α < 1; α → 0 is reverse KL, α → 1 forward KL.
+
+    f(t) = (t^{1−α} − (1−α)t − α)/(α(α−1)); f' = (1 − t^{−α})/α; f* = (t^{1−α} − 1)/(1−α) at t = (1−αv)^{−1/α}.
+    TRL ≥ 0.29 and α-DPG count the other way round: their α is 1 − α here (`alpha_trl`, `alpha_dpg`).
+    """
+
+    name = "alpha"
+    derivative_at_zero = -_INF
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = open_unit_interval(self.name, "alpha", alpha, "α → 0 is reverse_kl, α → 1 is forward_kl")
+        self.parameters = MappingProxyType({"alpha": self.alpha})
+        self.at_zero = 1.0 / (1.0 - self.alpha)
+        self.slope_at_infinity = 1.0 / self.alpha
+        self._slope_rest = float(1 / Fraction(self.alpha) - Fraction(self.slope_at_infinity))
+        self.exponents = (-self.alpha,)
+
+    curvature = 1.0
+
+    def dual(self) -> Divergence:
+        return Alpha(1.0 - self.alpha)
+
+    def _generator(self, log_t: Tensor) -> Tensor:
+        a, x = self.alpha, soft_cap(log_t)
+        if a <= 0.5:  # (t f' − (t−1))/(1−α): keeps its digits as α → 0
+            low = x.clamp(min=-DEFAULT_MAX_EXPONENT / a)  # t f' is 0 to the last bit beyond
+            return (-torch.exp(x) * torch.expm1(-a * low) / a - torch.expm1(x)) / (1.0 - a)
+        return (torch.expm1(x) - torch.expm1((1.0 - a) * x) / (1.0 - a)) / a  # likewise as α → 1
+
+    def _score(self, log_t: Tensor, cap: float) -> Tensor:
+        return -capped_expm1(-self.alpha * log_t, cap) / self.alpha
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        return saturating_expm1((1.0 - self.alpha) * self._inverse_derivative(v)) / (1.0 - self.alpha)
+
+    def _inverse_derivative(self, v: Tensor) -> Tensor:
+        a = self.alpha
+        gap = (self.slope_at_infinity - v) + self._slope_rest
+        close = gap < 0.5 * self.slope_at_infinity
+        near = torch.log(a * torch.where(close, gap, 1.0))
+        far = torch.log1p(-a * torch.where(close, 0.0, v))
+        return -torch.where(close, near, far) / a
+
+
+class SquaredHellinger(Divergence):
+    """∑(√P − √Q)²: f(t) = (√t − 1)², f' = 1 − t^{−1/2}, f* = v/(1−v). Half of `alpha` at ½."""
+
+    name = "squared_hellinger"
+    aliases = ("hellinger",)
+    at_zero, derivative_at_zero, slope_at_infinity = 1.0, -_INF, 1.0
+    curvature = 0.5
+    exponents = (-0.5,)
+
+    def dual(self) -> Divergence:
+        return self
+
+    def _generator(self, log_t: Tensor) -> Tensor:
+        return torch.expm1(0.5 * soft_cap(log_t)).square()
+
+    def _score(self, log_t: Tensor, cap: float) -> Tensor:
+        return -capped_expm1(-0.5 * log_t, cap)
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        return v / (1.0 - v)
+
+    def _inverse_derivative(self, v: Tensor) -> Tensor:
+        return -2.0 * torch.log1p(-v)
+
+    def _activation(self, x: Tensor) -> Tensor:
+        return -saturating_expm1(-x)
+
+
+class NeymanChi2(Divergence):
+    """∑(P − Q)²/P = χ²(Q‖P): f(t) = (1−t)²/t, f' = 1 − t⁻², f* = 2 − 2√(1−v). Very mass covering, heavy tails."""
+
+    name = "neyman_chi2"
+    aliases = ("neyman",)
+    at_zero, derivative_at_zero, slope_at_infinity = _INF, -_INF, 1.0
+    curvature = 2.0
+    exponents = (-2.0,)
+
+    def dual(self) -> Divergence:
+        return PearsonChi2()
+
+    def _generator(self, log_t: Tensor) -> Tensor:
+        x = -soft_cap(-soft_cap(log_t))
+        return -torch.expm1(x) * torch.expm1(-x)
+
+    def _score(self, log_t: Tensor, cap: float) -> Tensor:
+        return -capped_expm1(-2.0 * log_t, cap)
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        return 2.0 * v / (1.0 + torch.sqrt(1.0 - v))  # = 2 − 2√(1−v), without the cancellation
+
+    def _inverse_derivative(self, v: Tensor) -> Tensor:
+        return -0.5 * torch.log1p(-v)
+
+    def _activation(self, x: Tensor) -> Tensor:
+        return -saturating_expm1(-x)
+
+
+class PearsonChi2(Divergence):
+    """∑(P − Q)²/Q = χ²(P‖Q): f(t) = (t−1)², f' = 2(t−1), f* = v + v²/4 for v > −2, else −1."""
+
+    name = "pearson_chi2"
+    aliases = ("pearson",)
+    at_zero, derivative_at_zero, slope_at_infinity = 1.0, -2.0, _INF
+    curvature = 2.0
+    exponents = (1.0,)
+
+    def dual(self) -> Divergence:
+        return NeymanChi2()
+
+    def _generator(self, log_t: Tensor) -> Tensor:
+        return torch.expm1(soft_cap(log_t, rate=2.0)).square()
+
+    def _score(self, log_t: Tensor, cap: float) -> Tensor:
+        return 2.0 * capped_expm1(log_t, cap)
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        small = v.clamp(max=1e12)
+        large = torch.expm1(2.0 * soft_cap(self._inverse_derivative(v), rate=2.0))  # t² − 1, without overflow
+        return torch.where(v < 1e12, small * (1.0 + 0.25 * small), large)
+
+    def _inverse_derivative(self, v: Tensor) -> Tensor:
+        return torch.log1p(0.5 * v)
+
+
+class Chi2KL(Divergence):
+    """χPO's mixture ½χ²(P‖Q) + KL(P‖Q): f(t) = ½(t−1)² + t log t − t + 1, f' = t − 1 + log t, f* = ½(t−1)(t+3)."""
+
+    name = "chi2_kl"
+    aliases = ("chi_po", "chipo", "xpo")
+    at_zero, derivative_at_zero, slope_at_infinity = 1.5, -_INF, _INF
+    curvature = 2.0
+    exponents = (1.0,)
+
+    def dual(self) -> Divergence:
+        return NeymanChi2().scaled(0.5) + ForwardKL()
+
+    def _generator(self, log_t: Tensor) -> Tensor:
+        x = soft_cap(log_t, rate=2.0)
+        return 0.5 * torch.expm1(x).square() + torch.exp(x) * x - torch.expm1(x)
+
+    def _score(self, log_t: Tensor, cap: float) -> Tensor:
+        return log_t + capped_expm1(log_t, cap)
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        gain = torch.expm1(soft_cap(self._inverse_derivative(v), rate=2.0))
+        return 0.5 * gain * (gain + 4.0)
+
+    def _inverse_derivative(self, v: Tensor) -> Tensor:
+        return solve_x_plus_expm1(v)
