@@ -40,14 +40,17 @@ class Aggregates:
         if value is None and not note:
             raise ValueError(f"{name} is null without a reason")
         self.values[name] = None if value is None else float(value)
+        self.notes.pop(name, None)
         if note:
             self.notes[name] = note
         if value is not None:
             self.log.metrics.setdefault(name, {})["agg_value"] = float(value)
 
     def missing(self, name: str, needed: str | None = None) -> None:
-        """Record that the log cannot give `name`."""
-        self.put(name, None, f"the log holds no per-item values of {needed or name}")
+        """Record that the log cannot give `name`, with the reason the run stamped where there is one."""
+        reasons = self.log.stamp.get("missing", {})
+        reason = reasons.get(name) or reasons.get(name.split("_")[0])
+        self.put(name, None, reason or f"the log holds no per-item values of {needed or name}")
 
     def mean(self, name: str, column: dict[int, Any], dropped: int = 0) -> None:
         """Store the mean over rows (of the mean within a row for lists)."""

@@ -37,11 +37,12 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class VLLMSource:
-    """What vLLM loads: a model path or hub name, and a LoRA adapter on it."""
+    """What vLLM loads: a model path or hub name, a LoRA adapter on it, and the share of GPU memory it may take."""
 
     model: str
     adapter: str | None = None
     dtype: str = "auto"
+    memory: float = 0.5
 
 
 def _check_context(requests: Sequence[GenerationRequest], limit: int | None) -> None:
@@ -161,7 +162,12 @@ def generate_with_vllm(
     cache = ItemCache(cache_dir, "generations", fingerprint(model_digest, texts, "vllm", source.dtype))
     pending = [request for request in requests if request.key not in cache.items]
     if pending:
-        engine = LLM(model=source.model, dtype=source.dtype, enable_lora=source.adapter is not None)
+        engine = LLM(
+            model=source.model,
+            dtype=source.dtype,
+            enable_lora=source.adapter is not None,
+            gpu_memory_utilization=source.memory,
+        )
         adapter = LoRARequest("adapter", 1, source.adapter) if source.adapter else None
         stop_ids = _stop_ids(None, tokenizer)
         for start in range(0, len(pending), chunk):

@@ -171,7 +171,8 @@ class ModelEvaluation(ABC):
             records = self._score(model, plan.likelihoods() if likelihood_only else plan.scoring, f"{title}: scoring")
             if not likelihood_only:
                 if self.config.generate:
-                    generations = generator(plan.generation) if generator else self._generate(model, title)
+                    asked = plan.generation
+                    generations = generator(asked) if generator else self._generate(model, title, asked)
                 gradnorms = self._gradnorms(model, missing, title)
         if "holdout" in self.missing:
             attacks = ("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "gradnorm")
@@ -204,10 +205,10 @@ class ModelEvaluation(ABC):
             **self._cache(model),
         )
 
-    def _generate(self, model: PreTrainedModel, title: str) -> Records:
+    def _generate(self, model: PreTrainedModel, title: str, requests: Sequence[GenerationRequest]) -> Records:
         size, title = self.config.generation_batch_size, f"{title}: generating"
         cache = self._cache(model)
-        return generate_texts(model, self.tokenizer, self.plan.generation, batch_size=size, title=title, **cache)
+        return generate_texts(model, self.tokenizer, requests, batch_size=size, title=title, **cache)
 
     def _gradnorms(self, model: PreTrainedModel, missing: dict[str, str], title: str) -> Records | None:
         from transformers.integrations import is_deepspeed_zero3_enabled

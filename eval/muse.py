@@ -12,7 +12,7 @@ from fdiv.eval.context import EvalContext
 from fdiv.eval.eval_log import EvalLog, write_eval_log
 from fdiv.eval.generation import GenerationRequest
 from fdiv.eval.item_metrics import attack_rows, memorization_rows
-from fdiv.eval.model_evaluation import ModelEvaluation, Records, selected_rows
+from fdiv.eval.model_evaluation import ModelEvaluation, Records, evaluation_mode, selected_rows
 from fdiv.eval.muse_aggregate import aggregate_muse
 from fdiv.eval.muse_data import MuseRows, load_muse_rows
 from fdiv.eval.prompting import PromptFormat
@@ -192,6 +192,15 @@ class MuseEvaluation(ModelEvaluation):
             row |= {"input": self.plan.prompts[key], "ground_truth": truth, "generation": text}
             metrics.setdefault(name, {"value_by_index": {}})["value_by_index"][index] = row
         return metrics
+
+    def retain_knowmem(self, model: PreTrainedModel, title: str) -> float:
+        """KnowMem on the retain questions alone, for a model of a fold (percent under `muse_original`)."""
+        requests = [r for r in self.plan.generation if r.key.startswith("retain_knowmem_ROUGE/")]
+        with evaluation_mode(model):
+            records = self._generate(model, title, requests)
+        metrics = self.build_metrics({}, records, None, None)
+        log = EvalLog(metrics, "muse", self.preset.name, title, self.stamp(model))
+        return aggregate_muse(log, self.preset).values["retain_knowmem_ROUGE"]
 
     def aggregate(self, log: EvalLog) -> Aggregates:
         """Aggregates of a log of this evaluation against its retain log."""

@@ -54,6 +54,8 @@ def aggregate_muse(log: EvalLog, preset: Preset, retain: EvalLog | None = None, 
     result.fluency("forget_ngram_entropy", "forget_verbmem_ROUGE")
     result.classifier("forget_gibberish")
     result.privleak(aggregate_muse(retain, preset, corpus=corpus) if retain is not None else None, corpus)
+    for name in ("sustainability", "scalability"):
+        result.put(name, None, f"needs the models of every fold (--{name} MODEL …)")
     for name in REQUIRED_KEYS:
         if name not in result.values:
             result.put(name, None, "a TOFU metric; MUSE has no perturbed answers")

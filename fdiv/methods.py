@@ -174,6 +174,8 @@ PREPARE: dict[str, str] = {
 
 EVALUATIONS: dict[str, str] = {
     "preferences": "fdiv.eval.preferences:PreferencesEvalConfig",
+    "tofu": "fdiv.eval.tofu:TofuEvalConfig",
+    "muse": "fdiv.eval.muse:MuseEvalConfig",
     "tiny_world": "fdiv.alignment.tiny_world_eval:TinyWorldEvalConfig",
 }
 """`eval: {name: …}`: a dataclass with `evaluate(model, tokenizer, datasets, context) -> dict[str, float | None]`.
@@ -184,6 +186,9 @@ Class attributes it may carry: `summary_metrics` (names for the end-of-run table
 
 EVAL_COMMANDS: dict[str, str] = {
     "preferences": "fdiv.eval.preferences:command",
+    "tofu": "fdiv.eval.tofu_command:command",
+    "muse": "fdiv.eval.muse_command:command",
+    "lm_eval": "fdiv.eval.lm_eval_command:command",
 }
 """`fdiv eval KIND`: an object with `add_arguments(parser)` and `run(args) -> int`."""
 
