@@ -143,9 +143,10 @@ def _absolute(value: Any, folder: Path) -> Any:
 
 def _trainer(recipe: Recipe, configs: Configs, directory: RunDirectory) -> tuple[Any, Any]:
     """The trainer with its callbacks, everything it reads checked first."""
+    from transformers import ProgressCallback
     from trl import get_peft_config, get_quantization_config
 
-    from fdiv.run_evaluation import Evaluations, MetricsFile
+    from fdiv.run_evaluation import Evaluations, MetricsFile, ProgressBar
 
     training = configs.training
     tokenizer = load_tokenizer(recipe, configs)
@@ -169,6 +170,8 @@ def _trainer(recipe: Recipe, configs: Configs, directory: RunDirectory) -> tuple
         raise
     except ValueError as error:
         raise FdivError(f"{recipe.source}: {trainer_class.__name__}: {one_line(error)}") from error
+    if trainer.pop_callback(ProgressCallback) is not None:  # absent where disable_tqdm is set
+        trainer.add_callback(ProgressBar())
     evaluations.trainer = trainer
     return trainer, evaluations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from fdiv.errors import FdivError
 from fdiv.eval.context import EvalContext
 from fdiv.recipe import Block
 from fdiv.run_directory import read_json, write_json
+from fdiv.terminal import number
 
-__all__ = ["Evaluations", "MetricsFile", "preserved_random_state", "unmet_requirements"]
+__all__ = ["Evaluations", "MetricsFile", "ProgressBar", "preserved_random_state", "unmet_requirements"]
 
 
 @contextmanager
@@ -66,8 +68,6 @@ class Evaluations(TrainerCallback):
 
     def measure(self, stage: str) -> dict[str, float | None]:
         """Run every evaluation on the model as it is, on every process; the main process writes `eval_STAGE.json`."""
-        import time
-
         started = time.perf_counter()
         trainer = self.trainer
         model, was_training = trainer.model, trainer.model.training
@@ -101,6 +101,23 @@ class Evaluations(TrainerCallback):
             stage=stage,
             extra={"trainer": self.trainer},
         )
+
+
+class ProgressBar(ProgressCallback):
+    """The training bar, with the few numbers one watches beside it; everything else goes to `metrics.jsonl`."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Show the loss, accuracies, rewards and divergences of the newest log."""
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        watched = ("loss", "accuracies", "margins", "reward")
+        kept = {
+            name: number(value)
+            for name, value in (logs or {}).items()
+            if (name.split("/")[-1] in watched or name.startswith("divergence/")) and not name.endswith("_se")
+        }
+        if "loss" in kept:  # the last log of a training has totals only
+            self.training_bar.set_postfix(kept, refresh=False)
 
 
 class MetricsFile(TrainerCallback):

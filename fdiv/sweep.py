@@ -150,6 +150,7 @@ def run_sweep(plan: Plan, command: str) -> list[str]:
     """
     for cell in plan.cells:
         _check_unchanged(cell)
+    _quiet_loading_bars()
     records, failures = [], []
     for index, cell in enumerate(plan.cells, start=1):
         position = f"[{index}/{len(plan.cells)}] {cell.name}"
@@ -168,6 +169,15 @@ def run_sweep(plan: Plan, command: str) -> list[str]:
     if is_main_process():
         _write(plan, records, command)
     return failures
+
+
+def _quiet_loading_bars() -> None:
+    """Only the training bars stay: dozens of cells would each show those of loading and tokenising."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
 
 
 def _check_unchanged(cell: Cell) -> None:

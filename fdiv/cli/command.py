@@ -106,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and args.verb not in ("run", "sweep"):
         complain(f"unrecognized arguments: {' '.join(rest)} (see `fdiv {args.verb} --help`)")
         return 2
-    # TRL's own default sets the deprecated spelling; nobody who reads the terminal can do anything about it.
-    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
+    # TRL's own defaults use the deprecated spelling; whoever reads the terminal can do nothing about it.
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)
     try:
         return _VERBS[args.verb](args, rest, words)
     except FdivError as error:
