@@ -250,10 +250,19 @@ class ForgetDataset(TorchDataset):
         if self.templates is not None:
             choices = self.templates[index]
             text = choices[draw_index(self.seed, epoch, index, "template", len(choices))]
-            item["template"] = encode_answer(
-                self.answers[index].with_completion(text), self.tokenizer, self.max_length
-            )
+            item["template"] = self._encode_template(index, text)
         return item
+
+    def _encode_template(self, index: int, text: str) -> EncodedAnswer:
+        """`text` in place of row `index`'s answer; a chunk of raw text is continued by it."""
+        answer = self.answers[index].with_completion(text)
+        if not self.raw_text:
+            return encode_answer(answer, self.tokenizer, self.max_length)
+        # The chunk's own tokens are the prompt: decoding and tokenising them again need not give them back.
+        prompt_ids = self.forget[index].prompt_ids
+        ids = self.tokenizer(answer.completion, add_special_tokens=False)["input_ids"]
+        ids = ids if self.tokenizer.eos_token_id is None else [*ids, self.tokenizer.eos_token_id]
+        return EncodedAnswer(prompt_ids, ids[: self.max_length - len(prompt_ids)])
 
 
 @dataclass

@@ -1,0 +1,518 @@
+"""Every trainer: its loss is the pure loss, row by row; invariances, references, resumption, guards."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, TrainerCallback
+from trl import SFTTrainer
+
+import fdiv.unlearning as unlearning
+from fdiv.alignment.losses import f_dpo_loss
+from fdiv.divergences import get_divergence
+from fdiv.errors import NonFiniteLossError
+from fdiv.unlearning import flat_loss
+from fdiv.unlearning.scoring import RoleScores
+from tests.unlearning.setup_runs import (
+    METHODS,
+    disturb,
+    forget_rows,
+    history,
+    load,
+    make_trainer,
+    retain_rows,
+    weights,
+)
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "lora_dropout": 0.0}
+
+
+# ------------------------------------------------------------------------- the loss, from single rows without padding
+
+
+def _row(model, encoded):
+    """Logits [n, V] that predict the answer of one unpadded row, its tokens and log-probs, and layer 0's activations."""
+    prompt, answer = encoded
+    output = model(input_ids=torch.tensor([[*prompt, *answer]]), output_hidden_states=True)
+    logits = output.logits[0, len(prompt) - 1 : -1]
+    tokens = torch.tensor(answer)
+    log_probs = logits.log_softmax(-1)[torch.arange(len(answer)), tokens]
+    return logits, tokens, log_probs, output.hidden_states[1][0, len(prompt) :]
+
+
+def _expected_forget(name, trainer, policy, reference):
+    """The forget term of one example by its defining formula; arguments map a role to `_row`'s result."""
+    args, (logits, tokens, log_probs, hidden) = trainer.args, policy["forget"]
+    ratio = {role: (policy[role][2] - reference[role][2]).sum() for role in policy}
+    p = log_probs.exp()
+    if name == "FLAT":
+        return flat_loss(policy["template"][2].exp().mean(), p.mean(), args.divergence)
+    if name in ("GradAscent", "GradDiff", "KLRetain"):
+        return log_probs.mean()
+    if name == "NPO":
+        return -2 / 0.1 * F.logsigmoid(-0.1 * ratio["forget"])
+    if name == "SimNPO":
+        return -2 / 4.5 * F.logsigmoid(-4.5 * log_probs.mean())
+    if name in ("IdkDPO", "AltPO"):
+        return 2 / 0.1 * f_dpo_loss(ratio["template"], ratio["forget"], "reverse_kl", 0.1)
+    if name == "RMU":
+        return (hidden - trainer.target).square().mean()
+    if name == "UNDIAL":
+        target = (reference["forget"][0] - 10 * F.one_hot(tokens, logits.size(-1))).softmax(-1)
+        return F.cross_entropy(logits, target)
+    if name == "CEU":
+        target = logits.masked_fill(F.one_hot(tokens, logits.size(-1)).bool(), -math.inf).softmax(-1)
+        return F.cross_entropy(logits[1:], target[1:])
+    if name == "WGA":
+        return (p * log_probs).mean()
+    if name == "SatImp":
+        return (p**5 * (1 - p) * log_probs).mean()
+    if name == "PDU":
+        return (logits.amax(-1) - logits.mean(-1)).square().mean()
+    if name == "JensUn":
+        pattern = trainer._tokenizer(" No idea")["input_ids"]
+        target = F.one_hot(torch.tensor([pattern[i % len(pattern)] for i in range(len(tokens))]), logits.size(-1))
+        p, q = logits.softmax(-1), target.float()
+        middle = (p + q) / 2
+        return (torch.xlogy(p, p / middle) + torch.xlogy(q, q / middle)).sum(-1).mean()
+    raise AssertionError(name)
+
+
+def _expected_retain(name, trainer, policy, reference):
+    """α·R of one example."""
+    term = trainer.args.retain_term
+    if term == "none":
+        return torch.tensor(0.0)
+    logits, _, log_probs, hidden = policy["retain"]
+    if term == "activations":
+        return (hidden - reference["retain"][3]).square().mean()
+    if term == "nll":
+        nll = -log_probs.mean()
+        return 50 * (nll - 0.3) if name == "PDU" else trainer.args.retain_weight * nll
+    log_p, log_q = logits.log_softmax(-1), reference["retain"][0].log_softmax(-1)
+    if name == "KLRetain":
+        return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    middle = ((log_p.exp() + log_q.exp()) / 2).log()
+    return (log_p.exp() * (log_p - middle) + log_q.exp() * (log_q - middle)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_loss_equals_the_formula_row_by_row(name, tiny_model_dir, tmp_path):
+    """Padded batch of all roles against one unpadded forward per row, policy and reference apart from each other."""
+    trainer = make_trainer(name, str(tiny_model_dir), tmp_path)
+    disturb(trainer.model)
+    start = load(tiny_model_dir).eval()
+    items = [trainer.train_dataset[12 + i] for i in (0, 3, 7)]  # epoch 1
+    batch = trainer.data_collator(items)
+    assert batch["attention_mask"].min() == 0  # there is padding
+    trainer.model.train()
+    actual = trainer.compute_loss(trainer.model, batch)
+    expected = []
+    with torch.no_grad():
+        for item in items:
+            roles = [role for role in ("template", "forget", "retain") if role in item]
+            policy = {role: _row(trainer.model, item[role]) for role in roles}
+            reference = {role: _row(start, item[role]) for role in roles}
+            forget = _expected_forget(name, trainer, policy, reference)
+            expected.append(trainer.args.forget_weight * forget + _expected_retain(name, trainer, policy, reference))
+    torch.testing.assert_close(actual.detach(), torch.stack(expected).mean(), atol=2e-5, rtol=2e-5)
+    actual.backward()
+    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    assert gradients and all(torch.isfinite(g).all() for g in gradients)
+    assert any((g != 0).any() for g in gradients)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_trains_evaluates_and_logs(name, tiny_model_dir, tmp_path):
+    trainer = make_trainer(name, str(tiny_model_dir), tmp_path, eval_dataset=forget_rows(5))
+    before = weights(trainer).clone()
+    trainer.train()
+    assert (weights(trainer) != before).any()
+    metrics = trainer.evaluate()
+    assert {"eval_forget_term", "eval_prob/forget", "eval_prob/retain"} <= set(metrics)
+    first = trainer.state.log_history[0]
+    assert {"forget_term", "prob/forget"} <= set(first)
+    if trainer.args.retain_term != "none":
+        assert {"retain_term", "prob/retain"} <= set(first)
+    if trainer.reference is not None:
+        assert f"divergence/{trainer.metric_divergence.label}_se" in first
+        assert first["log_ratio/forget_p50"] == pytest.approx(0, abs=1e-4)  # the first step starts at the reference
+    assert all(math.isfinite(value) for value in first.values() if isinstance(value, float))
+
+
+def test_metrics_are_those_of_the_rows(tiny_model_dir, tmp_path):
+    trainer = make_trainer("NPO", str(tiny_model_dir), tmp_path, eval_dataset=forget_rows(5))
+    disturb(trainer.model)
+    metrics = trainer.evaluate()
+    start, items = load(tiny_model_dir).eval(), [trainer.eval_dataset[i] for i in range(5)]
+    with torch.no_grad():
+        policy = [{role: _row(trainer.model, item[role])[2] for role in ("forget", "retain")} for item in items]
+        reference = [{role: _row(start, item[role])[2] for role in ("forget", "retain")} for item in items]
+    probs = [row["forget"].mean().exp() for row in policy]
+    assert metrics["eval_prob/forget"] == pytest.approx(torch.stack(probs).mean().item(), rel=1e-4)
+    ratios = torch.stack([(p["forget"] - q["forget"]).sum() for p, q in zip(policy, reference, strict=True)])
+    assert metrics["eval_log_ratio/forget_p50"] == pytest.approx(ratios.median().item(), rel=1e-3)
+    terms = torch.stack(
+        [
+            get_divergence("forward_kl").generator(p["retain"] - q["retain"]).mean()
+            for p, q in zip(policy, reference, strict=True)
+        ]
+    )
+    assert metrics["eval_divergence/forward_kl"] == pytest.approx(terms.mean().item(), rel=1e-3)
+    assert metrics["eval_divergence/forward_kl_se"] == pytest.approx(terms.std().item() / math.sqrt(5), rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------- invariances
+
+
+# FLAT's gradient carries a factor p, about 1/400 in a random model, and PDU's a factor λ = 50
+@pytest.mark.parametrize(("name", "rate"), [("FLAT", 20.0), ("IdkDPO", 0.02), ("JensUn", 0.5), ("PDU", 1e-3)])
+def test_accumulation_equals_one_large_batch(name, rate, tiny_model_dir, tmp_path):
+    options = {"optim": "sgd", "learning_rate": rate, "max_grad_norm": 0.0, "max_steps": 4}
+    options |= {"dual_warmup_epochs": 0} if name == "PDU" else {}
+    large = make_trainer(name, str(tiny_model_dir), tmp_path, per_device_train_batch_size=8, **options)
+    small = make_trainer(
+        name, str(tiny_model_dir), tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=8, **options
+    )
+    start = weights(large).clone()
+    large.train(), small.train()
+    assert (weights(large) - start).abs().max() > 1e-3
+    torch.testing.assert_close(weights(small), weights(large), atol=2e-6, rtol=1e-5)
+    for key in ("loss", "prob/forget", "grad_norm"):
+        torch.testing.assert_close(history(small, key), history(large, key), atol=1e-5, rtol=1e-4)
+    if name == "PDU":
+        assert small.multiplier == pytest.approx(large.multiplier, rel=1e-5) and small.multiplier != 50
+
+
+def _role(*rows, width=6):
+    """`RoleScores` of answers with the given token probabilities."""
+    log_probs, mask = torch.zeros(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        log_probs[i, : len(row)], mask[i, : len(row)] = torch.tensor(row).log(), True
+    return RoleScores(log_probs=log_probs, mask=mask, token_ids=mask.long())
+
+
+def test_official_mode_is_the_released_batch_mean(tiny_model_dir, tmp_path):
+    """−P_e + e^{P_f − 1} of P = Σ p/(B·(max_length − 1)); it depends on the micro-batch, the paper's form does not."""
+    rows = {"template": _role([0.5, 0.3], [0.9, 0.9, 0.9, 0.9]), "forget": _role([0.2], [1.0, 0.8])}
+    halves = [{role: part.rows(slice(i, i + 1)) for role, part in rows.items()} for i in (0, 1)]
+    row = Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    other = Dataset.from_list([{"prompt": "c", "completion": "d"}])
+    options = {"divergence": "reverse_kl", "max_length": 9, "rows": row, "retain": other}
+    official = make_trainer("FLAT", str(tiny_model_dir), tmp_path, compat="official", **options)
+    value = official.forget_term(rows)
+    assert value.item() == pytest.approx(-4.4 / 16 + math.exp(2.0 / 16 - 1))
+    split = torch.cat([official.forget_term(half) for half in halves]).mean()
+    assert abs(split - value.item()) > 1e-3
+    paper = make_trainer("FLAT", str(tiny_model_dir), tmp_path, **options)
+    assert paper.forget_term(rows).tolist() == pytest.approx([-0.4 + math.exp(-0.8), -0.9 + math.exp(-0.1)])
+    assert torch.equal(torch.cat([paper.forget_term(half) for half in halves]), paper.forget_term(rows))
+    assert "micro-batch" in unlearning.FLATConfig.__doc__
+
+
+@pytest.mark.parametrize("name", ["FLAT", "NPO"])
+def test_evaluation_does_not_depend_on_the_batch_size(name, tiny_model_dir, tmp_path):
+    results = []
+    for size in (1, 3, 5):
+        trainer = make_trainer(
+            name, str(tiny_model_dir), tmp_path, eval_dataset=forget_rows(5), per_device_eval_batch_size=size
+        )
+        disturb(trainer.model)
+        results.append({k: v for k, v in trainer.evaluate().items() if "time" not in k and "second" not in k})
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-4, abs=1e-6)
+
+
+def test_padding_side_and_multiple_do_not_matter(tiny_model_dir, tmp_path):
+    losses = []
+    for multiple in (None, 64):
+        trainer = make_trainer("KLRetain", str(tiny_model_dir), tmp_path, pad_to_multiple_of=multiple)
+        disturb(trainer.model)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+        losses.append(trainer.compute_loss(trainer.model, batch))
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["FLAT", "KLRetain", "RMU"])
+def test_gpt2_and_half_precision_weights(name, tiny_gpt2_dir, tmp_path):
+    """A model with learned positions, in bfloat16: finite, near the float32 value, computed in float32."""
+    values = []
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer = make_trainer(name, load(tiny_gpt2_dir, dtype), tmp_path, tokenizer=_tokenizer(tiny_gpt2_dir))
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+        loss = trainer.compute_loss(trainer.model, batch)
+        assert loss.dtype == torch.float32
+        loss.backward()
+        values.append(loss.item())
+    assert values[1] == pytest.approx(values[0], rel=0.03, abs=0.01)
+
+
+def _tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+# -------------------------------------------------------------------------------------------------------- references
+
+
+def _first_batch_loss(trainer):
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    return trainer.compute_loss(trainer.model, batch)
+
+
+@pytest.mark.parametrize("name", ["NPO", "KLRetain", "UNDIAL", "RMU"])
+def test_lora_reference_is_the_base_with_the_adapter_off(name, tiny_model_dir, tmp_path):
+    """The same disturbed policy as an adapter and merged, each with its own kind of reference."""
+    lora = make_trainer(name, str(tiny_model_dir), tmp_path, peft_config=LoraConfig(**LORA))
+    assert lora.reference.model is None
+    disturb(lora.model)
+    full = make_trainer(name, str(tiny_model_dir), tmp_path, ref_model=load(tiny_model_dir))
+    with torch.no_grad():
+        for layer, (own, adapted) in enumerate(
+            zip(full.model.model.layers, lora.model.get_base_model().model.layers, strict=True)
+        ):
+            for target in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"):
+                module = adapted.get_submodule(target)
+                own.get_submodule(target).weight += module.get_delta_weight("default")
+            assert layer < 2
+    torch.testing.assert_close(_first_batch_loss(lora), _first_batch_loss(full), atol=1e-5, rtol=1e-4)
+    assert _first_batch_loss(lora).item() != pytest.approx(_loss_at_start(name, tiny_model_dir, tmp_path), abs=1e-6)
+
+
+def _loss_at_start(name, model_dir, tmp_path):
+    return _first_batch_loss(make_trainer(name, str(model_dir), tmp_path)).item()
+
+
+def test_lora_trains_the_adapter_only_also_with_checkpointing(tiny_model_dir, tmp_path):
+    trainer = make_trainer(
+        "IdkDPO", str(tiny_model_dir), tmp_path, peft_config=LoraConfig(**LORA), gradient_checkpointing=True,
+        learning_rate=1e-2,
+    )  # fmt: skip
+    base = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" not in name}
+    trainer.train()
+    assert all(torch.equal(p, base[name]) for name, p in trainer.model.named_parameters() if name in base)
+    moved = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]
+    assert moved and all((p != 0).any() for p in moved)
+    assert history(trainer, "log_ratio/forget_p50")[-1] != 0
+
+
+def test_continued_adapter_has_its_start_as_reference(tiny_model_dir, tmp_path):
+    """The reference is the adapter as handed over, not the bare base, and stays put while the policy trains."""
+    peft = get_peft_model(load(tiny_model_dir), LoraConfig(**LORA))
+    disturb(peft)
+    trainer = make_trainer("NPO", peft, tmp_path, tokenizer=_tokenizer(tiny_model_dir), learning_rate=1e-2)
+    frozen = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if ".ref." in name}
+    assert frozen and not any(p.requires_grad for n, p in trainer.model.named_parameters() if ".ref." in n)
+    trainer.train()
+    assert history(trainer, "log_ratio/forget_p50")[0] == pytest.approx(0, abs=1e-4)
+    assert abs(history(trainer, "log_ratio/forget_p50")[-1]) > 1e-2
+    assert all(torch.equal(p, frozen[n]) for n, p in trainer.model.named_parameters() if n in frozen)
+
+
+@pytest.mark.parametrize("name", ["NPO", "IdkDPO"])
+def test_precomputed_reference_is_the_same_run(name, tiny_model_dir, tmp_path):
+    options = {"max_steps": 7, "eval_dataset": forget_rows(5)}
+    live = make_trainer(name, str(tiny_model_dir), tmp_path, **options)
+    table = make_trainer(name, str(tiny_model_dir), tmp_path, precompute_reference=True, **options)
+    assert not hasattr(table.reference, "model")
+    live.train(), table.train()
+    torch.testing.assert_close(weights(table), weights(live), atol=1e-6, rtol=1e-5)
+    live_eval, table_eval = live.evaluate(), table.evaluate()
+    assert table_eval["eval_loss"] == pytest.approx(live_eval["eval_loss"], rel=1e-5)
+    with pytest.raises(ValueError, match="no precomputed reference score"):
+        table.evaluate(forget_rows(30).select(range(25, 30)))
+
+
+def test_reference_is_not_moved_by_training(tiny_model_dir, tmp_path):
+    trainer = make_trainer("KLRetain", load(tiny_model_dir), tmp_path, tokenizer=_tokenizer(tiny_model_dir))
+    before = [p.clone() for p in trainer.reference.model.parameters()]
+    trainer.train()
+    assert all(torch.equal(p, b) for p, b in zip(trainer.reference.model.parameters(), before, strict=True))
+    assert history(trainer, "divergence/forward_kl")[-1] > 0
+
+
+def test_methods_without_a_reference_make_none(tiny_model_dir, tmp_path):
+    for name in ("FLAT", "GradAscent", "GradDiff", "SimNPO", "WGA", "SatImp", "CEU", "PDU"):
+        assert make_trainer(name, str(tiny_model_dir), tmp_path).reference is None
+    with pytest.raises(ValueError, match="uses no reference"):
+        make_trainer("WGA", str(tiny_model_dir), tmp_path, ref_model=load(tiny_model_dir))
+
+
+# ------------------------------------------------------------------------------------------------ FLAT and its options
+
+
+@pytest.fixture(scope="module")
+def taught_dir(tiny_model_dir, tmp_path_factory):
+    """The tiny model after it has learnt the forget answers by heart."""
+    folder = tmp_path_factory.mktemp("taught")
+    teacher = make_trainer(
+        "GradDiff", str(tiny_model_dir), folder, forget_weight=0.0, rows=retain_rows(), retain=forget_rows(6),
+        max_steps=60, learning_rate=5e-3, per_device_train_batch_size=7,
+    )  # fmt: skip
+    teacher.train()
+    assert history(teacher, "prob/retain")[-1] > 0.5
+    teacher.save_model(str(folder / "model"))
+    _tokenizer(tiny_model_dir).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon", {"name": "alpha", "alpha": 0.5}])
+def test_flat_raises_the_template_and_lowers_the_answer(divergence, taught_dir, tmp_path):
+    trainer = make_trainer(
+        "FLAT", str(taught_dir), tmp_path, rows=forget_rows(6), template_source="fixed", template_text="Unknown.",
+        divergence=divergence, reduction="log_mean", max_steps=25, learning_rate=2e-3, per_device_train_batch_size=6,
+    )  # fmt: skip
+    trainer.train()
+    template, forget = history(trainer, "prob/template"), history(trainer, "prob/forget")
+    assert forget[0] > 0.5 and forget[-1] < forget[0] / 2
+    assert template[-1] > template[0] + 0.1
+
+
+@pytest.mark.parametrize("retain_term", ["nll", "divergence"])
+@pytest.mark.parametrize("level", ["vocabulary", "tokens"])
+def test_flat_with_a_retain_term(retain_term, level, tiny_model_dir, tmp_path):
+    trainer = make_trainer(
+        "FLAT", str(tiny_model_dir), tmp_path, retain_term=retain_term, retain_level=level, retain_weight=2.0,
+        retain_divergence="jensen_shannon",
+    )  # fmt: skip
+    disturb(trainer.model)
+    items = [trainer.train_dataset[i] for i in (1, 2)]
+    actual = trainer.compute_loss(trainer.model, trainer.data_collator(items))
+    start, expected = load(tiny_model_dir).eval(), []
+    with torch.no_grad():
+        for item in items:
+            policy = {role: _row(trainer.model, item[role]) for role in ("template", "forget", "retain")}
+            logits, _, log_probs, _ = policy["retain"]
+            if retain_term == "nll":
+                retain = -log_probs.mean()
+            elif level == "tokens":
+                ratio = log_probs - _row(start, item["retain"])[2]
+                retain = get_divergence("jensen_shannon").generator(ratio).mean()
+            else:
+                pair = logits.log_softmax(-1), _row(start, item["retain"])[0].log_softmax(-1)
+                retain = get_divergence("jensen_shannon").exact(*pair).mean()
+            expected.append(_expected_forget("FLAT", trainer, policy, policy) + 2 * retain)
+    torch.testing.assert_close(actual.detach(), torch.stack(expected).mean(), atol=1e-5, rtol=1e-4)
+
+
+def test_rmu_trains_the_chosen_parameters_only(tiny_model_dir, tmp_path):
+    trainer = make_trainer("RMU", str(tiny_model_dir), tmp_path, trainable=r"down_proj", weight_decay=0.1)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"model.layers.0.mlp.down_proj.weight"}
+    assert trainer.target.norm() == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="layer=1"):
+        make_trainer("RMU", str(tiny_model_dir), tmp_path, layer=1)
+    with pytest.raises(ValueError, match="nothing_like_it"):
+        make_trainer("RMU", str(tiny_model_dir), tmp_path, trainable="nothing_like_it")
+
+
+def test_pdu_multiplier_follows_its_rule(tiny_model_dir, tmp_path):
+    """λ stays through the warm-up, then moves by η·(R − ε) of each step."""
+    trainer = make_trainer(
+        "PDU", str(tiny_model_dir), tmp_path, dual_warmup_epochs=1, dual_step=0.5, max_steps=6, retain_weight=3.0
+    )  # 12 rows at batch 4: three steps an epoch
+    trainer.train()
+    multiplier, excess = history(trainer, "retain_multiplier"), history(trainer, "retain_term")
+    expected = [3.0, 3.0, 3.0, 3.0]
+    for value in excess[3:5].tolist():
+        expected.append(max(0.0, expected[-1] + 0.5 * value))
+    assert multiplier.tolist() == pytest.approx(expected, rel=1e-5)
+    assert trainer.multiplier == pytest.approx(max(0.0, expected[-1] + 0.5 * excess[5].item()), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- resume, guards
+
+
+class _StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("name", ["FLAT", "NPO", "PDU"])
+def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(name, tiny_model_dir, tmp_path):
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+    options |= {"dual_warmup_epochs": 0} if name == "PDU" else {}
+    whole = make_trainer(name, str(tiny_model_dir), tmp_path / "whole", **options)
+    whole.train()
+    cut = make_trainer(name, str(tiny_model_dir), tmp_path / "cut", callbacks=[_StopAt(4)], **options)
+    cut.train()
+    resumed = make_trainer(name, str(tiny_model_dir), tmp_path / "cut", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-4"))
+    assert torch.equal(weights(resumed), weights(whole))
+    assert history(resumed, "loss").tolist() == history(whole, "loss").tolist()
+    if name == "PDU":
+        assert resumed.multiplier == whole.multiplier
+        state = json.loads((tmp_path / "cut" / "checkpoint-4" / "pdu_state.json").read_text())
+        assert 0 <= state["multiplier"] != 50
+
+
+def test_stops_before_the_step_on_a_non_finite_loss(tiny_model_dir, tmp_path):
+    trainer = make_trainer("GradDiff", str(tiny_model_dir), tmp_path)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[5] = math.nan
+    before = weights(trainer).clone()
+    with pytest.raises(NonFiniteLossError, match="step 1: the loss is nan"):
+        trainer.train()
+    assert torch.equal(weights(trainer)[:100], before[:100]) and trainer.state.global_step == 0
+
+
+def test_model_card_names_the_method_and_its_settings(tiny_model_dir, tmp_path):
+    trainer = make_trainer("FLAT", str(tiny_model_dir), tmp_path, divergence="pearson_chi2")
+    trainer.create_model_card(model_name="mine")
+    card = (tmp_path / "README.md").read_text()
+    assert "pearson_chi2" in card and "template_source" in card and "2410.11143" in card
+
+
+def test_raw_text_rows(tiny_model_dir, tmp_path):
+    """MUSE-like text: chunks, with and without an unscored beginning, template answers included."""
+    text = Dataset.from_list([{"text": "The quick brown fox jumps over the lazy dog. " * 12}])
+    other = Dataset.from_list([{"text": "The capital of France is Paris. " * 12}])
+    plain = make_trainer("GradDiff", str(tiny_model_dir), tmp_path, rows=text, retain=other, max_length=32)
+    assert all(len(row.prompt_ids) == 1 for row in plain.train_dataset.forget)  # the beginning-of-sequence token
+    flat = make_trainer(
+        "FLAT", str(tiny_model_dir), tmp_path, rows=text, retain=other, max_length=32, text_prompt_tokens=8
+    )
+    item = flat.train_dataset[0]
+    assert len(item["forget"].prompt_ids) == 9 and item["template"].prompt_ids == item["forget"].prompt_ids
+    for trainer in (plain, flat):
+        trainer.train()
+    with pytest.raises(ValueError, match="text_prompt_tokens"):
+        make_trainer("FLAT", str(tiny_model_dir), tmp_path, rows=text, retain=other, max_length=32)
+
+
+def test_generated_templates_are_cached(tiny_model_dir, tmp_path):
+    options = {"template_source": "generated", "template_answers_per_row": 2, "template_max_new_tokens": 5}
+    first = make_trainer("AltPO", str(tiny_model_dir), tmp_path, template_column=None, **options)
+    cache = tmp_path / "templates.json"
+    stamp = cache.stat().st_mtime_ns
+    again = make_trainer("AltPO", load(tiny_model_dir), tmp_path, template_column=None,
+                         tokenizer=_tokenizer(tiny_model_dir), **options)  # fmt: skip
+    assert cache.stat().st_mtime_ns == stamp and again.train_dataset.templates == first.train_dataset.templates
+    assert all(1 <= len(texts) <= 2 for texts in first.train_dataset.templates)
+    asked = json.loads(cache.read_text())["settings"]
+    assert "changes every fact" in asked["instruction"] and asked["model"] == str(tiny_model_dir)
+
+
+def test_the_trl_hooks_are_the_ones_we_override():
+    """A TRL release that renames or re-types one of them fails here, not in the middle of a run."""
+    names = {
+        "_prepare_dataset": ["dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"],
+        "_set_signature_columns_if_needed": [],
+        "_get_train_sampler": ["train_dataset"],
+        "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+        "_save_checkpoint": ["model", "trial"],
+        "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+    }
+    for name, expected in names.items():
+        assert list(inspect.signature(getattr(SFTTrainer, name)).parameters)[1:] == expected, name
