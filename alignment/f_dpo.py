@@ -281,6 +281,8 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
         if "aux_loss" in examples:
             metrics["aux_loss"] = examples["aux_loss"].mean().item()
         if mode == "eval":
+            # The mean over the pairs; Trainer's own weighs an incomplete last batch like a full one.
+            metrics["loss"] = examples["loss"].mean().item()
             mean_logps = pair["logps"] / pair["tokens"].clamp(min=1)
             metrics["ece_length_normalised"] = length_normalised_calibration(
                 mean_logps[:, 0], mean_logps[:, 1], self.args.ece_bins
