@@ -32,6 +32,7 @@ __all__ = [
     "fused_head",
     "mean_log_prob",
     "sequence_log_prob",
+    "takes_position_ids",
     "token_scores",
 ]
 
@@ -142,6 +143,11 @@ def _takes_position_ids(model_class: type) -> bool:
     return "position_ids" in inspect.signature(model_class.forward).parameters
 
 
+def takes_position_ids(model: nn.Module) -> bool:
+    """Whether the forward of `model` (possibly wrapped by PEFT or DDP) has a `position_ids` argument."""
+    return _takes_position_ids(type(_causal_lm(model)))
+
+
 def token_scores(
     model: nn.Module,
     input_ids: Tensor,
@@ -188,7 +194,7 @@ def token_scores(
             "fused=False to score at another temperature"
         )
     kwargs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if _takes_position_ids(type(_causal_lm(model))):
+    if takes_position_ids(model):
         counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         kwargs["position_ids"] = counted if position_ids is None else position_ids
     mask = completion_mask[:, 1:].bool() & attention_mask[:, 1:].bool()
