@@ -127,8 +127,8 @@ def stamp_key(environment: Environment, root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
-def pip(python: Path, *arguments: str) -> None:
-    """Run pip, showing errors only (VERBOSE=1: everything); SystemExit with the command when it fails."""
+def pip(python: Path, *arguments: str, remedy: str = "") -> None:
+    """Run pip, showing errors only (VERBOSE=1: everything); SystemExit with command and remedy when it fails."""
     quiet = () if os.environ.get("VERBOSE") else ("-qq",)
     command = [
         str(python),
@@ -142,7 +142,7 @@ def pip(python: Path, *arguments: str) -> None:
     ]
     started = time.monotonic()
     if subprocess.run(command, cwd=ROOT).returncode:
-        raise SystemExit(f"setup failed in: pip {' '.join(arguments)}\nRun again with VERBOSE=1 to see all of it.")
+        raise SystemExit(f"setup failed in: pip {' '.join(arguments)}\n{remedy}VERBOSE=1 shows all of pip's output.")
     print(f"    done in {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -188,7 +188,10 @@ def install(environment: Environment) -> None:
     )
     print(f"==> installing {' '.join((torch.requirement, *torch.options))} ({torch.reason})", flush=True)
     # Without its dependencies: torch's own index may not have the pinned releases of them.
-    pip(python, "install", "--no-deps", *torch.options, torch.requirement)
+    remedy = (
+        "Where this index cannot be reached: `make setup TORCH_INDEX=URL`, or a local wheel and PIP_FIND_LINKS=DIR.\n"
+    )
+    pip(python, "install", "--no-deps", *torch.options, torch.requirement, remedy=remedy)
 
     packages = ["-e", f".[{environment.extras}]"]
     if environment.cpu_engine:

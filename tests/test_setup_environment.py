@@ -75,7 +75,7 @@ def checkout(script, repository, monkeypatch, tmp_path):
     monkeypatch.setattr(script, "create_venv", lambda directory: directory / "bin" / "python")
     monkeypatch.setattr(script, "offered_versions", lambda python, package: frozenset({"2.13.0+cpu"}))
     monkeypatch.setattr(script, "has_accelerator", lambda: False)
-    monkeypatch.setattr(script, "pip", lambda python, *arguments: calls.append(arguments))
+    monkeypatch.setattr(script, "pip", lambda python, *arguments, remedy="": calls.append(arguments))
     monkeypatch.delenv("TORCH_INDEX", raising=False)
     return tmp_path, calls
 
@@ -121,7 +121,7 @@ def test_a_failed_install_leaves_no_stamp(script, checkout, monkeypatch):
     with (root / "pyproject.toml").open("a") as file:
         file.write("# moved\n")
 
-    def fail(python, *arguments):
+    def fail(python, *arguments, remedy=""):
         raise SystemExit("no network")
 
     monkeypatch.setattr(script, "pip", fail)
@@ -148,6 +148,14 @@ def test_vllm_environment_without_an_accelerator_and_with_one(script, checkout, 
         ("install", "--no-deps", "torch===2.13.0"),
         ("install", *pinned, f"vllm=={release}", "-e", ".[eval]"),
     ]
+
+
+def test_a_failing_pip_names_the_command_and_the_remedy(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(SystemExit, match=r"setup failed in: pip install fdiv-no-such-package\ntry another index"):
+        script.pip(sys.executable, "install", "fdiv-no-such-package", remedy="try another index\n")
 
 
 @pytest.mark.parametrize("arguments", [[], ["everything"], ["freeze"], ["main", "vllm"]])
