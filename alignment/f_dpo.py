@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer
 
 from fdiv.alignment.losses import check_f_dpo_divergence, f_dpo_loss, f_dpo_rewards
 from fdiv.divergences import Divergence, get_divergence
+from fdiv.errors import DataError
 from fdiv.eval.calibration import length_normalised_calibration, margin_calibration
 from fdiv.preference_data import check_pad_token, check_preference_dataset
 from fdiv.training import ObjectiveTrainerMixin, divergence_estimate, frozen_copy, log_ratio_quantiles
@@ -119,8 +120,9 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
     last log, on all processes.
 
     Raises:
-        ValueError: data without the needed columns or rows, a tokenizer without pad or eos token, no reference.
-        NonFiniteLossError: a NaN or infinite loss in training, before the optimizer step.
+        DataError: (a ValueError) data without the needed columns or rows, a tokenizer without pad or eos token, no
+            way to a reference.
+        NonFiniteLossError: a NaN or infinite loss; in training before the optimizer step.
     """
 
     _tag_names = ["trl", "fdiv", "f-dpo"]
@@ -159,7 +161,7 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
         if not isinstance(args, FDPOConfig):
             raise TypeError(f"args is a {type(args).__name__}: FDPOTrainer needs an FDPOConfig, with `divergence`")
         self.divergence = args.resolve_divergence()
-        _check_data(train_dataset, eval_dataset)
+        _check_data(train_dataset, eval_dataset, args)
         processing_class = _checked_processing_class(processing_class, model_name, model, args)
         if ref_model is None and peft_config is None and not isinstance(model, str):
             ref_model = _reference_of_instance(model, args)
@@ -178,7 +180,7 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
             peft_config=peft_config,
         )
         if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
-            raise ValueError(
+            raise DataError(
                 f"no training row is left: every prompt fills max_length={args.max_length} alone. Raise max_length"
             )
 
@@ -258,7 +260,7 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
             self._total_train_tokens += int(pair["attended"].sum()) // self._tp_size
         margins = pair["reward"][:, 0] - pair["reward"][:, 1]
         raw = self.beta * pair["log_ratio"]
-        tokens = pair["tokens"].sum(0)
+        tokens = pair["tokens"].sum(0).clamp(min=1)
         metrics = {
             "entropy": (pair["entropy"].sum() / tokens.sum()).item(),
             "num_tokens": self._total_train_tokens,
@@ -294,12 +296,19 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
 _ROWS = ("log_ratio", "reward", "clamped", "logps", "tokens", "attended", "entropy", "mean_logits", "is_top1")
 
 
-def _check_data(train_dataset: Any, eval_dataset: Any) -> None:
-    check_preference_dataset(train_dataset, "train_dataset")
+def _check_data(train_dataset: Any, eval_dataset: Any, args: FDPOConfig) -> None:
     evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-    for name, dataset in evals.items():
-        if dataset is not None:
-            check_preference_dataset(dataset, f"eval_dataset[{name!r}]" if name else "eval_dataset")
+    named = {f"eval_dataset[{name!r}]" if name else "eval_dataset": dataset for name, dataset in evals.items()}
+    for name, dataset in {"train_dataset": train_dataset, **named}.items():
+        if name != "train_dataset" and dataset is None:
+            continue
+        check_preference_dataset(dataset, name)
+        # TRL hands the precomputed values over in a cache file beside the data's own, which such data have not.
+        if args.precompute_ref_log_probs and args.world_size > 1 and not getattr(dataset, "cache_files", True):
+            raise DataError(
+                f"{name} lies in memory only, so {args.world_size} processes cannot share precomputed reference "
+                "log-probs: load it from a file, or set precompute_ref_log_probs to false"
+            )
 
 
 def _checked_processing_class(processing_class: Any, model_name: str, model: Any, args: FDPOConfig) -> Any:
@@ -308,7 +317,7 @@ def _checked_processing_class(processing_class: Any, model_name: str, model: Any
         from transformers import AutoProcessor
 
         if not model_name:
-            raise ValueError(f"pass processing_class: the {type(model).__name__} was built in memory and has no path")
+            raise DataError(f"pass processing_class: the {type(model).__name__} was built in memory and has no path")
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         processing_class = AutoProcessor.from_pretrained(
             model_name, revision=revision, trust_remote_code=args.trust_remote_code
@@ -316,7 +325,7 @@ def _checked_processing_class(processing_class: Any, model_name: str, model: Any
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     check_pad_token(tokenizer, model_name or type(model).__name__, args.pad_token)
     if tokenizer.eos_token is None:
-        raise ValueError(
+        raise DataError(
             f"the tokenizer of {model_name or type(model).__name__!r} has no eos token, which ends every completion: "
             "set `tokenizer.eos_token`"
         )
@@ -336,7 +345,7 @@ def _reference_of_instance(model: nn.Module, args: FDPOConfig) -> nn.Module | No
     if not spread and not sharded:
         return frozen_copy(model)
     if not getattr(model.config, "_name_or_path", ""):
-        raise ValueError(
+        raise DataError(
             f"the {type(model).__name__} was built in memory and is spread over devices or sharded by ZeRO-3, so no "
             "reference can be made from it: save it and pass its path, or pass ref_model"
         )

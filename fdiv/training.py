@@ -91,33 +91,35 @@ class ObjectiveTrainerMixin:
             columns: `[B]` tensors, the same names each time; `"loss"` is required and is what training stops on.
 
         Raises:
-            NonFiniteLossError: in training, when any example's loss, on any process, is NaN or infinite. All processes
-                raise, before the backward pass, so no weight is touched.
+            NonFiniteLossError: when any example's loss, on any process, is NaN or infinite. All processes raise, in
+                training before the backward pass, so no weight is touched.
         """
         training = self.model.training
         self._example_columns = tuple(columns)
         rows = torch.stack([column.detach().float() for column in columns.values()], dim=1)
         # Rows that the sampler repeats to fill the last batch are trained on, so they count in training only.
         rows = self.accelerator.gather(rows) if training else self.accelerator.gather_for_metrics(rows)
-        if training:
-            finite = torch.isfinite(rows[:, self._example_columns.index("loss")])
-            if not finite.all():
-                self._raise_non_finite(rows[~finite][0].tolist())
+        finite = torch.isfinite(rows[:, self._example_columns.index("loss")])
+        if not finite.all():
+            self._raise_non_finite(rows[~finite][0].tolist(), training)
         self._examples["train" if training else "eval"].append(rows)
 
-    def _raise_non_finite(self, row: list[float]) -> None:
+    def _raise_non_finite(self, row: list[float], training: bool) -> None:
         example = dict(zip(self._example_columns, row, strict=True))
         value = example.pop("loss")
         settings = ", ".join(f"{name}={setting}" for name, setting in self.objective_settings().items())
         last = self.state.log_history[-1] if self.state.log_history else {}
         shown = [key for key in ("loss", "grad_norm", "learning_rate") if key in last]
         last_metrics = ", ".join(f"{key}={last[key]:.4g}" for key in shown) or "none yet"
+        step = self.state.global_step
+        place = f"step {step + 1}" if training else f"evaluation at step {step}"
+        stopped = "Training stopped before the optimizer step, so the weights are those of the last good step. "
         raise NonFiniteLossError(
-            f"step {self.state.global_step + 1}: the loss is {value} ({settings}); the example that made it so: "
+            f"{place}: the loss is {value} ({settings}); the example that made it so: "
             + ", ".join(f"{name}={number:.6g}" for name, number in example.items())
-            + f"; last logged metrics: {last_metrics}. Training stopped before the optimizer step, so the "
-            "weights are those of the last good step. Remedies: a lower learning_rate, a lower max_exponent, a "
-            "max_grad_norm, float32 instead of half precision, or resuming from the last checkpoint"
+            + f"; last logged metrics: {last_metrics}. {stopped if training else ''}Remedies: a lower "
+            "learning_rate, max_exponent or max_grad_norm, float32 instead of half precision, or resuming from "
+            "the last checkpoint"
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -264,14 +264,17 @@ def test_long_padding_never_gives_nan(tiny_model_dir, tmp_path):
 # ------------------------------------------------------------------------------------------------ metrics
 
 
-def test_evaluation_metrics_equal_an_independent_calculation(tiny_model_dir, rows, tmp_path):
+@pytest.mark.parametrize("architecture", ["tiny_model_dir", "tiny_gpt2_dir"])
+def test_evaluation_metrics_equal_an_independent_calculation(request, architecture, rows, tmp_path):
+    """Each sequence scored alone, without padding: also right for learned positions (GPT-2)."""
+    tiny_model_dir = request.getfixturevalue(architecture)
     torch.manual_seed(5)
     policy = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     reference = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    beta, cap, divergence = 0.3, 0.7, get_divergence("jeffreys")
+    beta, cap, divergence = 0.3, {"llama": 0.7, "gpt2": 4.0}[policy.config.model_type], get_divergence("jeffreys")
     trainer = _trainer(
         tiny_model_dir, rows, tmp_path, model=policy, ref_model=reference, eval_dataset=rows.select(range(11)),
         divergence="jeffreys", beta=beta, max_exponent=cap, per_device_eval_batch_size=4,
@@ -363,6 +366,14 @@ def test_non_finite_loss_stops_before_the_optimizer_step(tiny_model_dir, rows, t
     assert "chosen_log_ratio=nan" in str(e.value) and "last logged metrics: loss=0." in str(e.value)
     after = _weights(trainer)
     assert torch.equal(torch.nan_to_num(after, nan=7.0), torch.nan_to_num(poison.before, nan=7.0))
+
+
+def test_non_finite_loss_in_evaluation_is_an_error_too(tiny_model_dir, rows, tmp_path):
+    trainer = _trainer(tiny_model_dir, rows, tmp_path, eval_dataset=rows)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[5, 0] = float("inf")
+    with pytest.raises(NonFiniteLossError, match="evaluation at step 0: the loss is nan"):
+        trainer.evaluate()
 
 
 def test_model_card_names_the_divergence_and_the_paper(tiny_model_dir, rows, tmp_path):
