@@ -66,9 +66,12 @@ def run_recipe(recipe: Recipe, command: str | None = None, prepared: Path | None
         directory.write("recipe_resolved.yaml", resolved_yaml(recipe))
         write_json(directory.path / "environment.json", record)
 
-    trainer, evaluations = _trainer(recipe, configs, directory)
+    trainer, evaluations, bar = _trainer(recipe, configs, directory)
     training_started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        bar.close()
     training_seconds = time.perf_counter() - training_started - evaluations.seconds
     if evaluations.evaluations:
         evaluations.measure("after")
@@ -91,7 +94,7 @@ def run_recipe(recipe: Recipe, command: str | None = None, prepared: Path | None
 
 def check_blocks(recipe: Recipe) -> None:
     """Construct the dataclasses of `prepare:` and `eval:`, so that a value they refuse ends the run here."""
-    variables = {"prepare": "prepared"} if recipe.prepare else {}
+    variables = {**({"prepare": "prepared"} if recipe.prepare else {}), **recipe.variables}
     for block in (recipe.prepare, *recipe.evaluations):
         if block is not None:
             block.instance(variables)
@@ -141,8 +144,8 @@ def _absolute(value: Any, folder: Path) -> Any:
     return str(folder) + value[len(_HERE) :] if isinstance(value, str) and value.startswith(_HERE) else value
 
 
-def _trainer(recipe: Recipe, configs: Configs, directory: RunDirectory) -> tuple[Any, Any]:
-    """The trainer with its callbacks, everything it reads checked first."""
+def _trainer(recipe: Recipe, configs: Configs, directory: RunDirectory) -> tuple[Any, Any, Any]:
+    """The trainer, its evaluations and its progress bar; everything it reads is checked first."""
     from transformers import ProgressCallback
     from trl import get_peft_config, get_quantization_config
 
@@ -153,7 +156,7 @@ def _trainer(recipe: Recipe, configs: Configs, directory: RunDirectory) -> tuple
     training.model_init_kwargs = model_arguments(configs)
     datasets = load_datasets(recipe, configs)
     instances = [(block, block.instance(recipe.variables)) for block in recipe.evaluations]
-    evaluations = Evaluations(instances, datasets, directory.path)
+    evaluations, bar = Evaluations(instances, datasets, directory.path), ProgressBar()
     trainer_class = load(recipe.method.trainer)
     try:
         trainer = trainer_class(
@@ -171,9 +174,9 @@ def _trainer(recipe: Recipe, configs: Configs, directory: RunDirectory) -> tuple
     except ValueError as error:
         raise FdivError(f"{recipe.source}: {trainer_class.__name__}: {one_line(error)}") from error
     if trainer.pop_callback(ProgressCallback) is not None:  # absent where disable_tqdm is set
-        trainer.add_callback(ProgressBar())
+        trainer.add_callback(bar)
     evaluations.trainer = trainer
-    return trainer, evaluations
+    return trainer, evaluations, bar
 
 
 def _save(recipe: Recipe, configs: Configs, trainer: Any) -> None:

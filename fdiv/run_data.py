@@ -65,25 +65,37 @@ def _named(script: Any) -> Any:
         if path.suffix not in _LOADERS:
             raise DataError(f"dataset_name {path}: a file must end in {', '.join(_LOADERS)}")
         loader = _LOADERS[path.suffix]
-        streaming = script.dataset_streaming
-        return _loaded(lambda: datasets.load_dataset(loader, data_files=str(path), streaming=streaming), str(path))
+        options = {"data_files": str(path), "streaming": script.dataset_streaming}
+        return _loaded(lambda: datasets.load_dataset(loader, **options), str(path), quiet=True)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _loaded(lambda: datasets.load_from_disk(str(path)), str(path))
+        return _loaded(lambda: datasets.load_from_disk(str(path)), str(path), quiet=True)
     looks_local = path.is_absolute() or script.dataset_name.startswith((".", "~")) or path.suffix in _LOADERS
     if not path.exists() and (looks_local or script.dataset_name.count("/") > 1):
         raise DataError(f"dataset_name: no such file or directory: {script.dataset_name}")
-    return _loaded(lambda: datasets.load_dataset(script.dataset_name, **options), script.dataset_name)
+    name = script.dataset_name
+    return _loaded(lambda: datasets.load_dataset(name, **options), name, quiet=path.exists())
 
 
-def _loaded(load: Any, name: str) -> Any:
-    """Call a loader of `datasets`; its errors become one line."""
+def _loaded(load: Any, name: str, quiet: bool = False) -> Any:
+    """Call a loader of `datasets`; its errors become one line. `quiet`: no bars, for files of this machine."""
     import datasets
 
+    hidden = datasets.utils.are_progress_bars_disabled()
+    if quiet:
+        datasets.disable_progress_bars()
     try:
         return load()
+    except (
+        IndexError,
+        StopIteration,
+    ) as error:  # datasets 5.2: load_from_disk without rows, a json file without lines
+        raise DataError(f"the dataset {name!r} is empty or damaged: no table could be read from it") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         remedy = "give a local path, or a dataset of the hub (needs a connection, HF_HUB_OFFLINE unset)"
         raise DataError(f"cannot load the dataset {name!r}: {one_line(error)}; {remedy}") from error
+    finally:
+        if quiet and not hidden:
+            datasets.enable_progress_bars()
 
 
 def _check_rows(recipe: Recipe, rows: Any, name: str) -> None:

@@ -50,22 +50,20 @@ class RunDirectory:
             FdivError: a finished run, an unfinished one with checkpoints, or a directory that is no run of fdiv;
                 or nothing to resume from.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise FdivError(f"output_dir {self.path} is a file; choose another --output_dir")
+        if self.finished and not overwrite:
+            raise FdivError(
+                f"{self.path} holds a finished run, which is left alone; choose another --output_dir, or replace it "
+                "with --overwrite_output_dir true"
+            )
         if resume is True and not self.checkpoints():
             raise FdivError(
                 f"resume_from_checkpoint: there is no checkpoint in {self.path}; leave the key out to start"
             )
         if isinstance(resume, str) and not Path(resume).is_dir():
             raise FdivError(f"resume_from_checkpoint: no such directory: {resume}")
-        if overwrite or not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise FdivError(f"output_dir {self.path} is a file; choose another --output_dir")
-        if self.finished:
-            raise FdivError(
-                f"{self.path} holds a finished run, which is left alone; choose another --output_dir, or replace it "
-                "with --overwrite_output_dir true"
-            )
-        if resume:
+        if resume or overwrite or not self.path.exists():
             return
         if self.checkpoints():
             raise FdivError(

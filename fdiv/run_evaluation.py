@@ -106,6 +106,12 @@ class Evaluations(TrainerCallback):
 class ProgressBar(ProgressCallback):
     """The training bar, with the few numbers one watches beside it; everything else goes to `metrics.jsonl`."""
 
+    def close(self) -> None:
+        """End the bar's line, so that an error stands on its own."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Show the loss, accuracies, rewards and divergences of the newest log."""
         if not state.is_world_process_zero or self.training_bar is None:

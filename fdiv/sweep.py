@@ -261,10 +261,9 @@ def _write(plan: Plan, records: list[dict[str, Any]], command: str) -> None:
         "aggregate": groups,
     }
     write_json(plan.root / "results.json", results)
-    rows = [(group["label"], str(group["n"]), *(entry(group, name) for name in columns)) for group in groups]
-    header = ("setting", "n", *columns)
-    (plan.root / "table.md").write_text(_markdown(header, rows), encoding="utf-8")
+    (plan.root / "table.md").write_text(_markdown(*table(groups, columns)), encoding="utf-8")
     note = "before → after training, mean ± standard error over seeds"
+    header, rows = table(groups, columns, wide=False)
     print_table(f"{plan.recipe.name}: {len(records)} cells", header, rows, [note, f"everything is in {plan.root}"])
     from fdiv.reporting import write_frontier, write_report
 
@@ -278,6 +277,18 @@ def _columns(records: Sequence[Mapping[str, Any]]) -> list[str]:
         if record["status"] == "finished":
             return record["values"]["summary_metrics"]
     return []
+
+
+def table(
+    groups: Sequence[Mapping[str, Any]], columns: Sequence[str], wide: bool = True
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the comparison: a row per setting; a row per metric where that is narrower and not `wide`."""
+    header = ["setting", "n", *columns]
+    rows = [[group["label"], str(group["n"]), *(entry(group, name) for name in columns)] for group in groups]
+    if wide or len(columns) <= len(groups):
+        return header, rows
+    turned = [list(line) for line in zip(header, *rows, strict=True)]
+    return turned[0], turned[1:]
 
 
 def entry(group: Mapping[str, Any], name: str) -> str:

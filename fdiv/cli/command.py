@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"unrecognized arguments: {' '.join(rest)} (see `fdiv {args.verb} --help`)")
         return 2
     # TRL's own defaults use the deprecated spelling; whoever reads the terminal can do nothing about it.
-    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)
+    renamed = "`[a-z_]*gradient_checkpointing[a-z_]*` is deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     try:
         return _VERBS[args.verb](args, rest, words)
     except FdivError as error:

@@ -129,8 +129,12 @@ def training_curves(runs: Sequence[RunRecord]) -> Figure | None:
         return None
     figure, axes = figure_grid(len(found), columns=3)
     colours = _colours(found)
+    several = len({run.setting for run in runs}) > 1
     for axis, (title, curves) in zip(axes, found.items(), strict=True):
-        _draw(axis, title, curves, colours)
+        _draw(axis, title, curves, colours, legend=not several)
+    if several:  # every panel has the same lines: one legend above them all
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=8, frameon=False)
     return figure
 
 
@@ -146,7 +150,7 @@ def _holds(curves: Sequence[Curve], label: str) -> bool:
     return any(curve.label.removesuffix(" (eval)") == label for curve in curves)
 
 
-def _draw(axis: Axes, title: str, curves: Sequence[Curve], colours: dict[str, str]) -> None:
+def _draw(axis: Axes, title: str, curves: Sequence[Curve], colours: dict[str, str], legend: bool) -> None:
     spare = [colour for colour in COLOURS if colour not in colours.values()] or list(COLOURS)
     own: dict[str, str] = {}
     if len({curve.label.removesuffix(" (eval)") for curve in curves}) == 1:
@@ -163,4 +167,4 @@ def _draw(axis: Axes, title: str, curves: Sequence[Curve], colours: dict[str, st
             axis.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
     if title.endswith("fraction"):
         axis.set_ylim(0, max(0.05, 1.1 * max(max(curve.values) for curve in curves)))
-    tidy(axis, title, "optimizer step", legend=len(curves) > 1)
+    tidy(axis, title, "optimizer step", legend=legend and len(curves) > 1)

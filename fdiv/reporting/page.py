@@ -114,18 +114,13 @@ class _Page:
 
     def sweep(self, sweep: SweepRecord, prefix: str) -> None:
         """Everything about one sweep."""
-        from fdiv.sweep import entry
+        from fdiv.sweep import table
 
         results = sweep.results
         seeds = ", ".join(map(str, results["seeds"])) or "the recipe's"
         self.add(f'<p class="sub">{len(results["cells"])} runs, seeds {html.escape(seeds)}</p>')
         self.add("<h2>Results</h2>")
-        header = ("setting", "seeds", *results["columns"])
-        rows = [
-            (group["label"], str(group["n"]), *(entry(group, name) for name in results["columns"]))
-            for group in results["aggregate"]
-        ]
-        self.table(header, rows)
+        self.table(*table(results["aggregate"], results["columns"], wide=False))
         self.add('<p class="sub">before → after training, mean ± standard error over seeds.</p>')
         for cell in results["cells"]:
             if cell["status"] != "finished":

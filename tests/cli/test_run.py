@@ -1,0 +1,319 @@
+"""A whole run in this process: its files, its protection, resuming, and every way it refuses bad input."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fdiv import methods
+from fdiv.cli import main
+from fdiv.errors import FdivError
+from fdiv.recipe import load_recipe
+from fdiv.run import run_recipe
+from fdiv.run_directory import RunDirectory
+from tests.cli.conftest import recipe_values, write_pairs
+
+
+@dataclass
+class WeightEval:
+    """A cheap evaluation: the norm of the weights, a draw of random numbers, and one value that is not defined."""
+
+    scale: float = 1.0
+    lower_is_better = ("loss_like",)
+
+    def evaluate(self, model, tokenizer, datasets, context):
+        assert not model.training
+        assert context.output_dir.is_dir()
+        torch.rand(17)
+        norm = sum(float(p.double().square().sum()) for p in model.parameters()) ** 0.5
+        missing = {"undefined": "there is no reference"}
+        rows = len(datasets["train"])
+        return {"norm": self.scale * norm, "loss_like": -norm, "rows": rows, "undefined": None, "notes": missing}
+
+
+@pytest.fixture(autouse=True)
+def weight_eval(monkeypatch):
+    monkeypatch.setitem(methods.EVALUATIONS, "weights", f"{__name__}:WeightEval")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model_dir) -> Path:
+    """A finished run with an evaluation and a report."""
+    folder = tmp_path_factory.mktemp("run")
+    write_pairs(folder / "data" / "train.jsonl", 8)
+    write_pairs(folder / "data" / "test.jsonl", 4)
+    values = recipe_values(tiny_model_dir, folder / "data", folder / "out")
+    values |= {"eval": {"name": "weights", "scale": 2.0}, "report": {"title": "a < b"}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(methods.EVALUATIONS, "weights", f"{__name__}:WeightEval")
+        assert main(["run", str(folder / "recipe.yaml"), "--beta", "0.25"]) == 0
+    return folder
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_a_run_leaves_everything_needed_to_judge_and_repeat_it(finished):
+    out = finished / "out"
+    result = read(out / "result.json")
+    assert (result["method"], result["divergence"], result["beta"]) == ("f_dpo", "reverse_kl", 0.25)
+    assert (result["seed"], result["steps"], result["unmet_requirements"]) == (7, 2, [])
+    assert result["notes"] == {"undefined": "there is no reference"}
+    before, after = read(out / "eval_before.json")["metrics"], read(out / "eval_after.json")["metrics"]
+    assert before["rows"] == 8.0
+    assert before["undefined"] is None
+    assert result["before/norm"] == before["norm"] != after["norm"] == result["after/norm"]
+    from safetensors.torch import load_file
+
+    weights = load_file(out / "model.safetensors")
+    norm = sum(float(value.double().square().sum()) for value in weights.values()) ** 0.5
+    assert after["norm"] == pytest.approx(2.0 * norm, rel=1e-9)
+    history = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2]
+    assert history[0]["loss"] == pytest.approx(0.6931, abs=2e-3)  # log 2 at the reference
+    assert result["train/loss"] == history[1]["loss"]
+    environment = read(out / "environment.json")
+    assert environment["command"] == f"fdiv run {finished / 'recipe.yaml'} --beta 0.25"
+    assert environment["versions"]["trl"].startswith("1.16")
+    assert environment["seed"] == 7
+    assert environment["wall_seconds"] > 0
+    card = (out / "README.md").read_text()
+    assert "## Measured" in card
+    assert environment["command"] in card
+    assert "a &lt; b" in (out / "report.html").read_text()
+    assert {path.name for path in (out / "plots").iterdir()} == {"curves.png", "before_after.png"}
+
+
+def test_the_resolved_recipe_runs_again_to_the_same_weights(finished, tmp_path):
+    from safetensors.torch import load_file
+
+    resolved = finished / "out" / "recipe_resolved.yaml"
+    assert main(["run", str(resolved), "--output_dir", str(tmp_path / "again"), "--report", "null"]) == 0
+    first, second = (load_file(folder / "model.safetensors") for folder in (finished / "out", tmp_path / "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_evaluation_does_not_change_the_training(finished, tmp_path):
+    from safetensors.torch import load_file
+
+    words = ["--beta", "0.25", "--eval", "null", "--report", "null", "--output_dir", str(tmp_path / "plain")]
+    assert main(["run", str(finished / "recipe.yaml"), *words]) == 0
+    first, second = (load_file(folder / "model.safetensors") for folder in (finished / "out", tmp_path / "plain"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not (tmp_path / "plain" / "eval_before.json").exists()
+
+
+def test_a_finished_run_is_never_touched(finished, fails):
+    out = finished / "out"
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    message = fails("run", finished / "recipe.yaml", code=1)
+    assert message == (
+        f"fdiv: {out} holds a finished run, which is left alone; choose another --output_dir, or replace it with "
+        "--overwrite_output_dir true"
+    )
+    assert "finished run" in fails("run", finished / "recipe.yaml", "--resume_from_checkpoint", code=1)
+    assert files == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+
+
+def test_directories_that_may_and_may_not_be_written(tmp_path):
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "thesis.tex").write_text("years of work")
+    with pytest.raises(FdivError, match=r"not empty and not a run of fdiv \(it holds 'thesis.tex'\)"):
+        RunDirectory(stranger).check(overwrite=False, resume=None)
+    RunDirectory(stranger).check(overwrite=True, resume=None)
+    RunDirectory(stranger).clear(resume=None)
+    assert (stranger / "thesis.tex").read_text() == "years of work"
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "environment.json").write_text("{}")
+    RunDirectory(half).check(overwrite=False, resume=None)  # nothing in it is worth keeping
+    (half / "checkpoint-10").mkdir()
+    (half / "checkpoint-9").mkdir()
+    with pytest.raises(FdivError, match="holds checkpoints of an unfinished run"):
+        RunDirectory(half).check(overwrite=False, resume=None)
+    RunDirectory(half).check(overwrite=False, resume=True)
+    assert [path.name for path in RunDirectory(half).checkpoints()] == ["checkpoint-9", "checkpoint-10"]
+    with pytest.raises(FdivError, match="there is no checkpoint in"):
+        RunDirectory(tmp_path / "new").check(overwrite=False, resume=True)
+    with pytest.raises(FdivError, match="no such directory"):
+        RunDirectory(half).check(overwrite=False, resume="nowhere")
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(write_recipe, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    keys = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--eval.name", "weights"]
+    assert main(["run", str(write_recipe()), *keys, "--output_dir", str(tmp_path / "whole")]) == 0
+    broken = [*keys, "--output_dir", str(tmp_path / "broken")]
+    from fdiv.alignment.f_dpo import FDPOTrainer
+
+    original = FDPOTrainer.training_step
+
+    def stop_after_two(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(FDPOTrainer, "training_step", stop_after_two)
+    assert main(["run", str(write_recipe()), *broken]) == 130
+    monkeypatch.setattr(FDPOTrainer, "training_step", original)
+    assert main(["run", str(write_recipe()), *broken]) == 1
+    assert main(["run", str(write_recipe()), *broken, "--resume_from_checkpoint"]) == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    whole, resumed = (read(tmp_path / name / "result.json") for name in ("whole", "broken"))
+    for key in ("before/norm", "after/norm", "train/loss", "steps"):
+        assert whole[key] == resumed[key]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 4]  # the last line is the training's total
+
+
+@pytest.mark.parametrize(("direction", "code"), [("increased", 0), ("decreased", 1)])
+def test_require_decides_the_exit_code(write_recipe, tmp_path, monkeypatch, capsys, direction, code):
+    norms = iter([1.0, 2.0])
+
+    def evaluate(self, *_):
+        return {"norm": next(norms)}
+
+    monkeypatch.setattr(WeightEval, "evaluate", evaluate)
+    path = write_recipe(f"eval: {{name: weights, require: {{norm: {direction}}}}}\n")
+    assert main(["run", str(path)]) == code
+    captured = capsys.readouterr()
+    assert "norm " in captured.out
+    assert ("fdiv: eval.require: norm has not decreased: 1 before training, 2 after" in captured.err) == bool(code)
+    assert (tmp_path / "out" / "result.json").is_file()
+
+
+def test_improved_knows_which_metrics_should_fall(write_recipe, monkeypatch):
+    values = iter([{"loss_like": 2.0, "norm": 1.0}, {"loss_like": 1.0, "norm": 1.0}])
+    monkeypatch.setattr(WeightEval, "evaluate", lambda self, *_: next(values))
+    path = write_recipe("eval: {name: weights, require: {loss_like: improved, norm: improved}}\n")
+    result = run_recipe(load_recipe(path))
+    assert result["unmet_requirements"] == ["norm has not improved: 1 before training, 1 after"]
+
+
+def test_missing_column_empty_data_missing_split_missing_file(write_recipe, tmp_path, fails):
+    renamed = write_pairs(tmp_path / "renamed.jsonl", 4, rejected="bad")
+    message = fails("run", write_recipe(dataset_name=str(renamed)), code=1)
+    assert "has no column 'rejected'; it has: prompt, chosen, bad; f_dpo needs chosen, rejected" in message
+    assert "rename the columns" in message
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl" in fails("run", write_recipe(dataset_name=str(tmp_path / "empty.jsonl")), code=1)
+    message = fails("run", write_recipe(), "--dataset_train_split", "training", code=1)
+    assert "has no split 'training' (it has: train, test); set `dataset_train_split`" in message
+    message = fails("run", write_recipe(dataset_name=str(renamed.with_name("none.jsonl"))), code=1)
+    assert message.endswith(f"no such file or directory: {tmp_path / 'none.jsonl'}")
+    assert "set `dataset_name`" in fails("run", write_recipe(dataset_name=None), code=1)
+    assert "a file must end in" in fails(
+        "run", write_recipe(dataset_name=str(write_pairs(tmp_path / "x.txt", 1))), code=1
+    )
+
+
+def test_saved_datasets_and_hub_names(write_recipe, tmp_path, fails):
+    from datasets import Dataset, DatasetDict
+
+    from fdiv.run_data import load_datasets
+
+    rows = Dataset.from_dict({"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"]})
+    DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(str(tmp_path / "saved"))
+    recipe = load_recipe(write_recipe(dataset_name=str(tmp_path / "saved")))
+    loaded = load_datasets(recipe, recipe.configs())
+    assert (len(loaded["train"]), len(loaded["test"])) == (2, 1)
+    rows.select([]).save_to_disk(str(tmp_path / "empty"))
+    message = fails("run", write_recipe(dataset_name=str(tmp_path / "empty")), code=1)
+    assert "is empty or damaged" in message
+    message = fails("run", write_recipe(dataset_name="nobody/nothing"), code=1)
+    assert "cannot load the dataset 'nobody/nothing'" in message
+    assert "give a local path" in message
+
+
+def test_a_model_without_pad_token(write_recipe, tmp_path, tiny_model_dir, fails):
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    model = tmp_path / "no-pad"
+    shutil.copytree(tiny_model_dir, model)
+    config = read(model / "tokenizer_config.json")
+    config["pad_token"] = None
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert tokenizer.pad_token is None
+    message = fails("run", write_recipe(model_name_or_path=str(model)), code=1)
+    assert f"the tokenizer of {str(model)!r} has no pad token: set `pad_token`" in message
+    message = fails("run", write_recipe(model_name_or_path=str(model)), "--pad_token", "<nope>", code=1)
+    assert "pad_token '<nope>' is not in the vocabulary" in message
+    words = ["--pad_token", tokenizer.eos_token]
+    assert main(["run", str(write_recipe(model_name_or_path=str(model))), *words]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token == tokenizer.eos_token
+
+
+def test_models_that_are_not_there(write_recipe, tmp_path, fails):
+    assert "set `model_name_or_path`" in fails("run", write_recipe(model_name_or_path=None), code=1)
+    message = fails("run", write_recipe(model_name_or_path=str(tmp_path / "none")), code=1)
+    assert message == f"fdiv: model_name_or_path: no such directory: {tmp_path / 'none'}"
+    message = fails("run", write_recipe(model_name_or_path="nobody/nothing"), code=1)
+    assert "cannot load the tokenizer of the model 'nobody/nothing'" in message
+    message = fails("run", write_recipe(), "--model_init_kwargs", "{dtpye: float32}", code=1)
+    assert "unknown key 'dtpye' in `model_init_kwargs` for a LlamaConfig; did you mean 'dtype'?" in message
+
+
+def test_non_finite_loss_is_one_line(write_recipe, fails, monkeypatch, tmp_path):
+    import fdiv.alignment.f_dpo as f_dpo
+
+    monkeypatch.setattr(f_dpo, "f_dpo_loss", lambda chosen, *_, **__: chosen * float("nan"))
+    message = fails_last(fails, "run", write_recipe())
+    assert message.startswith("fdiv: step 1: the loss is nan")
+    assert not (tmp_path / "out" / "result.json").exists()
+    from fdiv.errors import NonFiniteLossError
+
+    with pytest.raises(NonFiniteLossError):
+        main(["run", str(write_recipe()), "--debug"])
+
+
+def fails_last(fails, *words):
+    """The last line of a command that fails after training has begun, when bars stand on stderr too."""
+    import contextlib
+    import io
+
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
+        assert main([str(word) for word in words]) == 1
+    return stderr.getvalue().rstrip().splitlines()[-1]
+
+
+def test_prepare_is_built_once_per_configuration(write_recipe, tmp_path, monkeypatch):
+    builds = []
+
+    @dataclass
+    class Builder:
+        rows: int = 8
+
+        def build(self, output_dir):
+            builds.append(self.rows)
+            write_pairs(output_dir / "train.jsonl", self.rows)
+            return {"dataset_name": str(output_dir / "train.jsonl"), "per_device_train_batch_size": 1}
+
+    monkeypatch.setattr(f"{__name__}.BUILDER", Builder, raising=False)
+    monkeypatch.setitem(methods.PREPARE, "rows", f"{__name__}:BUILDER")
+    path = write_recipe("prepare: {name: rows}\neval: {name: weights}\n", dataset_name=None)
+    run_recipe(load_recipe(path))
+    again = ["--overwrite_output_dir"]
+    run_recipe(load_recipe(path, again))
+    assert builds == [8]
+    result = run_recipe(load_recipe(path, [*again, "--prepare.rows", "6"]))
+    assert builds == [8, 6]
+    assert result["before/rows"] == 6.0
+    resolved = (tmp_path / "out" / "recipe_resolved.yaml").read_text()
+    assert "# dataset_name: settled by prepare" in resolved
+    assert "per_device_train_batch_size: 2  # recipe" in resolved  # stated: wins over the builder
+    for marker in (tmp_path / "out" / "prepared").glob("*/recipe_keys.json"):
+        marker.unlink()  # as a build that was cut off leaves it
+    run_recipe(load_recipe(path, again))
+    assert builds == [8, 6, 8]
