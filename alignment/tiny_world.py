@@ -15,7 +15,7 @@ the seed alone.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,7 @@ class TinyPreferencesConfig:
 
     seed: int = 0
     held_out_per_tone: int = 2
-    train_pairs_per_prompt: int = 256
+    train_pairs_per_prompt: int = 512
     test_pairs_per_prompt: int = 64
     base_scale: float = 1.0
     reward_scale: float = 1.0
@@ -152,7 +152,6 @@ class TinyPreferencesConfig:
         ):
             pairs = self._pairs(world, rows.nonzero().flatten().repeat_interleave(count), generator)
             (data_dir / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-        (output_dir / "prepare.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
         return {
             "model_name_or_path": str(model_dir),
             "dataset_name": str(data_dir),

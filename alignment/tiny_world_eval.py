@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -29,6 +29,23 @@ class TinyWorldEvalConfig:
     """
 
     world: str
+
+    summary_metrics: ClassVar[tuple[str, ...]] = (
+        "held_out_preference_accuracy",
+        "held_out_win_rate",
+        "held_out_expected_reward",
+        "held_out_divergence",
+        "held_out_entropy",
+        "held_out_malformed_mass",
+        "held_out_optimum_tv",
+        "held_out_objective_gap",
+    )
+    lower_is_better: ClassVar[tuple[str, ...]] = tuple(
+        f"{split}_{name}"
+        for split in ("train", "held_out")
+        for name in ("malformed_mass", "optimum_tv", "optimum_divergence", "objective_gap")
+    )
+    frontier: ClassVar[tuple[str, str]] = ("held_out_reverse_kl", "held_out_expected_reward")
 
     def evaluate(
         self,

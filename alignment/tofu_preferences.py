@@ -9,7 +9,7 @@ by question: no question of the test set has a pair in the training set.
 
 import json
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,6 @@ class TofuPreferencesConfig:
             random.Random(self.seed).shuffle(pairs)
             with (data_dir / f"{split}.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-        (output_dir / "prepare.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
         return {"dataset_name": str(data_dir), "dataset_train_split": "train", "dataset_test_split": "test"}
 
     def _pairs(self, row: dict[str, Any]) -> list[dict[str, str]]:
