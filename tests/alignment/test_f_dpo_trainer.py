@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,9 +39,14 @@ def rows() -> Dataset:
 
 
 def _args(config, tmp_path, **options):
-    options = {"per_device_train_batch_size": 4, "max_steps": 12, "learning_rate": 1e-3} | options
+    options = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 12,
+        "learning_rate": 1e-3,
+        "gradient_checkpointing": False,
+    } | options
     return config(
-        output_dir=str(tmp_path), bf16=False, gradient_checkpointing=False, use_cpu=True, logging_steps=1,
+        output_dir=str(tmp_path), bf16=False, use_cpu=True, logging_steps=1,
         report_to=[], save_strategy=options.pop("save_strategy", "no"), disable_tqdm=True, **options,
     )  # fmt: skip
 
@@ -131,6 +137,69 @@ def test_normalized_gives_every_divergence_the_first_step_of_dpo(tiny_model_dir,
     assert first["chi2_kl", False] == pytest.approx(dpo * 2, rel=1e-5)
     for divergence in ("reverse_kl", "jensen_shannon", "chi2_kl"):
         assert first[divergence, True] == pytest.approx(dpo, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.5},
+        {"max_grad_norm": 0.1, "gradient_accumulation_steps": 2},
+    ],
+    ids=["checkpointing", "moving_reference", "accumulation"],
+)
+def test_trl_options_work_as_in_trl(tiny_model_dir, rows, tmp_path, options):
+    ours = _run(tiny_model_dir, rows, tmp_path, **options)
+    theirs = _run(tiny_model_dir, rows, tmp_path, trainer=DPOTrainer, config=DPOConfig, **options)
+    for key in ("loss", "grad_norm"):
+        torch.testing.assert_close(_history(ours, key), _history(theirs, key), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(_weights(ours), _weights(theirs), atol=1e-6, rtol=0)
+
+
+def test_mixture_of_experts_keeps_the_auxiliary_loss(tiny_model_dir, rows, tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    torch.manual_seed(0)
+    MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            output_router_logits=True,
+            max_position_embeddings=256,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")  # fmt: skip
+    runs = [
+        _run(
+            tmp_path / "moe", rows, tmp_path, trainer=trainer, config=config, processing_class=tokenizer,
+            router_aux_loss_coef=0.1, max_steps=10,
+        )
+        for trainer, config in ((FDPOTrainer, FDPOConfig), (DPOTrainer, DPOConfig))
+    ]  # fmt: skip
+    for key in ("loss", "grad_norm", "aux_loss"):
+        torch.testing.assert_close(_history(runs[0], key), _history(runs[1], key), atol=1e-5, rtol=1e-6)
+    assert _history(runs[0], "loss")[0] > math.log(2) + 0.1 * 0.9  # log 2 plus the weighted auxiliary loss
+
+
+def test_compute_metrics_gets_the_logits_as_in_trl(tiny_model_dir, rows, tmp_path):
+    logits = []
+
+    def compute_metrics(prediction):
+        logits.append(prediction.predictions)
+        return {"mine": 1.0}
+
+    for trainer, config in ((FDPOTrainer, FDPOConfig), (DPOTrainer, DPOConfig)):
+        options = {"eval_dataset": rows.select(range(4)), "compute_metrics": compute_metrics}
+        run = _trainer(tiny_model_dir, rows, tmp_path, trainer=trainer, config=config, **options)
+        assert run.evaluate()["eval_mine"] == 1.0
+    assert logits[0].shape[-1] == run.model.config.vocab_size and (logits[0] == logits[1]).all()
 
 
 # ------------------------------------------------------------------------------------------------ invariances
@@ -413,6 +482,15 @@ def test_bad_data_is_named(tiny_model_dir, tmp_path, data, message):
 def test_bad_evaluation_data_is_named(tiny_model_dir, rows, tmp_path):
     with pytest.raises(ValueError, match=r"eval_dataset\['held'\].*no column 'chosen'"):
         _trainer(tiny_model_dir, rows, tmp_path, eval_dataset={"held": rows.remove_columns("chosen")})
+
+
+def test_precomputing_for_several_processes_needs_data_with_files(rows):
+    from fdiv.alignment.f_dpo import _check_data
+
+    args = SimpleNamespace(precompute_ref_log_probs=True, world_size=2)
+    with pytest.raises(ValueError, match="train_dataset lies in memory only, so 2 processes"):
+        _check_data(rows, None, args)
+    _check_data(rows, None, SimpleNamespace(precompute_ref_log_probs=True, world_size=1))
 
 
 def test_prompts_that_fill_max_length_are_an_error_when_nothing_is_left(tiny_model_dir, rows, tmp_path):
