@@ -1,0 +1,463 @@
+"""f-DPG: fit a policy to an unnormalised target p by any f-divergence, from samples (Go et al., arXiv:2302.08215).
+
+`FDPGTrainer` is TRL's `GRPOTrainer` with the rollouts, rewards and data handling it has, and another objective: scores
+become the density of a target, and each sample's log-probability is weighted by (π/q)·(f′(π/p) − baseline).
+"""
+
+import copy
+import hashlib
+import json
+import math
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from torch import Tensor, nn
+from trl import GRPOTrainer
+
+from fdiv.alignment.f_dpg_config import FDPGConfig
+from fdiv.alignment.f_dpg_metrics import f_dpg_metrics
+from fdiv.alignment.f_dpg_objective import effective_sample_size, f_dpg_loss, leave_one_out_mean
+from fdiv.alignment.f_dpg_proposal import AdaptiveProposal
+from fdiv.alignment.moment_matching import fit_moments
+from fdiv.alignment.partition import PartitionEstimates
+from fdiv.alignment.scorers import ScorerError, check_finite, checked_scorer
+from fdiv.alignment.targets import Target, build_target
+from fdiv.divergences import get_divergence
+from fdiv.eval.diversity import diversity
+from fdiv.logprobs import enable_fused_head
+from fdiv.rollouts import RolloutMixin
+from fdiv.training import ObjectiveTrainerMixin, frozen_copy
+
+__all__ = ["FDPGConfig", "FDPGTrainer"]
+
+_STATE_FILE = "f_dpg_state.json"
+_PROPOSAL_FILE = "f_dpg_proposal.safetensors"
+
+
+class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
+    r"""f-DPG on TRL's `GRPOTrainer`.
+
+    Args (those of `GRPOTrainer` not listed are passed on):
+        model: the policy's start; path, hub name or model object.
+        args: an `FDPGConfig`.
+        train_dataset: rows with `prompt` (plain or conversational); None: no prompts, every sample starts from the bos
+            token (`max_steps` sets the length).
+        target: a `Target` or mapping for `build_target`; None takes `args.target`.
+        base_model: the base a of the target; None: with PEFT the model with the adapter off (the adapter's starting
+            copy when training continues one), else the policy as handed over.
+
+    Per generation Ẑ of each prompt and the baselines are computed once, over all processes, so micro-batches may split
+    groups; the coefficient itself is formed from the policy's current log-probabilities in the loss, in the one
+    gradient-enabled forward. log q comes with the rollouts (`fdiv.rollouts`); a `rollout_func` that returns none costs
+    one more forward.
+
+    Logged: see `fdiv.alignment.f_dpg_metrics.f_dpg_metrics`; `z/*` per generation; `distinct_*`, `self_bleu_*` of the
+    completions of the last generation; `proposal/*` with `proposal: adaptive`.
+
+    Raises:
+        ValueError: no target; a divergence that is not lawful with it; options that cannot be honoured.
+        ScorerError: a scorer raised, or gave a wrong number of scores or one that is not finite.
+        MomentError: moments of a distributional target that are out of reach.
+        NonFiniteLossError: a NaN or infinite loss, before the optimizer step.
+    """
+
+    _tag_names = ["trl", "fdiv", "f-dpg"]
+    _name = "f-DPG"
+    _paper = {
+        "title": "Aligning Language Models with Preferences through f-divergence Minimization",
+        "id": "2302.08215",
+        "citation": """\
+@inproceedings{go2023aligning,
+    title     = {{Aligning Language Models with Preferences through f-divergence Minimization}},
+    author    = {Dongyoung Go and Tomasz Korbak and Germ{\\'a}n Kruszewski and Jos Rozen and Nahyeon Ryu and Marc Dymetman},
+    year      = 2023,
+    booktitle = {Proceedings of the 40th International Conference on Machine Learning},
+    eprint    = {2302.08215}
+}""",  # noqa: E501
+    }
+
+    def __init__(
+        self,
+        model,
+        args: FDPGConfig | None = None,
+        train_dataset=None,
+        *,
+        target: Target | dict[str, Any] | None = None,
+        base_model: nn.Module | str | None = None,
+        peft_config=None,
+        rollout_func=None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, FDPGConfig):
+            raise TypeError(f"args is a {type(args).__name__}: FDPGTrainer needs an FDPGConfig")
+        given = args.target if target is None else target
+        if given is None:
+            raise ValueError("no target: set `target: {name: …}` in the config, or pass target")
+        self.target = build_target(given)
+        self.divergence = args.resolve_divergence(self.target)
+        if train_dataset is None:
+            train_dataset = _empty_prompts(args)
+        elif "prompt" not in (train_dataset.column_names or ("prompt",)):
+            raise ValueError(f"train_dataset has no column 'prompt'; it has {', '.join(train_dataset.column_names)}")
+        in_memory = not isinstance(model, str) and not is_peft_model(model) and peft_config is None
+        if in_memory and base_model is None:
+            base_model = frozen_copy(model)
+        if base_model is not None:
+            args.beta = 0.0  # TRL would load a reference by name; ours is attached below
+        super().__init__(
+            model,
+            args=args,
+            train_dataset=train_dataset,
+            reward_funcs=[checked_scorer(function) for function in self.target.functions],
+            peft_config=peft_config,
+            rollout_func=rollout_func or args.server_rollouts(),
+            **kwargs,
+        )
+        if base_model is not None:
+            self._attach_base(base_model)
+        self.estimates = PartitionEstimates(args.z_estimate, z_max=args.z_max, z_floor=args.z_floor)
+        self._recent_slopes: deque[float] = deque(maxlen=args.baseline_window)
+        self._adaptive = self._make_proposal() if args.proposal == "adaptive" else None
+        self._last_check = 0
+
+    # ---------------------------------------------------------------- construction
+    def _attach_base(self, base: nn.Module | str) -> None:
+        """Make `base` the frozen reference, as TRL does with the one it loads."""
+        if self.is_fsdp_enabled or (
+            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        ):
+            raise ValueError(
+                "a base model given as an object cannot be sharded (ZeRO-3, FSDP): pass the policy as a path, so that "
+                "TRL loads the base from it"
+            )
+        if isinstance(base, str):
+            from transformers import AutoModelForCausalLM
+
+            base = AutoModelForCausalLM.from_pretrained(base, **(self.args.model_init_kwargs or {}))
+        base.requires_grad_(False).eval()
+        enable_fused_head(base, temperature=self.temperature)
+        self.ref_model = self.accelerator.prepare_model(base, evaluation_mode=True)
+        self.beta = self.args.beta = 1.0
+
+    def _make_proposal(self) -> AdaptiveProposal:
+        engine = self.use_vllm or self.args.rollout_server_url is not None
+        if not engine and (self.rollout_func is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "proposal: adaptive with transformers rollouts keeps a copy of the weights, which DeepSpeed and FSDP "
+                "shard and a rollout_func of one's own does not use: take vLLM rollouts, or proposal: policy"
+            )
+        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return AdaptiveProposal(None if engine else trainable, self.args.proposal_metric, self.args.proposal_margin)
+
+    def objective_settings(self) -> dict[str, Any]:
+        """Divergence, target, and how Z, baseline and proposal are made."""
+        names = ("divergence", "divergence_scale", "z_estimate", "baseline", "pseudo_reward_clip", "max_exponent")
+        settings = {name: getattr(self.args, name) for name in (*names, "proposal")}
+        scorers = ", ".join(self.reward_func_names)
+        settings["target"] = f"{self.target.kind}({scorers})"
+        if self.target.coefficients is not None:
+            settings["coefficients"] = [round(value, 6) for value in self.target.coefficients]
+        return settings
+
+    # ---------------------------------------------------------------- rollouts
+    def _tokenize_prompts(self, prompts: list):
+        """As TRL's; an empty prompt becomes the bos (or eos) token, since a model cannot start from nothing."""
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        start = self._tokenizer.bos_token_id if self._tokenizer.bos_token_id is not None else self.eos_token_ids[0]
+        return [ids if len(ids) else [start] for ids in prompt_ids], images, fields
+
+    def rollout_version(self) -> int:
+        """Which weights rollouts must come from: the proposal's version, or the optimizer step of the policy."""
+        return self.state.global_step if self._adaptive is None else self._adaptive.version
+
+    def _generate_single_turn(self, *args, **kwargs):
+        if self._adaptive is None:
+            return super()._generate_single_turn(*args, **kwargs)
+        if self.use_vllm:  # TRL hands weights over when the step differs from the last one it did so
+            held = getattr(self, "_version_in_engine", None) == self._adaptive.version
+            self._last_loaded_step = self.state.global_step if held else -1
+            self._version_in_engine = self._adaptive.version
+        with self._adaptive.in_place():
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if not torch.isfinite(scores).all():  # from a reward model or an asynchronous function; others were checked
+            for name, column in zip(self.reward_func_names, self._local(scores, len(prompts)).unbind(1), strict=True):
+                check_finite(name, column.tolist(), completions)
+            raise ScorerError("a scorer returned a score that is not finite on another process")
+        self._scores = scores.double()
+        return scores
+
+    def _local(self, gathered: Tensor, count: int) -> Tensor:
+        start = self.accelerator.process_index * count
+        return gathered[start : start + count]
+
+    def _generate_and_score_completions(self, inputs):
+        if self.target.needs_fit:
+            self._fit_moments(len(inputs))
+        batch = super()._generate_and_score_completions(inputs)
+        samples = self._sample_log_probs(batch)
+        return batch | self._score_samples(inputs, batch, samples)
+
+    @torch.no_grad()
+    def _sample_log_probs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`[B]` float64 log a, log q and log π (as it is now) of the sampled completions."""
+        mask = _token_mask(batch)
+
+        def summed(per_token: Tensor) -> Tensor:
+            return (per_token.double() * mask).sum(-1)
+
+        recorded = batch.get("sampling_per_token_logps")
+        if recorded is not None and not torch.isfinite(recorded[mask.bool()]).all():
+            raise ScorerError("the rollout back end returned a log-probability that is not finite: log q is unknown")
+        log_policy = None
+        if recorded is None or self._adaptive is not None:
+            per_token, _, _ = self._get_per_token_logps_and_entropies(
+                self.model, *_model_inputs(batch), batch_size=self.args.per_device_train_batch_size
+            )
+            log_policy = summed(per_token)
+        log_q = log_policy if recorded is None else summed(recorded)
+        return {
+            "log_base": summed(batch["ref_per_token_logps"]),
+            "log_proposal": log_q,
+            "log_policy": log_q if log_policy is None else log_policy,
+        }
+
+    def _score_samples(self, inputs: list[dict], batch: dict[str, Tensor], samples: dict[str, Tensor]) -> dict:
+        """The tensors the loss needs, one row per completion; reductions are over all processes."""
+        training, rows = self.model.training, len(inputs)
+        scores = self._local(self._scores, rows)
+        log_target = samples["log_base"] + self.target.log_potential(scores)  # log P
+        columns = [log_target, samples["log_proposal"], samples["log_policy"], *self._given_log_z(inputs, rows)]
+        table = self.accelerator.gather(torch.stack(columns, dim=1))
+        prompts = self.accelerator.gather(_prompt_keys(batch))
+        log_p, log_q, log_policy = table[:, :3].unbind(1)
+        given = table[:, 3] if self.args.z_estimate == "given" else None
+        log_z = self.estimates.update(prompts, log_p - log_q, given=given, store=training)
+        skipped = torch.isneginf(log_z)
+        log_t = torch.where(skipped, 0.0, log_policy - log_p + log_z)
+        self._log_partition(prompts, log_p - log_q, log_z, skipped)
+        if self._adaptive is not None and training:
+            kept = ~skipped
+            self._adaptive.observe(log_t[kept], (log_q - log_p + log_z)[kept], (log_policy - log_q)[kept])
+            self._maybe_replace_proposal()
+        slope = self._slope(log_t)
+        baseline = self._baseline(slope, prompts, ~skipped, training)
+        self._show_pseudo_rewards((baseline - slope).masked_fill(skipped, 0.0))
+        return {
+            "scores": scores,
+            "log_base": samples["log_base"],
+            "log_proposal": samples["log_proposal"],
+            "log_target": log_target - self._local(log_z, rows).masked_fill(self._local(skipped, rows), 0.0),
+            "baseline": self._local(baseline, rows),
+            "skipped": self._local(skipped, rows),
+        }
+
+    def _given_log_z(self, inputs: list[dict], rows: int) -> list[Tensor]:
+        if self.args.z_estimate != "given":
+            return []
+        values = [row.get("log_z", self.args.log_z) for row in inputs]
+        if any(value is None or not math.isfinite(value) for value in values):
+            raise ValueError(
+                "z_estimate: given needs a finite log Z for every prompt: set log_z, or a dataset column log_z"
+            )
+        return [torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)]
+
+    def _slope(self, log_t: Tensor) -> Tensor:
+        slope = self.divergence.score(log_t, self.args.max_exponent)
+        return slope if self.args.pseudo_reward_clip is None else slope.clamp(min=-self.args.pseudo_reward_clip)
+
+    def _baseline(self, slope: Tensor, prompts: Tensor, counted: Tensor, training: bool) -> Tensor:
+        """What is subtracted from f′(t) of each sample; it never depends on that sample, so nothing is biased."""
+        if self.args.baseline == "loo":
+            return leave_one_out_mean(slope, prompts, counted)
+        if self.args.baseline == "none":
+            return torch.zeros_like(slope)
+        before = sum(self._recent_slopes) / len(self._recent_slopes) if self._recent_slopes else 0.0
+        if training:
+            self._recent_slopes.extend(slope[counted].tolist())
+        return torch.full_like(slope, before)
+
+    def _maybe_replace_proposal(self) -> None:
+        if self.state.global_step - self._last_check < self.args.proposal_check_every:
+            return
+        self._last_check = self.state.global_step
+        for name, value in self._adaptive.decide().items():
+            self._metrics["train"][name].append(value)
+
+    def _log_partition(self, prompts: Tensor, log_importance: Tensor, log_z: Tensor, skipped: Tensor) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        distinct, inverse = prompts.unique(return_inverse=True)
+        for number in range(len(distinct)):
+            rows = inverse == number
+            metrics["z/ess"].append(effective_sample_size(log_importance[rows]).item())
+            metrics["z/mean"].append(log_z[rows][0].exp().item())
+            if not skipped[rows][0]:
+                metrics["z/log_mean"].append(log_z[rows][0].item())
+        metrics["z/skipped_prompts"].append(len(prompts[skipped].unique()))
+
+    def _show_pseudo_rewards(self, advantages: Tensor) -> None:
+        """In TRL's table of completions, baseline − f′(t) instead of GRPO's advantages, which f-DPG does not use."""
+        shown = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(shown))):
+            shown.pop()
+        shown.extend(advantages.tolist())
+
+    # ---------------------------------------------------------------- lambda
+    def _fit_moments(self, rows: int) -> None:
+        """Fit λ on samples of the policy at the start (the base), by self-normalised importance sampling."""
+        if not isinstance(self.train_dataset, Dataset):
+            raise ValueError("a streamed dataset cannot be sampled for the moments: give the target's coefficients")
+        kept_metrics = copy.deepcopy(self._metrics)
+        generator = torch.Generator().manual_seed(self.args.seed + self.accelerator.process_index)
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        features, weights, drawn = [], [], 0
+        while drawn < self.args.moment_samples:
+            chosen = torch.randint(len(self.train_dataset), (rows // group,), generator=generator).tolist()
+            inputs = [dict(self.train_dataset[number]) for number in chosen for _ in range(group)]
+            batch = super()._generate_and_score_completions(inputs)
+            samples = self._sample_log_probs(batch)
+            log_weight = self.accelerator.gather(samples["log_base"] - samples["log_proposal"])
+            weights.append(log_weight + self.target.log_potential(self._scores, without_features=True))
+            features.append(self._scores[:, len(self.target.scorers) :])
+            drawn += len(log_weight)
+        self._metrics = kept_metrics
+        fit = fit_moments(
+            torch.cat(features).cpu().numpy().astype(np.float64),
+            self.target.moments,
+            torch.cat(weights).cpu().numpy(),
+            names=self.reward_func_names[len(self.target.scorers) :],
+        )
+        self.target = self.target.with_coefficients(fit.coefficients)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value, base in zip(self.target.features, fit.coefficients, fit.proposal_moments, strict=True):
+            metrics[f"moments/{name.__name__}/lambda"].append(value)
+            metrics[f"moments/{name.__name__}/base"].append(base)
+        metrics["moments/effective_samples"].append(fit.effective_samples)
+
+    # ---------------------------------------------------------------- loss
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        per_token, entropy, aux_loss = self._get_per_token_logps_and_entropies(
+            model, *_model_inputs(inputs), compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
+        )
+        mask = _token_mask(inputs)
+        log_policy = (per_token * mask).sum(-1)
+        now = log_policy.detach().double()
+        log_t = now - inputs["log_target"]
+        log_weight = now - inputs["log_proposal"]
+        cap = math.log(self.args.importance_weight_cap) if self.args.importance_weight_cap else math.inf
+        capped = log_weight > cap
+        # Weight 0 leaves the samples of a prompt with an estimate of Z = 0 out.
+        log_weight = log_weight.clamp(max=cap).masked_fill(inputs["skipped"], -math.inf)
+        losses = f_dpg_loss(
+            log_policy,
+            log_t.masked_fill(inputs["skipped"], 0.0),
+            self.divergence,
+            log_weight=log_weight,
+            baseline=inputs["baseline"],
+            clip=self.args.pseudo_reward_clip,
+            max_exponent=self.args.max_exponent,
+        ) / self.args.length_normalizer  # fmt: skip
+        loss = losses.mean()
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss
+        self._record(losses, log_policy, log_t, log_weight, capped, entropy, mask, inputs)
+        # GRPOTrainer tells Trainer that the loss is scaled for accumulation already.
+        return loss / (self.current_gradient_accumulation_steps if self.model.training else 1.0)
+
+    @torch.no_grad()
+    def _record(self, losses, log_policy, log_t, log_weight, capped, entropy, mask, inputs) -> None:
+        slope = self.divergence.score(log_t, self.args.max_exponent)
+        clip = self.args.pseudo_reward_clip
+        scores = {f"score/{n}": c for n, c in zip(self.reward_func_names, inputs["scores"].unbind(1), strict=True)}
+        self.record_examples(
+            {
+                "loss": losses,
+                "log_policy": log_policy,
+                "log_t": log_t,
+                "log_weight": log_weight,
+                "log_base": inputs["log_base"],
+                "slope": slope if clip is None else slope.clamp(min=-clip),
+                "clipped": torch.zeros_like(log_t) if clip is None else slope < -clip,
+                "clamped": self.divergence.capped(log_t, self.args.max_exponent),
+                "weight_capped": capped,
+                "skipped": inputs["skipped"],
+                "entropy": (entropy * mask).sum(-1),
+                "tokens": mask.sum(-1),
+                **scores,
+            }
+        )
+
+    def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:
+        """See `fdiv.alignment.f_dpg_metrics.f_dpg_metrics`; and the diversity of the last generation's completions."""
+        metrics = f_dpg_metrics(examples, get_divergence(self.args.divergence), self.reward_func_names)
+        texts = [text if isinstance(text, str) else text[-1]["content"] for text in self._logs["completion"]]
+        return metrics | diversity(texts, max_texts=self.args.diversity_samples)
+
+    # ---------------------------------------------------------------- checkpoints
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            state = {
+                "z": self.estimates.state_dict(),
+                "baseline": list(self._recent_slopes),
+                "coefficients": self.target.coefficients,
+                "last_check": self._last_check,
+                "proposal": None if self._adaptive is None else self._adaptive.state_dict(),
+            }
+            (folder / _STATE_FILE).write_text(json.dumps(state))
+            if self._adaptive is not None:
+                self._adaptive.save_weights(folder / _PROPOSAL_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / _STATE_FILE
+        if not path.is_file():
+            raise ValueError(f"{checkpoint} holds no {_STATE_FILE}: it is not a checkpoint of f-DPG")
+        state = json.loads(path.read_text())
+        self.estimates.load_state_dict(state["z"])
+        self._recent_slopes.extend(state["baseline"])
+        if state["coefficients"] is not None:
+            self.target = self.target.with_coefficients(state["coefficients"])
+        self._last_check = state["last_check"]
+        if self._adaptive is not None and state["proposal"] is not None:
+            self._adaptive.load_state_dict(state["proposal"])
+            self._adaptive.load_weights(Path(checkpoint) / _PROPOSAL_FILE)
+
+
+def _empty_prompts(args: FDPGConfig) -> Dataset:
+    """Rows without a prompt, as many as one generation needs; `max_steps` sets how often they come round."""
+    if args.max_steps <= 0:
+        raise ValueError("without train_dataset the length of training is not known: set max_steps")
+    return Dataset.from_dict({"prompt": [""] * (args.generation_batch_size // args.num_generations)})
+
+
+def _token_mask(batch: dict[str, Tensor]) -> Tensor:
+    mask = batch["completion_mask"]
+    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
+
+
+def _model_inputs(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, int]:
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    return ids, attention_mask, batch["completion_ids"].size(1)
+
+
+def _prompt_keys(batch: dict[str, Tensor]) -> Tensor:
+    """`[B]` int64, equal for equal prompts on every process and in every run: a hash of the token ids."""
+    rows = [
+        ids[mask.bool()].tolist()
+        for ids, mask in zip(batch["prompt_ids"].cpu(), batch["prompt_mask"].cpu(), strict=True)
+    ]
+    digests = [hashlib.sha256(json.dumps(row).encode()).digest() for row in rows]
+    keys = [int.from_bytes(digest[:8], "big", signed=True) for digest in digests]
+    return torch.tensor(keys, dtype=torch.int64, device=batch["prompt_ids"].device)
