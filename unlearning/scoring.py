@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
-from fdiv.logprobs import enable_fused_head, token_scores
-from fdiv.training import frozen_copy
+from fdiv.frozen_reference import FrozenReference
+from fdiv.logprobs import token_scores
 
 if TYPE_CHECKING:
     from fdiv.unlearning.data import EncodedAnswer, UnlearningCollator
 
-__all__ = ["FrozenReference", "PrecomputedReference", "RoleScores", "score_rows", "split_roles"]
+__all__ = ["PrecomputedReference", "RoleScores", "score_reference", "score_rows", "split_roles"]
 
 
 @dataclass(frozen=True)
@@ -101,92 +99,24 @@ def split_roles(scores: RoleScores, roles: Sequence[str], batch_size: int) -> di
     return {role: scores.rows(slice(i * batch_size, (i + 1) * batch_size)) for i, role in enumerate(roles)}
 
 
-class FrozenReference:
-    """The model as it was before training: the base with the adapter off, the adapter's starting copy, or a copy.
-
-    Args:
-        trainer: its model, accelerator and arguments are used.
-        starting_adapter: training continues an adapter, so the reference is a frozen copy of it, named `ref`.
-        model: a reference given by the user; None makes one.
+def score_reference(
+    reference: FrozenReference | PrecomputedReference,
+    inputs: dict[str, Tensor],
+    *,
+    logits: bool = False,
+    layer: int | None = None,
+) -> RoleScores:
+    """`score_rows` under the reference, without gradient; looked up where it was precomputed.
 
     Raises:
-        ValueError: the weights are sharded and there is no path to load them again from.
+        ValueError: more than log-probabilities of a precomputed reference, or a row it does not hold.
     """
-
-    def __init__(self, trainer: Any, starting_adapter: bool, model: nn.Module | None = None) -> None:
-        self.trainer, self.adapter, self.model = trainer, None, model
-        policy = trainer.model
-        if model is None and is_peft_model(policy):
-            if starting_adapter:
-                _copy_adapter(policy, "ref")
-                self.adapter = "ref"
-            return
-        if model is None:
-            self.model = _second_model(trainer)
-        enable_fused_head(self.model)
-        self.model.requires_grad_(False).eval()
-        self.model = _prepared(trainer, self.model)
-
-    @contextlib.contextmanager
-    def _active(self) -> Iterator[nn.Module]:
-        from trl.models.utils import disable_gradient_checkpointing
-        from trl.trainer.utils import use_adapter
-
-        policy = self.trainer.model
-        with torch.no_grad(), self.trainer.accelerator.autocast():
-            if self.model is not None:
-                yield self.model
-                return
-            unwrapped = self.trainer.accelerator.unwrap_model(policy)
-            kwargs = self.trainer.args.gradient_checkpointing_kwargs
-            with disable_gradient_checkpointing(policy, kwargs), use_adapter(unwrapped, adapter_name=self.adapter):
-                yield policy
-
-    def score(self, inputs: dict[str, Tensor], *, logits: bool = False, layer: int | None = None) -> RoleScores:
-        """`score_rows` under the reference, without gradient."""
-        with self._active() as model:
-            return score_rows(model, inputs, logits=logits, layer=layer)
-
-
-def _second_model(trainer: Any) -> nn.Module:
-    """A frozen copy in memory; loaded from its path where the weights are sharded by ZeRO-3 or a device map."""
-    policy, args = trainer.model, trainer.args
-    sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    if not sharded and getattr(policy, "hf_device_map", None) is None:
-        return frozen_copy(policy)
-    from trl.trainer.utils import create_model_from_path
-
-    path = getattr(policy.config, "_name_or_path", "")
-    if not path:
-        raise ValueError(
-            f"the {type(policy).__name__} was built in memory and is spread over devices or sharded by ZeRO-3, so no "
-            "reference can be made from it: save it and pass its path, or pass ref_model"
-        )
-    return create_model_from_path(path, **{"dtype": policy.dtype, **(args.model_init_kwargs or {})})
-
-
-def _prepared(trainer: Any, model: nn.Module) -> nn.Module:
-    """`model` placed and sharded as the trainer's backend wants it."""
-    from trl.models import prepare_deepspeed, prepare_fsdp
-
-    if trainer.is_deepspeed_enabled:
-        return prepare_deepspeed(model, trainer.accelerator)
-    if trainer.is_fsdp_enabled:
-        return prepare_fsdp(model, trainer.accelerator)
-    return trainer.accelerator.prepare_model(model, evaluation_mode=True)
-
-
-def _copy_adapter(model: Any, name: str) -> None:
-    """Add a frozen adapter with the active one's configuration and weights, and leave the active one active."""
-    active = model.active_adapter
-    model.add_adapter(name, model.peft_config[active])
-    model.set_adapter(active)
-    parameters = dict(model.named_parameters())
-    for key, parameter in parameters.items():
-        if f".{active}." in key:
-            copied = parameters[key.replace(f".{active}.", f".{name}.")]
-            copied.data.copy_(parameter.data)
-            copied.requires_grad_(False)
+    if isinstance(reference, PrecomputedReference):
+        if logits or layer is not None:
+            raise ValueError("precompute_reference keeps log-probabilities only: set it to false for this method")
+        return reference.look_up(inputs)
+    with reference.active() as model:
+        return score_rows(model, inputs, logits=logits, layer=layer)
 
 
 @dataclass
@@ -213,21 +143,19 @@ class PrecomputedReference:
         for begin in range(0, len(mine), batch_size):
             part = mine[begin : begin + batch_size]
             batch = collator([{"index": 0, "forget": row} for row in part])
-            scores = reference.score({key: value.to(accelerator.device) for key, value in batch.items()})
+            scores = score_reference(reference, {key: value.to(accelerator.device) for key, value in batch.items()})
             found += [
                 (self._key(row), log_probs[mask].cpu())
                 for row, log_probs, mask in zip(part, scores.log_probs, scores.mask, strict=True)
             ]
         self.table.update(gather_object(found))
 
-    def score(self, inputs: dict[str, Tensor], *, logits: bool = False, layer: int | None = None) -> RoleScores:
-        """Look the rows of a batch up.
+    def look_up(self, inputs: dict[str, Tensor]) -> RoleScores:
+        """The kept log-probabilities of a batch's rows.
 
         Raises:
-            ValueError: a row that was not scored before training, or more than log-probabilities is asked for.
+            ValueError: a row that was not scored before training.
         """
-        if logits or layer is not None:
-            raise ValueError("precompute_reference keeps log-probabilities only: set it to false for this method")
         ids, mask = inputs["input_ids"], inputs["completion_mask"][:, 1:].bool()
         log_probs = torch.zeros(mask.shape, device=ids.device)
         starts, ends = inputs["completion_mask"].argmax(1).tolist(), inputs["attention_mask"].sum(1).tolist()

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from fdiv.divergences import Divergence, get_divergence
+from fdiv.frozen_reference import FrozenReference
 from fdiv.preference_data import check_pad_token
 from fdiv.training import ObjectiveTrainerMixin, log_ratio_quantiles
 from fdiv.unlearning.assembly import build_forget_dataset, read_retain_rows
@@ -23,7 +24,7 @@ from fdiv.unlearning.config import TemplateConfig, UnlearningConfig
 from fdiv.unlearning.data import ForgetDataset, UnlearningCollator
 from fdiv.unlearning.losses import nll, sampled_divergence
 from fdiv.unlearning.pairing import EpochSampler
-from fdiv.unlearning.scoring import FrozenReference, PrecomputedReference, RoleScores, score_rows, split_roles
+from fdiv.unlearning.scoring import PrecomputedReference, RoleScores, score_reference, score_rows, split_roles
 from fdiv.unlearning.vocabulary_losses import vocabulary_divergence
 
 __all__ = ["UnlearningTrainer"]
@@ -189,7 +190,7 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
             if ref_model is not None:
                 raise ValueError(f"ref_model is given, but {self._name} with this retain_term uses no reference")
             return None
-        reference = FrozenReference(self, starting_adapter, ref_model)
+        reference = FrozenReference(self, ref_model, copy_adapter=starting_adapter)
         if not args.precompute_reference:
             return reference
         if self.needs_logits or self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -224,7 +225,7 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
         rows = score_rows(model, inputs, logits=self.needs_logits, layer=layer)
         scores = split_roles(rows, roles, size)
         if self.reference is not None:
-            reference = self.reference.score(inputs, logits=self.needs_logits, layer=layer)
+            reference = score_reference(self.reference, inputs, logits=self.needs_logits, layer=layer)
             for role, part in split_roles(reference, roles, size).items():
                 scores[role] = scores[role].with_reference(part)
         return scores
@@ -265,7 +266,7 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
                 error = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
                 label = f"divergence/{self.metric_divergence.label}"
                 metrics |= {label: values.mean().item(), f"{label}_se": error}
-            elif name != "loss":
+            elif name != "loss" or mode == "eval":  # Trainer's own weighs an incomplete last batch like a full one
                 metrics[name] = values.mean().item()
         return metrics
 
