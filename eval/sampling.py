@@ -33,6 +33,16 @@ class SamplingRequest:
         """Number of prompt tokens."""
         return len(self.prompt_ids)
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """One result per request."""
+        return (self.key,)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch it takes."""
+        return 1
+
 
 class _InverseCDF:
     """A logits processor that leaves one token per row: where the row's cumulative probability passes its uniform.
@@ -85,14 +95,19 @@ def sample_completions(
     from accelerate.utils import extract_model_from_parallel
     from transformers import GenerationConfig, LogitsProcessorList
 
-    from fdiv.eval.generation import _check_context, _stop_ids
+    from fdiv.eval.generation import _stop_ids
 
     if not temperature > 0:
         raise DataError(f"temperature={temperature}: sampling needs a temperature above 0")
     model = extract_model_from_parallel(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     limit = getattr(base.config, "max_position_embeddings", None)
-    _check_context([_Bounded(r.key, r.length, max_new_tokens) for r in requests], limit)
+    longest = max((request.length for request in requests), default=0)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise DataError(
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's context of {limit}: "
+            "lower max_new_tokens, or leave such prompts out"
+        )
     stop_ids = _stop_ids(base, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(sorted(stop_ids)), 0)
     device = next(model.parameters()).device
@@ -127,13 +142,6 @@ def sample_completions(
         requests, compute, batch_size=batch_size, cache=ItemCache(None, "samples", ""), title=title, progress=progress
     )
     return {key: tuple(record["ids"]) for key, record in records.items()}
-
-
-@dataclass(frozen=True)
-class _Bounded:
-    key: str
-    length: int
-    max_new_tokens: int
 
 
 def _until_stop(ids: list[int], stop_ids: set[int]) -> list[int]:
