@@ -27,6 +27,8 @@ class TofuPreferencesConfig:
         data: directory with the TOFU files, one JSON object a line (`forget10_perturbed.json` …).
         files: the perturbed files to read from it, without `.json`.
         test_fraction: share of the questions whose pairs go to the test split, in (0, 1).
+        validation_fraction: share that goes to the split `validation`, for choosing settings without the test split
+            (`--dataset_test_split validation`); 0 makes none.
         bos: text put before every prompt: the token the model's training rows began with; "" for a tokenizer that adds
             its own.
         seed: of the split and of the order of the rows.
@@ -34,7 +36,8 @@ class TofuPreferencesConfig:
 
     data: str
     files: list[str] = field(default_factory=lambda: ["forget10_perturbed", "retain_perturbed"])
-    test_fraction: float = 0.25
+    test_fraction: float = 0.3
+    validation_fraction: float = 0.1
     bos: str = ""
     seed: int = 0
 
@@ -43,11 +46,19 @@ class TofuPreferencesConfig:
             raise ValueError(
                 "prepare.files is empty: name at least one perturbed TOFU file, such as forget10_perturbed"
             )
-        if not 0 < self.test_fraction < 1:
-            raise ValueError(f"prepare.test_fraction must lie in (0, 1), got {self.test_fraction}")
+        if not (self.test_fraction > 0 and self.validation_fraction >= 0):
+            raise ValueError(
+                f"prepare.test_fraction={self.test_fraction} must be positive and "
+                f"prepare.validation_fraction={self.validation_fraction} not negative"
+            )
+        if not self.test_fraction + self.validation_fraction < 1:
+            raise ValueError(
+                f"prepare.test_fraction={self.test_fraction} and validation_fraction={self.validation_fraction} leave "
+                "nothing to train on: their sum must stay below 1"
+            )
 
     def build(self, output_dir: Path) -> dict[str, Any]:
-        """Write `data/train.jsonl` and `data/test.jsonl` with the columns prompt, chosen, rejected.
+        """Write `data/{train,validation,test}.jsonl` with the columns prompt, chosen, rejected.
 
         Returns:
             The recipe keys it settles: `dataset_name`, `dataset_train_split`, `dataset_test_split`.
@@ -63,16 +74,19 @@ class TofuPreferencesConfig:
         names = sorted(questions)
         random.Random(self.seed).shuffle(names)
         n_test = round(self.test_fraction * len(names))
-        if not 0 < n_test < len(names):
-            raise ValueError(
-                f"prepare.test_fraction={self.test_fraction} of {len(names)} questions leaves one split empty: change "
-                "it or add files"
-            )
-        output_dir = Path(output_dir)
-        data_dir = output_dir / "data"
+        n_held = n_test + round(self.validation_fraction * len(names))
+        splits = {"test": names[:n_test], "validation": names[n_test:n_held], "train": names[n_held:]}
+        if not self.validation_fraction:
+            del splits["validation"]
+        for split, members in splits.items():
+            if not members:
+                raise ValueError(
+                    f"the {split} split of {len(names)} questions is empty: change its share or add files"
+                )
+        data_dir = Path(output_dir) / "data"
         data_dir.mkdir(parents=True, exist_ok=True)
-        for split, chosen_names in (("test", names[:n_test]), ("train", names[n_test:])):
-            pairs = [pair for question in chosen_names for pair in questions[question]]
+        for split, members in splits.items():
+            pairs = [pair for question in members for pair in questions[question]]
             random.Random(self.seed).shuffle(pairs)
             with (data_dir / f"{split}.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
