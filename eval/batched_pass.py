@@ -11,14 +11,18 @@ from fdiv.eval.item_cache import ItemCache
 __all__ = ["run_batches"]
 
 
-class _Request(Protocol):
-    key: str
+class _Unit(Protocol):
+    """What is computed together: `rows` rows of a batch that give one result per key."""
 
     @property
+    def keys(self) -> tuple[str, ...]: ...
+    @property
     def length(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
 
 
-R = TypeVar("R", bound=_Request)
+U = TypeVar("U", bound=_Unit)
 
 
 def _collective_forward() -> bool:
@@ -28,28 +32,39 @@ def _collective_forward() -> bool:
     return is_deepspeed_zero3_enabled()
 
 
+def _cut(units: Sequence[U], batch_size: int) -> list[list[U]]:
+    """Batches of at most `batch_size` rows (a larger unit stands alone), longest first."""
+    batches: list[list[U]] = []
+    rows = 0
+    for unit in sorted(units, key=lambda u: (-u.length, u.keys)):
+        if not batches or rows + unit.rows > batch_size:
+            batches.append([])
+            rows = 0
+        batches[-1].append(unit)
+        rows += unit.rows
+    return batches
+
+
 def run_batches(
-    requests: Sequence[R],
-    compute: Callable[[list[R]], list[dict[str, Any]]],
+    units: Sequence[U],
+    compute: Callable[[list[U]], list[dict[str, Any]]],
     *,
     batch_size: int,
     cache: ItemCache,
-    group: Callable[[R], Any] = lambda request: 0,
     title: str = "evaluating",
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Compute every request not in the cache yet and return all results by key, the same on every process.
+    """Compute every unit not in the cache yet and return all results by key, the same on every process.
 
-    Batches are cut from the list sorted by (group, length, key), whatever the number of processes, and the i-th
-    pending batch goes to process i mod n. So results depend on neither the order of the requests nor the number of
-    processes, and on the batch size only through floating-point rounding.
+    Batches are cut from the list sorted by (length, key), whatever the number of processes, and the i-th pending
+    batch goes to process i mod n. So results depend on neither the order of the units nor the number of processes,
+    and on the batch size only through floating-point rounding.
 
     Args:
-        requests: with unique `key`s.
-        compute: one batch in, one result per request out, each with its `key`.
+        units: with unique keys.
+        compute: one batch in, one result per key out, each with its `key`.
         batch_size: rows of a batch.
         cache: where finished items are looked up and stored.
-        group: requests of different groups never share a batch.
         title: shown beside the progress bar of the main process.
         progress: False: no bar.
     """
@@ -59,17 +74,11 @@ def run_batches(
 
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size}: must be at least 1")
-    keys = [request.key for request in requests]
+    keys = [key for unit in units for key in unit.keys]
     if len(set(keys)) != len(keys):
-        raise DataError(f"{title}: request keys are not unique")
+        raise ValueError(f"{title}: request keys are not unique")
     state = PartialState()
-    ordered = sorted(requests, key=lambda r: (str(group(r)), -r.length, r.key))
-    batches: list[list[R]] = []
-    for request in ordered:
-        if not batches or len(batches[-1]) == batch_size or group(batches[-1][0]) != group(request):
-            batches.append([])
-        batches[-1].append(request)
-    pending = [batch for batch in batches if any(request.key not in cache.items for request in batch)]
+    pending = [b for b in _cut(units, batch_size) if any(key not in cache.items for unit in b for key in unit.keys)]
     state.wait_for_everyone()  # everybody has read the cache before anybody appends
     own = pending[state.process_index :: state.num_processes]
     steps = -(-len(pending) // state.num_processes) if _collective_forward() else len(own)
@@ -82,7 +91,7 @@ def run_batches(
                 compute(pending[-1])  # keeps sharded forwards in step; the result is another process's
             bar.advance(task)
     if state.num_processes > 1:
-        mine = [cache.items[request.key] for batch in own for request in batch]
+        mine = [cache.items[key] for batch in own for unit in batch for key in unit.keys]
         for item in gather_object(mine):
             cache.items[item["key"]] = item
     return {key: cache.items[key] for key in keys}

@@ -23,16 +23,26 @@ BACKENDS = ("transformers", "vllm")
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt and the bound on its continuation."""
+    """One prompt and the bound on its continuation.
+
+    `expected_tokens`, the length of the true answer say, only sorts: a batch generates until its longest row ends.
+    """
 
     key: str
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
+    expected_tokens: int = 0
+    rows: int = 1
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The key, as the batched pass wants it."""
+        return (self.key,)
 
     @property
     def length(self) -> int:
-        """Number of prompt tokens."""
-        return len(self.prompt_ids)
+        """What batches are sorted by."""
+        return len(self.prompt_ids) + 2 * self.expected_tokens
 
 
 @dataclass(frozen=True)
@@ -47,9 +57,10 @@ class VLLMSource:
 
 def _check_context(requests: Sequence[GenerationRequest], limit: int | None) -> None:
     for request in requests:
-        if limit is not None and request.length + request.max_new_tokens > limit:
+        prompt = len(request.prompt_ids)
+        if limit is not None and prompt + request.max_new_tokens > limit:
             raise DataError(
-                f"{request.key}: a prompt of {request.length} tokens and {request.max_new_tokens} new ones exceed the "
+                f"{request.key}: a prompt of {prompt} tokens and {request.max_new_tokens} new ones exceed the "
                 f"model's context of {limit}"
             )
 
@@ -104,14 +115,15 @@ def generate_texts(
 
     @torch.no_grad()
     def compute(batch: list[GenerationRequest]) -> list[dict[str, Any]]:
-        width, bound = max(r.length for r in batch), max(r.max_new_tokens for r in batch)
+        width, bound = max(len(r.prompt_ids) for r in batch), max(r.max_new_tokens for r in batch)
         if bound == 0:
             return [_record(request, [], stop_ids, tokenizer) for request in batch]
         ids = torch.full((len(batch), width), pad_id)
         mask = torch.zeros_like(ids)
         for row, request in enumerate(batch):
-            ids[row, width - request.length :] = torch.tensor(request.prompt_ids)
-            mask[row, width - request.length :] = 1
+            start = width - len(request.prompt_ids)
+            ids[row, start:] = torch.tensor(request.prompt_ids)
+            mask[row, start:] = 1
         settings = GenerationConfig(
             do_sample=False,
             num_beams=1,

@@ -15,8 +15,9 @@ from fdiv.errors import DataError
 from fdiv.eval.aggregation import Aggregates, check_retain_log
 from fdiv.eval.eval_log import EvalLog, read_eval_log
 from fdiv.eval.generation import GenerationRequest, generate_texts
+from fdiv.eval.gradient_norms import gradient_norms
 from fdiv.eval.presets import get_preset
-from fdiv.eval.scoring import ScoringRequest, gradient_norms, score_texts
+from fdiv.eval.scoring import ScoringRequest, score_texts
 from fdiv.eval.settings import EvaluationSettings
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ the variance, so the logits of the label positions, and of those only, are reduc
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +19,16 @@ from torch import Tensor
 from fdiv.errors import DataError
 from fdiv.eval.batched_pass import run_batches
 from fdiv.eval.item_cache import ItemCache, fingerprint
+from fdiv.eval.label_logits import LabelLogits, SharedPrompts, plain_label_logits, shares_prompts
 from fdiv.eval.prompting import EncodedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ScoringRequest", "TokenStatistics", "gradient_norms", "label_statistics", "score_texts"]
+__all__ = ["ScoringRequest", "TokenStatistics", "label_statistics", "score_texts", "scoring_digest"]
 
 _CHUNK_LOGITS = 2**24
+_FORWARDS = 8  # forwards of one unit of work: enough answers to sort by length, few enough to save often
 
 
 @dataclass(frozen=True)
@@ -37,106 +39,120 @@ class ScoringRequest:
     text: EncodedText
     token_level: bool = False
 
+
+@dataclass(frozen=True)
+class _Bundle:
+    """Requests with the same prompt: a unit of the pass, so that the prompt is run once."""
+
+    requests: tuple[ScoringRequest, ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(request.key for request in self.requests)
+
     @property
     def length(self) -> int:
-        """Number of tokens."""
-        return len(self.text.input_ids)
+        return max(len(request.text.input_ids) for request in self.requests)
+
+    @property
+    def rows(self) -> int:
+        return len(self.requests)
 
 
-@dataclass
-class TokenStatistics:
-    """Per label token, flattened over a batch: log p, argmax hit, mean and variance of the next-token log-prob."""
+class TokenStatistics(NamedTuple):
+    """Per label token: log p, argmax hit, and, where asked for, mean and variance of the next-token log-prob; each
+    [N]."""
 
     log_prob: Tensor
     is_top1: Tensor
-    mean: Tensor | None
-    variance: Tensor | None
+    mean: Tensor
+    variance: Tensor
 
 
-def _forward_parameters(model: Any) -> set[str]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return set(inspect.signature(base.forward).parameters)
-
-
-def label_statistics(logits: Tensor, labels: Tensor, *, moments: bool) -> TokenStatistics:
+def label_statistics(logits: Tensor, labels: Tensor, *, moments: bool = True) -> TokenStatistics:
     """Reduce logits [N, V] at labels [N] in float32, chunk by chunk.
 
-    mean = sum_v p_v log p_v (minus the entropy), variance = sum_v p_v (log p_v)^2 - mean^2; both None unless
-    `moments`.
+    mean = sum_v p_v log p_v (minus the entropy), variance = sum_v p_v (log p_v - mean)^2; both 0 unless `moments`.
     """
-    parts = []
+    parts = [TokenStatistics(torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.zeros(0), torch.zeros(0))]
     rows = max(1, _CHUNK_LOGITS // logits.shape[-1])
-    for chunk, target in zip(logits.split(rows), labels.split(rows), strict=True):
+    for chunk, target in zip(logits.split(rows), labels.split(rows), strict=True) if len(labels) else ():
         log_p = torch.log_softmax(chunk.float(), dim=-1)
-        row = [log_p.gather(-1, target[:, None]).squeeze(-1), chunk.argmax(-1) == target]
+        mean = variance = torch.zeros(len(target), device=log_p.device)
         if moments:
             p, finite = log_p.exp(), log_p.clamp(min=-1e4)  # exp(-1e4) is 0, and 0 * -inf would be NaN
             mean = (p * finite).sum(-1)
-            row += [mean, (p * (finite - mean[:, None]).square()).sum(-1)]
-        parts.append(row)
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    return TokenStatistics(*columns, *([] if moments else [None, None]))
+            variance = (p * (finite - mean[:, None]).square()).sum(-1)
+        picked = log_p.gather(-1, target[:, None]).squeeze(-1)
+        hits = chunk.argmax(-1) == target
+        parts.append(TokenStatistics(*(value.cpu() for value in (picked, hits, mean, variance))))
+    return TokenStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 @torch.no_grad()
 def _score_batch(
-    model: PreTrainedModel, batch: Sequence[ScoringRequest], pad_id: int, device: torch.device, padding_side: str
+    model: PreTrainedModel, batch: Sequence[_Bundle], pad_id: int, side: str, batch_size: int, share: bool
 ) -> list[dict[str, Any]]:
-    width = max(request.length for request in batch)
-    ids = torch.full((len(batch), width), pad_id)
-    mask = torch.zeros_like(ids)
-    rows, columns, counts = [], [], []
-    for row, request in enumerate(batch):
-        start = width - request.length if padding_side == "left" else 0
-        ids[row, start : start + request.length] = torch.tensor(request.text.input_ids)
-        mask[row, start : start + request.length] = 1
-        labels = range(start + request.text.prompt_length, start + request.length)
-        rows += [row] * len(labels)
-        columns += labels
-        counts.append(len(labels))
-    if not rows:
-        return [{"key": request.key, "avg_loss": None, "labels": 0} for request in batch]
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    accepted = _forward_parameters(model)
-    inputs = {name: value.to(device) for name, value in inputs.items() if name in accepted}
-    first, last = min(columns) - 1, max(columns)
-    window = {"logits_to_keep": torch.arange(first, last, device=device)} if "logits_to_keep" in accepted else {}
-    logits = model(**inputs, **window, **({"use_cache": False} if "use_cache" in accepted else {})).logits
-    if not window:
-        logits = logits[:, first:last]
-    row_index, column_index = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
-    picked = logits[row_index, column_index - 1 - first]
-    statistics = label_statistics(
-        picked, ids.to(device)[row_index, column_index], moments=any(request.token_level for request in batch)
-    )
-    return _records(batch, statistics, counts)
-
-
-def _records(batch: Sequence[ScoringRequest], statistics: TokenStatistics, counts: list[int]) -> list[dict[str, Any]]:
-    log_probs = statistics.log_prob.cpu().split(counts)
-    hits = statistics.is_top1.cpu().split(counts)
+    """Score a few hundred texts: their prompts at once, then their answers in forwards of `batch_size`, longest
+    first."""
+    requests = [request for bundle in batch for request in bundle.requests]
+    requests.sort(key=lambda request: request.text.prompt_length - len(request.text.input_ids))
+    share = share and len(requests) > len(batch) and all(request.text.prompt_length >= 2 for request in requests)
+    prompts = SharedPrompts(model, [request.text for request in requests], pad_id) if share else None
     records = []
-    for row, (request, count) in enumerate(zip(batch, counts, strict=True)):
-        record: dict[str, Any] = {"key": request.key, "avg_loss": None, "labels": count}
-        if count:
-            record["avg_loss"] = -float(log_probs[row].double().sum()) / count
-            if record["avg_loss"] != record["avg_loss"]:
-                raise DataError(f"the model gives NaN log-probabilities on {request.key}: it cannot be evaluated")
+    for start in range(0, len(requests), batch_size):
+        part = requests[start : start + batch_size]
+        texts = [request.text for request in part]
+        if prompts is not None:
+            found = prompts.logits(texts)
+        else:
+            found = plain_label_logits(model, texts, pad_id=pad_id, padding_side=side)
+        records += _records(part, found)
+    return records
+
+
+def _records(requests: Sequence[ScoringRequest], found: LabelLogits | None) -> list[dict[str, Any]]:
+    if found is None:
+        found = LabelLogits(torch.zeros(0, 1), torch.zeros(0, dtype=torch.long), [0] * len(requests))
+    if not any(request.token_level for request in requests):
+        # One reduction for all: the common case, and the fast one.
+        log_probs = label_statistics(found.logits, found.labels, moments=False).log_prob.split(found.counts)
+        return [_record(request, values) for request, values in zip(requests, log_probs, strict=True)]
+    records = []
+    pairs = zip(found.logits.split(found.counts), found.labels.split(found.counts), strict=True)
+    for request, (logits, labels) in zip(requests, pairs, strict=True):
+        statistics = label_statistics(logits, labels, moments=request.token_level)
+        record = _record(request, statistics.log_prob)
         if request.token_level:
-            means, variances = statistics.mean.cpu().split(counts), statistics.variance.cpu().split(counts)
-            record |= {
-                "log_probs": log_probs[row].tolist(),
-                "is_top1": hits[row].int().tolist(),
-                "mean": means[row].tolist(),
-                "variance": variances[row].tolist(),
-            }
+            log_prob, hits, mean, variance = (value.tolist() for value in statistics)
+            record |= {"log_probs": log_prob, "is_top1": [int(h) for h in hits], "mean": mean, "variance": variance}
         records.append(record)
     return records
 
 
-def _digest(model_digest: str, requests: Sequence[ScoringRequest], *settings: Any) -> str:
+def _record(request: ScoringRequest, log_probs: Tensor) -> dict[str, Any]:
+    count = len(log_probs)
+    loss = -float(log_probs.double().sum()) / count if count else None
+    if loss is not None and math.isnan(loss):
+        raise DataError(f"the model gives NaN log-probabilities on {request.key}: it cannot be evaluated")
+    return {"key": request.key, "avg_loss": loss, "labels": count}
+
+
+def scoring_digest(model_digest: str, requests: Sequence[ScoringRequest], *settings: Any) -> str:
+    """Fingerprint of a scoring pass: the weights, the texts and the settings."""
     texts = [[r.key, list(r.text.input_ids), r.text.prompt_length, r.token_level] for r in requests]
     return fingerprint(model_digest, texts, *settings)
+
+
+def _bundles(requests: Sequence[ScoringRequest], batch_size: int) -> list[_Bundle]:
+    groups: dict[tuple[int, ...], list[ScoringRequest]] = {}
+    for request in requests:
+        groups.setdefault(request.text.input_ids[: request.text.prompt_length], []).append(request)
+    return [
+        _Bundle(tuple(group[start : start + batch_size]))
+        for group in groups.values()
+        for start in range(0, len(group), batch_size)
+    ]
 
 
 def score_texts(
@@ -146,6 +162,7 @@ def score_texts(
     pad_id: int,
     batch_size: int = 32,
     padding_side: str = "right",
+    share_prompts: bool = True,
     cache_dir: Path | None = None,
     model_digest: str = "",
     title: str = "scoring",
@@ -157,8 +174,9 @@ def score_texts(
         model: a causal LM in eval mode, on its device.
         requests: the texts.
         pad_id: any token id: padding is masked, and position ids are passed, so either side gives the same numbers.
-        batch_size: rows of a forward.
-        padding_side: `right` or `left`.
+        batch_size: texts of a forward.
+        padding_side: `right` or `left`, where a forward without shared prompts pads.
+        share_prompts: run the prompt of several answers once, where the model's cache allows it.
         cache_dir: where finished texts are kept so that a killed run continues; None keeps nothing.
         model_digest: fingerprint of the weights, needed with `cache_dir`.
         title, progress: the progress bar.
@@ -166,73 +184,24 @@ def score_texts(
         By key: `avg_loss` (nats per label token; None without labels), `labels` (their number), and for `token_level`
         requests the lists `log_probs`, `is_top1`, `mean`, `variance`.
     Raises:
-        ValueError: a text longer than the model's context, or NaN log-probabilities.
+        DataError: a text longer than the model's context, or NaN log-probabilities.
     """
     from accelerate import PartialState
 
     limit = getattr(model.config, "max_position_embeddings", None)
     for request in requests:
-        if limit is not None and request.length > limit:
-            raise DataError(
-                f"{request.key} has {request.length} tokens, the model's context is {limit}: shorten the text "
-                "(max_length)"
-            )
-    device = next(model.parameters()).device
-    digest = _digest(model_digest, requests, "scores", str(next(model.parameters()).dtype))
-    cache = ItemCache(cache_dir, "scores", digest, PartialState().process_index)
+        length = len(request.text.input_ids)
+        if limit is not None and length > limit:
+            raise DataError(f"{request.key} has {length} tokens, the model's context is {limit}: shorten the text")
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size}: must be at least 1")
+    share = share_prompts and shares_prompts(model)
+    digest = scoring_digest(model_digest, requests, "scores", str(next(model.parameters()).dtype))
     return run_batches(
-        requests,
-        lambda batch: _score_batch(model, batch, pad_id, device, padding_side),
-        batch_size=batch_size,
-        cache=cache,
-        group=lambda request: request.token_level,
+        _bundles(requests, _FORWARDS * batch_size),
+        lambda batch: _score_batch(model, batch, pad_id, padding_side, batch_size, share),
+        batch_size=_FORWARDS * batch_size,
+        cache=ItemCache(cache_dir, "scores", digest, PartialState().process_index),
         title=title,
         progress=progress,
     )
-
-
-def gradient_norms(
-    model: PreTrainedModel,
-    requests: Sequence[ScoringRequest],
-    *,
-    drop_last_label: bool = True,
-    cache_dir: Path | None = None,
-    model_digest: str = "",
-    title: str = "gradient norms",
-    progress: bool = True,
-) -> dict[str, dict[str, Any]]:
-    """GradNorm of every text: mean over parameters of the 2-norm of the gradient of its mean label loss.
-
-    One backward per text. The model's own gradients must be None or unneeded: they are cleared. Frozen parameters
-    count nothing, so a PEFT model is measured on its adapter.
-
-    Returns:
-        By key: `score`, or None for a text without labels.
-    """
-    from accelerate import PartialState
-
-    from fdiv.eval.membership import gradnorm_score
-    from fdiv.logprobs import token_scores
-
-    device = next(model.parameters()).device
-
-    def compute(batch: list[ScoringRequest]) -> list[dict[str, Any]]:
-        (request,) = batch
-        ids = torch.tensor([request.text.input_ids], device=device)
-        labels = torch.ones_like(ids)
-        labels[:, : request.text.prompt_length] = 0
-        if drop_last_label:
-            labels[:, -1] = 0
-        if not labels.any():
-            return [{"key": request.key, "score": None}]
-        model.zero_grad(set_to_none=True)
-        with torch.enable_grad():
-            scores = token_scores(model, ids, torch.ones_like(ids), labels, fused=False)
-            (-scores.log_probs.sum() / scores.mask.sum()).backward()
-        norms = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
-        model.zero_grad(set_to_none=True)
-        return [{"key": request.key, "score": gradnorm_score(norms)}]
-
-    digest = _digest(model_digest, requests, "gradnorm", drop_last_label, str(next(model.parameters()).dtype))
-    cache = ItemCache(cache_dir, "gradnorm", digest, PartialState().process_index)
-    return run_batches(requests, compute, batch_size=1, cache=cache, title=title, progress=progress)

@@ -96,7 +96,9 @@ def plan_tofu(
             text = prompt.encode(tokenizer, question, row["answer"])
             prompt_ids = text.input_ids[: text.prompt_length]
             bound = preset.answer_tokens - (len(prompt_ids) if preset.answer_bound == "total" else 0)
-            plan.generation.append(GenerationRequest(key, prompt_ids, max(0, bound)))
+            plan.generation.append(
+                GenerationRequest(key, prompt_ids, max(0, bound), len(text.input_ids) - len(prompt_ids))
+            )
             plan.questions[key], plan.truths[key] = question, row["answer"].strip()
     for i in selected_rows(len(rows.holdout), preset.max_rows, max_items):
         score(f"holdout/{i}", rows.holdout[i]["question"], rows.holdout[i]["answer"], token_level=True)

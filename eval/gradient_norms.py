@@ -1,0 +1,82 @@
+"""The GradNorm membership attack's pass: one backward per text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fdiv.eval.batched_pass import run_batches
+from fdiv.eval.item_cache import ItemCache
+from fdiv.eval.membership import gradnorm_score
+from fdiv.eval.scoring import ScoringRequest, scoring_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["gradient_norms"]
+
+
+@dataclass(frozen=True)
+class _One:
+    request: ScoringRequest
+    rows: int = 1
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.request.key,)
+
+    @property
+    def length(self) -> int:
+        return len(self.request.text.input_ids)
+
+
+def gradient_norms(
+    model: PreTrainedModel,
+    requests: Sequence[ScoringRequest],
+    *,
+    drop_last_label: bool = True,
+    cache_dir: Path | None = None,
+    model_digest: str = "",
+    title: str = "gradient norms",
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """GradNorm of every text: mean over parameters of the 2-norm of the gradient of its mean label loss.
+
+    The model's own gradients must be None or unneeded: they are cleared. Frozen parameters count nothing, so a PEFT
+    model is measured on its adapter.
+
+    Returns:
+        By key: `score`, or None for a text without labels.
+    """
+    from accelerate import PartialState
+
+    from fdiv.logprobs import token_scores
+
+    device = next(model.parameters()).device
+
+    def compute(batch: list[_One]) -> list[dict[str, Any]]:
+        request = batch[0].request
+        ids = torch.tensor([request.text.input_ids], device=device)
+        labels = torch.ones_like(ids)
+        labels[:, : request.text.prompt_length] = 0
+        if drop_last_label:
+            labels[:, -1] = 0
+        if not labels.any():
+            return [{"key": request.key, "score": None}]
+        model.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            scores = token_scores(model, ids, torch.ones_like(ids), labels, fused=False)
+            (-scores.log_probs.sum() / scores.mask.sum()).backward()
+        norms = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
+        model.zero_grad(set_to_none=True)
+        return [{"key": request.key, "score": gradnorm_score(norms)}]
+
+    settings = ("gradnorm", drop_last_label, str(next(model.parameters()).dtype))
+    digest = scoring_digest(model_digest, requests, *settings)
+    cache = ItemCache(cache_dir, "gradnorm", digest, PartialState().process_index)
+    units = [_One(request) for request in requests]
+    return run_batches(units, compute, batch_size=1, cache=cache, title=title, progress=progress)
