@@ -14,7 +14,8 @@ the seed alone.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,15 +137,16 @@ class TinyPreferencesConfig:
         base = torch.softmax(self.base_scale * _sum_of_two_tables(generator), dim=-1)
         held_out = self._held_out(generator)
 
-        tokenizer = _new_tokenizer()
-        with torch.random.fork_rng(devices=[]):
+        with _one_thread(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
+            tokenizer = _new_tokenizer()
             model = _new_model(tokenizer)
             self._train_reference(model, tokenizer, base, generator)
+            reference_log_probs = response_log_probs(model, tokenizer)
         model.save_pretrained(model_dir)
         tokenizer.save_pretrained(model_dir)
 
-        world = TinyWorld(held_out, reward, self.malformed_reward, response_log_probs(model, tokenizer))
+        world = TinyWorld(held_out, reward, self.malformed_reward, reference_log_probs)
         world.save(output_dir / "world.json")
         for split, rows, count in (
             ("train", ~held_out, self.train_pairs_per_prompt),
@@ -205,6 +207,18 @@ class TinyPreferencesConfig:
                 first, second = second, first
             pairs.append({"prompt": PROMPTS[row], "chosen": first[0], "rejected": second[0]})
         return pairs
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from more threads, and on a busy machine threads that wait for each other cost
+    minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def response_log_probs(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:

@@ -58,7 +58,7 @@ def test_reward_is_additive_in_tone_word_and_topic_noun(built):
 
 
 def test_labels_follow_bradley_terry():
-    # With a flat base and a reward of ±6 between some words, the better response wins σ(Δr) of the pairs.
+    # A flat reference; reward 1.5 for half of the responses, 0 for the others, −3 for malformed ones: gaps 1.5, 3, 4.5.
     config = TinyPreferencesConfig(reward_scale=1.0)
     generator = torch.Generator().manual_seed(0)
     reward = torch.zeros(36, 64, dtype=torch.float64)
