@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 DEMO := recipes/tiny/f_dpo.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-slow test-all test-gpu test-vllm lint format recipes docs bench \
+.PHONY: help setup setup-vllm demo test test-slow test-all test-gpu test-vllm lint format recipes readme docs bench \
 	constraints clean
 
 # Tests, demonstration and documentation fetch nothing from a hub.
@@ -64,6 +64,9 @@ recipes: setup ## parse every recipe and print nothing but its name
 	@find recipes -name '*.yaml' -not -path 'recipes/accelerate/*' | sort | while read -r recipe; do \
 		echo "$$recipe"; $(BIN)/fdiv run "$$recipe" --dry_run > /dev/null || exit $$?; \
 	done
+
+readme: ## copy the tables of results/ into the README
+	@$(PYTHON) scripts/readme_tables.py
 
 docs: setup ## build the API reference and the guides into site/
 	$(BIN)/python scripts/build_docs.py
