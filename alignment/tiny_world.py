@@ -36,6 +36,18 @@ RESPONSES = tuple(f" {adjective} {noun}" for adjective in ADJECTIVES for noun in
 _WORDS = ("Write", "a", "line", "about", ":", *TONES, *TOPICS, *ADJECTIVES, *NOUNS)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from more threads, and on a busy machine threads that wait for each other cost
+    minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class TinyWorld:
     """The known facts of one world; tensors are float64, rows are `PROMPTS`, columns are `RESPONSES`."""
@@ -122,6 +134,7 @@ class TinyPreferencesConfig:
         if not 0 < self.malformed_share < 1:
             raise ValueError(f"prepare.malformed_share must lie in (0, 1), got {self.malformed_share}")
 
+    @_one_thread()
     def build(self, output_dir: Path) -> dict[str, Any]:
         """Write `model/`, `data/train.jsonl`, `data/test.jsonl` (prompt, chosen, rejected) and `world.json`.
 
@@ -137,7 +150,7 @@ class TinyPreferencesConfig:
         base = torch.softmax(self.base_scale * _sum_of_two_tables(generator), dim=-1)
         held_out = self._held_out(generator)
 
-        with _one_thread(), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             tokenizer = _new_tokenizer()
             model = _new_model(tokenizer)
@@ -209,18 +222,7 @@ class TinyPreferencesConfig:
         return pairs
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more threads, and on a busy machine threads that wait for each other cost
-    minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
+@_one_thread()
 def response_log_probs(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:
     """`[36, 64]` float64 log π(y | x) of every well-formed response with its end-of-sequence token, for every prompt.
 
