@@ -99,7 +99,7 @@ def test_the_table_holds_the_models_own_log_probabilities(built):
 
 
 def test_the_reference_learns_the_base_distribution(tmp_path):
-    config = TinyPreferencesConfig(sft_steps=300, train_pairs_per_prompt=1, test_pairs_per_prompt=1)
+    config = TinyPreferencesConfig(sft_steps=200, train_pairs_per_prompt=1, test_pairs_per_prompt=1)
     config.build(tmp_path)
     world = TinyWorld.load(tmp_path / "world.json")
     malformed = 1 - world.reference_log_probs.exp().sum(dim=-1)
