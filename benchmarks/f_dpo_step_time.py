@@ -157,8 +157,9 @@ def batch_for(seconds: float, model_dir: str, length: int) -> int:
         with tempfile.TemporaryDirectory() as folder:
             trainer = build("trl", model_dir, pairs, length, folder)
             batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-            step(trainer, batch)
-            if min(step(trainer, batch) for _ in range(2)) >= seconds:
+            for _ in range(2):  # the first steps allocate the optimizer states and warm the caches
+                step(trainer, batch)
+            if min(step(trainer, batch) for _ in range(4)) >= seconds:
                 return pairs
         pairs *= 2
 
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--divergences", nargs="+", help="names, or JSON mappings; all lawful ones when left out")
     parser.add_argument("--pairs", type=int, default=30, help="interleaved pairs of steps per divergence")
     parser.add_argument("--min_step_seconds", type=float, default=0.6)
+    parser.add_argument("--batch_pairs", type=int, help="preference pairs per step; found by doubling when left out")
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence, about")
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
@@ -186,7 +188,7 @@ def main() -> None:
                 max_positions=4 * options.length,
             )
         )  # fmt: skip
-        batch_pairs = batch_for(options.min_step_seconds, model_dir, options.length)
+        batch_pairs = options.batch_pairs or batch_for(options.min_step_seconds, model_dir, options.length)
         results = []
         for divergence in divergences:
             result = compare(divergence, options.pairs, model_dir, batch_pairs, options.length)
