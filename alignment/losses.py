@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -138,7 +137,6 @@ def d2o_loss(
     beta: float,
     divergence: str | Mapping[str, Any] | Divergence = "reverse_kl",
     *,
-    anchor_mask: Tensor | None = None,
     max_exponent: float | None = None,
 ) -> Tensor:
     """D²O: −log σ((β/K)·Σ_k f′(π_θ(y_k)/π_r⁻(y_k)) − α·f′(π_θ(y_l)/π_r⁺(y_l))) (Duan et al. 2024, arXiv:2403.03419).
@@ -154,7 +152,6 @@ def d2o_loss(
         beta: weight of the anchors, ≥ 0.
         divergence: any spec of `get_divergence` with f′(0⁺) = −∞. The paper's loss is `reverse_kl`; another one is
             experimental unless α = β and both references are the same (see `d2o_experimental_reason`).
-        anchor_mask: `[B, K]` bool or 0/1; an anchor with 0 is left out of the mean. A row without any counts as K = 0.
         max_exponent: overflow cap on exp-type scores, see `f_dpo_rewards`.
 
     Returns:
@@ -167,18 +164,16 @@ def d2o_loss(
     Warns:
         UserWarning: another divergence than `reverse_kl` with α ≠ β, with the reason.
     """
-    _check_d2o_inputs(anchor_log_ratio, rejected_log_ratio, anchor_mask, alpha, beta)
+    _check_d2o_inputs(anchor_log_ratio, rejected_log_ratio, alpha, beta)
     divergence = check_f_dpo_divergence(divergence, objective="D2O")
     reason = d2o_experimental_reason(divergence, alpha, beta)
     if reason:
         warnings.warn(reason, UserWarning, stacklevel=2)
-    present = torch.ones_like(anchor_log_ratio, dtype=torch.bool) if anchor_mask is None else anchor_mask.bool()
-    scores = divergence.score(torch.where(present, anchor_log_ratio, 0.0), max_exponent)
-    anchors = torch.where(present, scores, 0.0).sum(-1) / present.sum(-1).clamp(min=1)
+    anchors = divergence.score(anchor_log_ratio, max_exponent).sum(-1) / max(anchor_log_ratio.size(1), 1)
     return -F.logsigmoid(beta * anchors - alpha * divergence.score(rejected_log_ratio, max_exponent))
 
 
-def _check_d2o_inputs(anchors: Tensor, rejected: Tensor, mask: Tensor | None, alpha: float, beta: float) -> None:
+def _check_d2o_inputs(anchors: Tensor, rejected: Tensor, alpha: float, beta: float) -> None:
     if not alpha > 0:
         raise ValueError(f"alpha={alpha}: D2O needs alpha > 0, the weight of the rejected answer")
     if not beta >= 0:
@@ -187,8 +182,4 @@ def _check_d2o_inputs(anchors: Tensor, rejected: Tensor, mask: Tensor | None, al
         raise ValueError(
             f"anchor_log_ratio has shape {tuple(anchors.shape)} and rejected_log_ratio {tuple(rejected.shape)}: D2O "
             "needs [B, K] and [B]"
-        )
-    if mask is not None and mask.shape != anchors.shape:
-        raise ValueError(
-            f"anchor_mask has shape {tuple(mask.shape)}, anchor_log_ratio {tuple(anchors.shape)}: must be equal"
         )

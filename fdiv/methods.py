@@ -54,6 +54,16 @@ METHODS: dict[str, Method] = {
         optional_columns=("prompt",),
         check_divergence="fdiv.alignment.losses:check_f_dpo_divergence",
     ),
+    "d2o": Method(
+        config="fdiv.alignment.d2o:D2OConfig",
+        trainer="fdiv.alignment.d2o:D2OTrainer",
+        family="alignment",
+        title="distributional dispreference optimisation: rejected answers against own samples",
+        paper="arXiv:2403.03419",
+        columns=("prompt", "rejected"),
+        optional_columns=("anchors",),
+        check_divergence="fdiv.alignment.losses:check_f_dpo_divergence",
+    ),
     "flat": Method(
         config="fdiv.unlearning.flat:FLATConfig",
         trainer="fdiv.unlearning.flat:FLATTrainer",
@@ -169,6 +179,8 @@ METHODS: dict[str, Method] = {
 PREPARE: dict[str, str] = {
     "tiny_preferences": "fdiv.alignment.tiny_world:TinyPreferencesConfig",
     "tofu_preferences": "fdiv.alignment.tofu_preferences:TofuPreferencesConfig",
+    "tiny_authors": "fdiv.unlearning.tiny_authors:TinyAuthorsConfig",
+    "tofu_unlearning": "fdiv.unlearning.tofu_unlearning:TofuUnlearningConfig",
 }
 """`prepare: {name: …}`: a dataclass with `build(output_dir) -> dict` of the recipe keys it settles."""
 

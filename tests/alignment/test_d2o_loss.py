@@ -83,20 +83,6 @@ def test_small_alpha_alone_has_the_gradient_of_ascent():
     torch.testing.assert_close(rejected.grad, torch.full_like(rejected, 0.5e-9), rtol=1e-6, atol=0)
 
 
-def test_masked_anchors_are_as_if_never_sampled():
-    anchors, rejected = _log_ratios(3, 4), _log_ratios(3)
-    mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
-    spoiled = anchors.masked_fill(mask == 0, float("nan")).requires_grad_()
-    values = d2o_loss(spoiled, rejected, 0.5, 0.7, anchor_mask=mask)
-    expected = [
-        d2o_loss(anchors[row : row + 1][:, kept.bool()], rejected[row : row + 1], 0.5, 0.7)
-        for row, kept in enumerate(mask)
-    ]
-    torch.testing.assert_close(values, torch.cat(expected), rtol=1e-12, atol=0)
-    values.sum().backward()
-    assert torch.equal(spoiled.grad != 0, mask.bool())
-
-
 # ------------------------------------------------------------------------------------------------------------ bounds
 @pytest.mark.parametrize("divergence", LAWFUL, ids=str)
 def test_jensen_bound_against_the_instance_level_loss(divergence):
@@ -182,7 +168,6 @@ def test_experimental_unless_equal_weights_and_one_reference():
         ({"divergence": "total_variation"}, r"D2O cannot use"),
         ({"anchor_log_ratio": torch.zeros(2)}, r"needs \[B, K\] and \[B\]"),
         ({"rejected_log_ratio": torch.zeros(3)}, r"\(2, 3\) and rejected_log_ratio \(3,\)"),
-        ({"anchor_mask": torch.ones(2, 4)}, r"anchor_mask has shape \(2, 4\)"),
     ],
 )
 def test_refusals(changes, message):
