@@ -141,7 +141,9 @@ class Recipe:
 
         values = {**self.machine, **self.filled, **self.stated, "output_dir": str(self.output_dir)}
         values = {key: value for key, value in values.items() if key not in RunKeys.__dataclass_fields__}
-        values = interpolate(values, self.variables, "", self.source)
+        # Before the `prepare:` block has run, its directory is not known: what is checked here does not look into it.
+        variables = self.variables or ({"prepare": "prepared"} if self.prepare else {})
+        values = interpolate(values, variables, "", self.source)
         script, model, mixture = trl_configs()
         parser = TrlParser((script, method_config(self.method), model, mixture))
         try:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from trl import SFTConfig
 
 from fdiv.divergences import Divergence, get_divergence
+from fdiv.unlearning.selection import build_evaluation
 from fdiv.unlearning.templates import TEMPLATE_SOURCES, GenerationSettings
 
 __all__ = ["TemplateConfig", "UnlearningConfig", "check_positive", "named_divergence"]
@@ -72,13 +73,17 @@ class UnlearningConfig(SFTConfig):
         precompute_reference: score the reference once before training and drop it, instead of keeping it in memory;
             for methods that need its token log-probabilities only.
         disable_dropout: train without dropout, so that policy and reference differ by their weights alone.
+        epoch_evaluation: an evaluation, as in a recipe's `eval:` block, run whenever `eval_strategy` says; the best
+            epoch is chosen by `metric_for_best_model: selection` (see `fdiv.unlearning.selection`). The trainer's own
+            evaluation is left out then unless there is an evaluation dataset.
+        utility_floor: for that choice, the share of the model utility at the start that must be kept.
 
     Raises:
         ValueError: a retain term the method has not, a weight below 0, an unlawful divergence, an SFT option that
             cannot be honoured.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "retain_divergence"]
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "retain_divergence", "epoch_evaluation"]
 
     #: The retain terms that are lawful for the method, and why not the others.
     retain_terms: ClassVar[tuple[str, ...]] = ("none", "nll", "divergence")
@@ -113,6 +118,12 @@ class UnlearningConfig(SFTConfig):
         default=False, metadata={"help": "Score the reference once before training instead of keeping it in memory."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
+    epoch_evaluation: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Evaluation to run at every eval_strategy: {name: tofu, max_items: 40, ...}."}
+    )
+    utility_floor: float = field(
+        default=0.9, metadata={"help": "Share of the starting model utility the selected epoch must keep."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,6 +150,14 @@ class UnlearningConfig(SFTConfig):
         if self.max_length is None:
             raise ValueError("max_length is not set: it bounds every row and cuts raw text into chunks")
         named_divergence(self.retain_divergence, "retain_divergence")
+        if not 0 < self.utility_floor <= 1:
+            raise ValueError(f"utility_floor={self.utility_floor}: must be above 0 and at most 1")
+        if self.epoch_evaluation is not None:
+            if not isinstance(self.epoch_evaluation, Mapping):
+                raise ValueError(f"epoch_evaluation={self.epoch_evaluation!r}: give a mapping with a name")
+            if self.eval_strategy == "no":
+                raise ValueError("epoch_evaluation is set but eval_strategy is no: set eval_strategy to epoch")
+            build_evaluation(self.epoch_evaluation)
 
     def method_settings(self) -> dict[str, Any]:
         """The fields that define the objective: those of this config that supervised fine-tuning has not."""

@@ -25,6 +25,7 @@ from fdiv.unlearning.data import ForgetDataset, UnlearningCollator
 from fdiv.unlearning.losses import nll, sampled_divergence
 from fdiv.unlearning.pairing import EpochSampler
 from fdiv.unlearning.scoring import PrecomputedReference, RoleScores, score_reference, score_rows, split_roles
+from fdiv.unlearning.selection import build_evaluation, evaluate_epoch
 from fdiv.unlearning.vocabulary_losses import vocabulary_divergence
 
 __all__ = ["UnlearningTrainer"]
@@ -98,6 +99,10 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
         self.uses_template = isinstance(args, TemplateConfig)
         self._model_at_start, self._model_name = model, name
         self._retain_rows = read_retain_rows(retain_dataset, args, processing_class)
+        self.epoch_evaluation = None if args.epoch_evaluation is None else build_evaluation(args.epoch_evaluation)
+        self._own_evaluation = eval_dataset is not None
+        if self.epoch_evaluation is not None and eval_dataset is None:
+            eval_dataset = train_dataset.select([0])  # Trainer wants one; `evaluate` leaves it alone
         starting_adapter = not isinstance(model, str) and is_peft_model(model)
         super().__init__(
             model,
@@ -255,6 +260,17 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
             return {"divergence": sampled_divergence(rows.token_log_ratio, rows.mask, self.metric_divergence)}
         pair = rows.logits, rows.reference.logits
         return {"divergence": vocabulary_divergence(*pair, rows.mask, self.metric_divergence)}
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Trainer's evaluation on the forget rows, where there are any, and then `epoch_evaluation`."""
+        if self.epoch_evaluation is None or metric_key_prefix != "eval":
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics = {}
+        if eval_dataset is not None or self._own_evaluation:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        found = evaluate_epoch(self, self.epoch_evaluation)
+        self.log(found)
+        return metrics | found
 
     def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:
         """Means, quantiles of the log-ratios, and the divergence with its standard error; see the class."""

@@ -1,0 +1,82 @@
+"""Evaluation after every epoch on a cheap subset, and the rule that picks the best epoch from it.
+
+With `epoch_evaluation: {name: tofu, max_items: 40, …}`, `eval_strategy: epoch`, `eval_on_start: true`,
+`save_strategy: best`, `metric_for_best_model: selection` and `load_best_model_at_end: true`, Trainer's own mechanism
+keeps the checkpoint of the best epoch, and a resumed run goes on selecting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fdiv.methods import EVALUATIONS, load
+
+__all__ = ["build_evaluation", "evaluate_epoch", "selection_score"]
+
+
+def build_evaluation(spec: Mapping[str, Any]) -> Any:
+    """The evaluation that `{name: …, settings…}` names, as in a recipe's `eval:` block.
+
+    Raises:
+        ValueError: no or an unknown name, a setting it does not have or refuses.
+    """
+    settings = dict(spec)
+    name = settings.pop("name", None)
+    if name not in EVALUATIONS:
+        raise ValueError(f"epoch_evaluation names {name!r}: use one of {', '.join(sorted(EVALUATIONS))}")
+    try:
+        return load(EVALUATIONS[name])(**settings)
+    except TypeError as error:
+        raise ValueError(f"epoch_evaluation ({name}): {error}") from error
+
+
+def selection_score(
+    forget_quality: float, model_utility: float, utility_at_start: float, utility_floor: float
+) -> float:
+    """The number whose largest value marks the best epoch.
+
+    Forget quality (a p-value, in [0, 1]) where model utility is at least `utility_floor` times what it was before
+    training; elsewhere utility's ratio to that floor minus 1, which is negative, so that no epoch below the floor
+    beats one above it, and among those below the most useful wins. Between equals, the earlier epoch.
+    """
+    floor = utility_floor * utility_at_start
+    return forget_quality if model_utility >= floor else model_utility / floor - 1.0
+
+
+def evaluate_epoch(trainer: Any, evaluation: Any) -> dict[str, float]:
+    """Run `evaluation` on the trainer's model → metrics with the prefix `eval_`, `eval_selection` among them.
+
+    Metrics that are not defined are left out; so is `eval_selection` where forget quality or model utility is.
+
+    Raises:
+        ValueError: `metric_for_best_model: selection` needs a metric that the evaluation does not give.
+    """
+    from fdiv.eval.context import EvalContext
+
+    args, model = trainer.args, trainer.model
+    folder = Path(args.output_dir) / "epoch_evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    context = EvalContext(args, folder, seed=args.seed, stage="standalone", extra={"trainer": trainer})
+    training = model.training
+    model.eval()
+    values = evaluation.evaluate(model, trainer.processing_class, {}, context)
+    model.train(training)
+    metrics = {f"eval_{name}": float(value) for name, value in values.items() if isinstance(value, (int, float))}
+    needed = ("eval_forget_quality", "eval_model_utility")
+    if all(name in metrics for name in needed):
+        start = _at_start(trainer, "eval_model_utility", metrics["eval_model_utility"])
+        metrics["eval_selection"] = selection_score(*(metrics[name] for name in needed), start, args.utility_floor)
+    elif args.metric_for_best_model in ("selection", "eval_selection"):
+        missing = [name.removeprefix("eval_") for name in needed if name not in metrics]
+        raise ValueError(
+            f"metric_for_best_model=selection needs {' and '.join(missing)}, which epoch_evaluation does not give: "
+            "set its retain_logs (made with the same max_items) and leave generate on"
+        )
+    return metrics
+
+
+def _at_start(trainer: Any, name: str, now: float) -> float:
+    """The metric as first logged, which with `eval_on_start` is before training; `now` when this is the first."""
+    return next((entry[name] for entry in trainer.state.log_history if name in entry), now)
