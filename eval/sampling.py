@@ -39,6 +39,11 @@ class SamplingRequest:
         return (self.key,)
 
     @property
+    def group(self) -> str:
+        """All requests may share a batch."""
+        return ""
+
+    @property
     def rows(self) -> int:
         """Rows of a batch it takes."""
         return 1
