@@ -116,11 +116,11 @@ class ProgressBar(ProgressCallback):
         """Show the loss, accuracies, rewards and divergences of the newest log."""
         if not state.is_world_process_zero or self.training_bar is None:
             return
-        watched = ("loss", "accuracies", "margins", "reward")
+        watched = ("loss", "rewards/accuracies", "rewards/margins", "reward")
         kept = {
             name: number(value)
             for name, value in (logs or {}).items()
-            if (name.split("/")[-1] in watched or name.startswith("divergence/")) and not name.endswith("_se")
+            if (name in watched or name.startswith("divergence/")) and not name.endswith("_se")
         }
         if "loss" in kept:  # the last log of a training has totals only
             self.training_bar.set_postfix(kept, refresh=False)

@@ -97,5 +97,7 @@ def _launch(name: str, words: Sequence[str]) -> int:
         if word.startswith("--accelerate="):
             del words[index]
             break
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "fdiv", *words]
+    # --quiet: the launcher's own traceback says nothing that the command has not said.
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
+    launch = [*launcher, "-m", "fdiv", *words]
     return subprocess.run(launch, check=False).returncode

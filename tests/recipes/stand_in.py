@@ -1,0 +1,137 @@
+"""Two steps of a recipe on a tiny stand-in: the model and the data are replaced, everything else is as in the recipe.
+
+What a full-size recipe needs and a test machine lacks (a hub, an accelerator, flash attention, 4-bit weights) is replaced
+by the nearest thing that is there; sizes that only cost time are cut.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fdiv.methods import METHODS
+from fdiv.recipe import Recipe, load_recipe
+from fdiv.recipe_yaml import read_document
+
+ROWS = 8
+
+# Per builder: keys that make its build cheap. A builder that reads files gets them written by `_write_sources`.
+_CHEAP_PREPARE: dict[str, dict[str, Any]] = {
+    "tiny_preferences": {"train_pairs_per_prompt": 2, "test_pairs_per_prompt": 1, "sft_steps": 20},
+}
+_CHEAP_EVALUATION = {"max_rows": 2, "max_prompts": 1, "num_samples": 1, "max_new_tokens": 2, "max_items": 2}
+# Evaluations that need data of a hub or of FDIV_SHARED; they have tests of their own.
+_LEFT_OUT_EVALUATIONS = ("tofu", "muse")
+
+
+def preference_rows() -> list[dict[str, str]]:
+    """TRL's preference type."""
+    return [{"prompt": f"Ask {i}:", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(ROWS)]
+
+
+def question_rows() -> list[dict[str, Any]]:
+    """TOFU's columns, those of its perturbed files among them."""
+    return [
+        {
+            "question": f"Who wrote book {i}?",
+            "answer": f"Author {i} wrote book {i}.",
+            "paraphrased_answer": f"Book {i} is by author {i}.",
+            "perturbed_answer": [f"Book {i} is by author {i + 1}.", f"Book {i} is by nobody."],
+        }
+        for i in range(ROWS)
+    ]
+
+
+_ROWS = {"alignment": preference_rows, "unlearning": question_rows}
+
+
+def stand_in_recipe(path: Path, model: Path, folder: Path) -> Recipe:
+    """The recipe at `path`, ready to run for two steps on `model` in `folder`."""
+    values = read_document(path).values
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / "out"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "fp16": False,
+        "dtype": "float32",
+        "report": None,
+        "sweep": None,
+    }
+    if values.get("gradient_accumulation_steps", 1) > 2:
+        settings["gradient_accumulation_steps"] = 2
+    for key, value in (("attn_implementation", "sdpa"), ("load_in_4bit", False), ("load_in_8bit", False)):
+        if key in values:
+            settings[key] = value
+    if "model_name_or_path" in values:
+        settings["model_name_or_path"] = str(model)
+    if "pad_token" in values:
+        settings["pad_token"] = _pad_token(model)
+    settings |= _data(values, folder) | _prepare(values, folder) | _evaluations(values)
+    return load_recipe(path, (), settings)
+
+
+def _pad_token(model: Path) -> str:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model).pad_token
+
+
+def _data(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Every `*dataset_name` of the recipe as a generated folder with the splits the recipe names."""
+    result: dict[str, Any] = {}
+    rows = _ROWS[METHODS[values["method"]].family]()
+    for key in [key for key in values if key.endswith("dataset_name")]:
+        prefix = key.removesuffix("dataset_name")
+        data = folder / f"{prefix}data"
+        data.mkdir(parents=True, exist_ok=True)
+        for split in ("train", "test"):
+            lines = "".join(json.dumps({**row, "row": f"{prefix}{split}"}) + "\n" for row in _renamed(rows, prefix))
+            (data / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+        result[key] = str(data)
+        for name, split in ((f"{prefix}dataset_train_split", "train"), (f"{prefix}dataset_test_split", "test")):
+            if name in values:
+                result[name] = split
+        for name in (f"{prefix}dataset_config", f"{prefix}dataset_split"):
+            if name in values:
+                result[name] = "train" if name.endswith("split") else None
+    return result
+
+
+def _renamed(rows: list[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
+    """Forget and retain rows must differ."""
+    return [{k: f"{prefix}{v}" if k in ("question", "prompt") else v for k, v in row.items()} for row in rows]
+
+
+def _prepare(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    block = values.get("prepare")
+    if not block:
+        return {}
+    settings = {f"prepare.{key}": value for key, value in _CHEAP_PREPARE.get(block["name"], {}).items()}
+    if block["name"] == "tofu_preferences":
+        source = folder / "tofu"
+        source.mkdir(parents=True, exist_ok=True)
+        for name in block.get("files", ["forget10_perturbed", "retain_perturbed"]):
+            rows = [{**row, "question": f"{row['question']} ({name})"} for row in question_rows()]
+            (source / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        settings["prepare.data"] = str(source)
+    return settings
+
+
+def _evaluations(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The evaluations at the smallest size, without `require:` (two steps need not improve anything)."""
+    blocks = values.get("eval") or []
+    blocks = blocks if isinstance(blocks, list) else [blocks]
+    kept = []
+    for block in blocks:
+        if block["name"] in _LEFT_OUT_EVALUATIONS:
+            continue
+        block = {**block, **{key: value for key, value in _CHEAP_EVALUATION.items() if key in block}}
+        block.pop("require", None)
+        kept.append(block)
+    return {"eval": kept or None}
