@@ -7,15 +7,18 @@ from typing import Any, Protocol, TypeVar
 
 from fdiv.errors import DataError
 from fdiv.eval.item_cache import ItemCache
+from fdiv.eval.processes import process_state
 
 __all__ = ["run_batches"]
 
 
 class _Unit(Protocol):
-    """What is computed together: `rows` rows of a batch that give one result per key."""
+    """What is computed together: `rows` rows of a batch that give one result per key; groups never share a batch."""
 
     @property
     def keys(self) -> tuple[str, ...]: ...
+    @property
+    def group(self) -> str: ...
     @property
     def length(self) -> int: ...
     @property
@@ -33,11 +36,11 @@ def _collective_forward() -> bool:
 
 
 def _cut(units: Sequence[U], batch_size: int) -> list[list[U]]:
-    """Batches of at most `batch_size` rows (a larger unit stands alone), longest first."""
+    """Batches of at most `batch_size` rows (a larger unit stands alone), group by group, longest first."""
     batches: list[list[U]] = []
     rows = 0
-    for unit in sorted(units, key=lambda u: (-u.length, u.keys)):
-        if not batches or rows + unit.rows > batch_size:
+    for unit in sorted(units, key=lambda u: (u.group, -u.length, u.keys)):
+        if not batches or rows + unit.rows > batch_size or batches[-1][0].group != unit.group:
             batches.append([])
             rows = 0
         batches[-1].append(unit)
@@ -56,9 +59,9 @@ def run_batches(
 ) -> dict[str, dict[str, Any]]:
     """Compute every unit not in the cache yet and return all results by key, the same on every process.
 
-    Batches are cut from the list sorted by (length, key), whatever the number of processes, and the i-th pending
-    batch goes to process i mod n. So results depend on neither the order of the units nor the number of processes,
-    and on the batch size only through floating-point rounding.
+    Batches are cut from the list sorted by (group, length, key), whatever the number of processes, and the i-th
+    pending batch goes to process i mod n. So results depend on neither the order of the units nor the number of
+    processes, and on the batch size only through floating-point rounding.
 
     Args:
         units: with unique keys.
@@ -68,7 +71,6 @@ def run_batches(
         title: shown beside the progress bar of the main process.
         progress: False: no bar.
     """
-    from accelerate import PartialState
     from accelerate.utils import gather_object
     from rich.progress import Progress
 
@@ -77,7 +79,7 @@ def run_batches(
     keys = [key for unit in units for key in unit.keys]
     if len(set(keys)) != len(keys):
         raise ValueError(f"{title}: request keys are not unique")
-    state = PartialState()
+    state = process_state()
     pending = [b for b in _cut(units, batch_size) if any(key not in cache.items for unit in b for key in unit.keys)]
     state.wait_for_everyone()  # everybody has read the cache before anybody appends
     own = pending[state.process_index :: state.num_processes]

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from fdiv.errors import DataError
 from fdiv.eval.aggregation import Aggregates
 from fdiv.eval.generation import BACKENDS
+from fdiv.eval.processes import process_state
 from fdiv.eval.settings import EvaluationSettings
 
 __all__ = ["add_shared_arguments", "evaluate_model", "reaggregate", "settings_from"]
@@ -110,8 +111,6 @@ def evaluate_model(
         first: metrics at the head of the table.
         more: called as `more(evaluation, model, result)` for values that need further models.
     """
-    from accelerate import PartialState
-
     from fdiv.eval.evaluation_output import output_paths, show_table, write_evaluation
     from fdiv.eval.model_loading import load_model, load_tokenizer
     from fdiv.provenance import command_line, environment
@@ -132,7 +131,7 @@ def evaluate_model(
     result = evaluation.aggregate(log)
     if more is not None:
         more(evaluation, model, result)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         about: Mapping[str, Any] = {
             "model": args.model,
             "settings": dataclasses.asdict(config) | {k: getattr(args, k) for k in ("adapter", "dtype", "backend")},
@@ -141,7 +140,7 @@ def evaluate_model(
         write_evaluation(folder, result, retain, about)
         show_table(f"{log.benchmark.upper()} · {log.split()} · {args.model}", result, first)
         info(f"written: {path}")
-    PartialState().wait_for_everyone()
+    process_state().wait_for_everyone()
     return 0
 
 

@@ -12,6 +12,7 @@ import torch
 from fdiv.errors import DataError
 from fdiv.eval.batched_pass import run_batches
 from fdiv.eval.item_cache import ItemCache, fingerprint
+from fdiv.eval.processes import process_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +34,7 @@ class GenerationRequest:
     max_new_tokens: int
     expected_tokens: int = 0
     rows: int = 1
+    group: str = ""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -103,7 +105,6 @@ def generate_texts(
     Raises:
         DataError: a prompt and its bound exceed the model's context.
     """
-    from accelerate import PartialState
     from accelerate.utils import extract_model_from_parallel
     from transformers import GenerationConfig
 
@@ -139,7 +140,7 @@ def generate_texts(
 
     texts = [[r.key, list(r.prompt_ids), r.max_new_tokens] for r in requests]
     digest = fingerprint(model_digest, texts, "transformers", str(next(model.parameters()).dtype))
-    cache = ItemCache(cache_dir, "generations", digest, PartialState().process_index)
+    cache = ItemCache(cache_dir, "generations", digest, process_state().process_index)
     return run_batches(requests, compute, batch_size=batch_size, cache=cache, title=title, progress=progress)
 
 
@@ -157,9 +158,7 @@ def generate_with_vllm(
     Raises:
         DataError: vLLM is not installed, or several processes run.
     """
-    from accelerate import PartialState
-
-    if PartialState().num_processes > 1:
+    if process_state().num_processes > 1:
         raise DataError(
             "--backend vllm runs in one process (vLLM uses the other GPUs by itself): start without accelerate"
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fdiv.errors import DataError
+from fdiv.eval.processes import process_state
 
 __all__ = ["CLASSIFIER", "clean_text_probability"]
 
@@ -29,7 +30,6 @@ def clean_text_probability(
     Raises:
         DataError: the classifier is not available; the message is the reason a result gives.
     """
-    from accelerate import PartialState
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     name, local = (CLASSIFIER, True) if classifier == "auto" else (classifier, False)
@@ -39,7 +39,7 @@ def clean_text_probability(
     except (OSError, ValueError) as error:
         hint = f"; --fluency_classifier {CLASSIFIER} downloads it" if local else f": {str(error).splitlines()[0]}"
         raise DataError(f"the gibberish classifier {name} is not available here{hint}") from None
-    device = PartialState().device
+    device = process_state().device
     model.to(device).eval()
     scores: list[float] = []
     for start in range(0, len(texts), batch_size):

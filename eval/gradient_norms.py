@@ -12,6 +12,7 @@ import torch
 from fdiv.eval.batched_pass import run_batches
 from fdiv.eval.item_cache import ItemCache
 from fdiv.eval.membership import gradnorm_score
+from fdiv.eval.processes import process_state
 from fdiv.eval.scoring import ScoringRequest, scoring_digest
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = ["gradient_norms"]
 class _One:
     request: ScoringRequest
     rows: int = 1
+    group: str = ""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -52,8 +54,6 @@ def gradient_norms(
     Returns:
         By key: `score`, or None for a text without labels.
     """
-    from accelerate import PartialState
-
     from fdiv.logprobs import token_scores
 
     device = next(model.parameters()).device
@@ -77,6 +77,6 @@ def gradient_norms(
 
     settings = ("gradnorm", drop_last_label, str(next(model.parameters()).dtype))
     digest = scoring_digest(model_digest, requests, *settings)
-    cache = ItemCache(cache_dir, "gradnorm", digest, PartialState().process_index)
+    cache = ItemCache(cache_dir, "gradnorm", digest, process_state().process_index)
     units = [_One(request) for request in requests]
     return run_batches(units, compute, batch_size=1, cache=cache, title=title, progress=progress)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fdiv.errors import DataError
+from fdiv.eval.processes import process_state
 
 __all__ = ["LmEvalCommand", "command"]
 
@@ -60,7 +61,7 @@ class LmEvalCommand:
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
-    from fdiv.eval.model_loading import load_model, load_tokenizer
+    from fdiv.eval.model_loading import load_tokenizer
 
     try:
         from lm_eval import simple_evaluate
@@ -72,16 +73,19 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     for file in files:
         if not file.is_file():
             raise DataError(f"--tasks {file}: no such task file")
-    manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
+    include = sorted({str(file.parent) for file in files})
+    # The index of all the harness's tasks takes seconds to read and is not needed for files alone.
+    manager = TaskManager(include_path=include or None, include_defaults=len(files) < len(args.tasks))
     tasks = [_task_name(Path(task)) if Path(task) in files else task for task in args.tasks]
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise DataError(f"--tasks: lm-eval knows no {', '.join(unknown)}; `lm_eval ls tasks` lists what there is")
-    tokenizer = load_tokenizer(args.model, args.adapter)
-    model = load_model(args.model, args.adapter, args.dtype)
+    load_tokenizer(args.model, args.adapter)  # a wrong path is one clear line here
+    device = process_state().device
+    dtype = "float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
     size = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
     return simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size),
+        model=HFLM(pretrained=args.model, peft=args.adapter, dtype=dtype, device=str(device), batch_size=size),
         tasks=tasks,
         num_fewshot=args.num_fewshot,
         limit=args.limit,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fdiv.errors import DataError
+from fdiv.eval.processes import process_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,10 +41,9 @@ def load_model(model: str, adapter: str | None = None, dtype: str = "auto") -> P
     Raises:
         DataError: the model or the adapter cannot be loaded.
     """
-    from accelerate import PartialState
     from transformers import AutoModelForCausalLM
 
-    device = PartialState().device
+    device = process_state().device
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     try:

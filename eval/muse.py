@@ -15,6 +15,7 @@ from fdiv.eval.item_metrics import attack_rows, memorization_rows
 from fdiv.eval.model_evaluation import ModelEvaluation, Records, evaluation_mode, selected_rows
 from fdiv.eval.muse_aggregate import aggregate_muse
 from fdiv.eval.muse_data import MuseRows, load_muse_rows
+from fdiv.eval.processes import process_state
 from fdiv.eval.prompting import PromptFormat
 from fdiv.eval.scoring import ScoringRequest
 from fdiv.eval.settings import EvaluationSettings
@@ -58,12 +59,10 @@ class MuseEvalConfig(EvaluationSettings):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, datasets: Any, context: EvalContext
     ) -> dict[str, float | None]:
         """Evaluate a model in memory (the recipe's `eval:` step); also writes `muse_STAGE/MUSE_EVAL.json`."""
-        from accelerate import PartialState
-
         run = MuseEvaluation(self, tokenizer)
         run.retain_log()
         result = run.aggregate(run.run(model, reference_model=run.load_reference() or context.reference_model))
-        if PartialState().is_main_process:
+        if process_state().is_main_process:
             write_eval_log(Path(context.output_dir) / f"muse_{context.stage}" / "MUSE_EVAL.json", result.log)
         return dict(result.values)
 
@@ -126,7 +125,8 @@ class MuseEvaluation(ModelEvaluation):
 
     def _plan_text(self, key: str, prefix: str, text: str) -> None:
         encoded = PromptFormat.encode_continuation(self.tokenizer, prefix, text, self.config.max_length)
-        self.plan.scoring.append(ScoringRequest(key, encoded, token_level=True))
+        group = "verbatim" if key.startswith("verbatim") else "attacked"
+        self.plan.scoring.append(ScoringRequest(key, encoded, True, group))
         labels = list(encoded.input_ids[encoded.prompt_length :])
         self.plan.texts[key] = self.tokenizer.decode(labels, skip_special_tokens=True)
 

@@ -20,6 +20,7 @@ from fdiv.errors import DataError
 from fdiv.eval.batched_pass import run_batches
 from fdiv.eval.item_cache import ItemCache, fingerprint
 from fdiv.eval.label_logits import LabelLogits, SharedPrompts, plain_label_logits, shares_prompts
+from fdiv.eval.processes import process_state
 from fdiv.eval.prompting import EncodedText
 
 if TYPE_CHECKING:
@@ -33,11 +34,16 @@ _FORWARDS = 8  # forwards of one unit of work: enough answers to sort by length,
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """One text to score. `token_level` keeps per-token values, which extraction strength and Min-K need."""
+    """One text to score.
+
+    `token_level` keeps per-token values, which extraction strength and Min-K need. Texts of different `group`s never
+    share a forward, so that scoring one group alone gives the same bits as scoring everything.
+    """
 
     key: str
     text: EncodedText
     token_level: bool = False
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,10 @@ class _Bundle:
     @property
     def keys(self) -> tuple[str, ...]:
         return tuple(request.key for request in self.requests)
+
+    @property
+    def group(self) -> str:
+        return self.requests[0].group
 
     @property
     def length(self) -> int:
@@ -96,7 +106,7 @@ def _score_batch(
     """Score a few hundred texts: their prompts at once, then their answers in forwards of `batch_size`, longest
     first."""
     requests = [request for bundle in batch for request in bundle.requests]
-    requests.sort(key=lambda request: request.text.prompt_length - len(request.text.input_ids))
+    requests.sort(key=lambda request: (request.text.prompt_length - len(request.text.input_ids), request.key))
     share = share and len(requests) > len(batch) and all(request.text.prompt_length >= 2 for request in requests)
     prompts = SharedPrompts(model, [request.text for request in requests], pad_id) if share else None
     records = []
@@ -140,14 +150,14 @@ def _record(request: ScoringRequest, log_probs: Tensor) -> dict[str, Any]:
 
 def scoring_digest(model_digest: str, requests: Sequence[ScoringRequest], *settings: Any) -> str:
     """Fingerprint of a scoring pass: the weights, the texts and the settings."""
-    texts = [[r.key, list(r.text.input_ids), r.text.prompt_length, r.token_level] for r in requests]
+    texts = [[r.key, list(r.text.input_ids), r.text.prompt_length, r.token_level, r.group] for r in requests]
     return fingerprint(model_digest, texts, *settings)
 
 
 def _bundles(requests: Sequence[ScoringRequest], batch_size: int) -> list[_Bundle]:
-    groups: dict[tuple[int, ...], list[ScoringRequest]] = {}
-    for request in requests:
-        groups.setdefault(request.text.input_ids[: request.text.prompt_length], []).append(request)
+    groups: dict[tuple[Any, ...], list[ScoringRequest]] = {}
+    for request in sorted(requests, key=lambda request: request.key):
+        groups.setdefault((request.group, request.text.input_ids[: request.text.prompt_length]), []).append(request)
     return [
         _Bundle(tuple(group[start : start + batch_size]))
         for group in groups.values()
@@ -186,8 +196,6 @@ def score_texts(
     Raises:
         DataError: a text longer than the model's context, or NaN log-probabilities.
     """
-    from accelerate import PartialState
-
     limit = getattr(model.config, "max_position_embeddings", None)
     for request in requests:
         length = len(request.text.input_ids)
@@ -201,7 +209,7 @@ def score_texts(
         _bundles(requests, _FORWARDS * batch_size),
         lambda batch: _score_batch(model, batch, pad_id, padding_side, batch_size, share),
         batch_size=_FORWARDS * batch_size,
-        cache=ItemCache(cache_dir, "scores", digest, PartialState().process_index),
+        cache=ItemCache(cache_dir, "scores", digest, process_state().process_index),
         title=title,
         progress=progress,
     )

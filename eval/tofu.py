@@ -14,6 +14,7 @@ from fdiv.eval.aggregation import Aggregates
 from fdiv.eval.context import EvalContext
 from fdiv.eval.eval_log import EvalLog, write_eval_log
 from fdiv.eval.model_evaluation import ModelEvaluation, Records
+from fdiv.eval.processes import process_state
 from fdiv.eval.settings import EvaluationSettings
 from fdiv.eval.tofu_aggregate import aggregate_tofu
 from fdiv.eval.tofu_data import HUB_DATASET, TofuRows, load_tofu_rows
@@ -58,12 +59,10 @@ class TofuEvalConfig(EvaluationSettings):
         `datasets` is not used: TOFU's rows come from `data`. A reference model in the context serves the Reference
         attack when no `reference_model` is named.
         """
-        from accelerate import PartialState
-
         run = TofuEvaluation(self, tokenizer)
         run.retain_log()
         result = run.aggregate(run.run(model, reference_model=run.load_reference() or context.reference_model))
-        if PartialState().is_main_process:
+        if process_state().is_main_process:
             write_eval_log(Path(context.output_dir) / f"tofu_{context.stage}" / "TOFU_EVAL.json", result.log)
         return dict(result.values)
 

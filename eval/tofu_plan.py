@@ -76,7 +76,8 @@ def plan_tofu(
 
     def score(key: str, question: str, answer: str, token_level: bool = False) -> None:
         text = prompt.encode(tokenizer, question, answer)
-        plan.scoring.append(ScoringRequest(key, text, token_level))
+        group = "attacked" if token_level else key.split("_")[0]
+        plan.scoring.append(ScoringRequest(key, text, token_level, group))
         if token_level:
             labels = list(text.input_ids[text.prompt_length :])
             plan.answer_texts[key] = tokenizer.decode(labels, skip_special_tokens=True)
