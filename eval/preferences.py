@@ -174,7 +174,7 @@ class PreferencesEvalConfig:
         from fdiv.eval.sampling import SamplingRequest, sample_completions
 
         requests = [
-            SamplingRequest(f"{prompt.index:08d}-{k:04d}", prompt.ids, (prompt.index, k))
+            SamplingRequest(f"{prompt.index:08d}-{k:04d}", prompt.ids, self.max_new_tokens, stream=(prompt.index, k))
             for prompt in prompts
             for k in range(self.num_samples)
         ]
@@ -182,7 +182,6 @@ class PreferencesEvalConfig:
             model,
             tokenizer,
             requests,
-            max_new_tokens=self.max_new_tokens,
             temperature=temperature,
             seed=seed,
             batch_size=self.batch_size,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fdiv.errors import DataError
 from fdiv.eval.batched_pass import run_batches
+from fdiv.eval.generation import GenerationRequest, _stop_ids
 from fdiv.eval.item_cache import ItemCache
 
 if TYPE_CHECKING:
@@ -21,32 +22,13 @@ __all__ = ["SamplingRequest", "sample_completions"]
 
 
 @dataclass(frozen=True)
-class SamplingRequest:
-    """One completion to draw. `stream` picks the random numbers: equal streams draw equal uniforms."""
+class SamplingRequest(GenerationRequest):
+    """One completion to draw: a prompt, the bound on the completion, and the numbers that pick its random stream.
 
-    key: str
-    prompt_ids: tuple[int, ...]
-    stream: tuple[int, ...]
+    Equal streams draw equal uniforms.
+    """
 
-    @property
-    def length(self) -> int:
-        """Number of prompt tokens."""
-        return len(self.prompt_ids)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """One result per request."""
-        return (self.key,)
-
-    @property
-    def group(self) -> str:
-        """All requests may share a batch."""
-        return ""
-
-    @property
-    def rows(self) -> int:
-        """Rows of a batch it takes."""
-        return 1
+    stream: tuple[int, ...] = ()
 
 
 class _InverseCDF:
@@ -71,7 +53,6 @@ def sample_completions(
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[SamplingRequest],
     *,
-    max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 16,
@@ -84,8 +65,7 @@ def sample_completions(
     Args:
         model: a causal LM, plain or PEFT, on its device.
         tokenizer: gives the pad and end tokens.
-        requests: prompts with their random streams.
-        max_new_tokens: a completion ends with its end token or after this many tokens.
+        requests: prompts with their random streams; a completion ends with its end token, or after `max_new_tokens`.
         temperature: logits are divided by it; > 0.
         seed: with `stream`, determines the random numbers of a request.
         batch_size: prompts per call; no influence on the draws but for floating-point rounding.
@@ -95,42 +75,42 @@ def sample_completions(
         By key: the token ids of the completion, end token included where it was drawn.
 
     Raises:
-        DataError: `temperature` ≤ 0, or a prompt and `max_new_tokens` exceed the model's context.
+        DataError: `temperature` ≤ 0, or a prompt and its bound exceed the model's context.
     """
     from accelerate.utils import extract_model_from_parallel
     from transformers import GenerationConfig, LogitsProcessorList
-
-    from fdiv.eval.generation import _stop_ids
 
     if not temperature > 0:
         raise DataError(f"temperature={temperature}: sampling needs a temperature above 0")
     model = extract_model_from_parallel(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     limit = getattr(base.config, "max_position_embeddings", None)
-    longest = max((request.length for request in requests), default=0)
-    if limit is not None and longest + max_new_tokens > limit:
-        raise DataError(
-            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's context of {limit}: "
-            "lower max_new_tokens, or leave such prompts out"
-        )
+    for request in requests:
+        prompt = len(request.prompt_ids)
+        if limit is not None and prompt + request.max_new_tokens > limit:
+            raise DataError(
+                f"{request.key}: a prompt of {prompt} tokens and max_new_tokens={request.max_new_tokens} exceed the "
+                f"model's context of {limit}: lower max_new_tokens, or leave such prompts out"
+            )
     stop_ids = _stop_ids(base, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(sorted(stop_ids)), 0)
     device = next(model.parameters()).device
 
     @torch.no_grad()
     def compute(batch: list[SamplingRequest]) -> list[dict[str, Any]]:
-        width = max(request.length for request in batch)
+        width = max(len(request.prompt_ids) for request in batch)
+        bound = max(request.max_new_tokens for request in batch)
         ids = torch.full((len(batch), width), pad_id)
         mask = torch.zeros_like(ids)
-        uniforms = np.stack([np.random.default_rng((seed, *r.stream)).random(max_new_tokens) for r in batch])
+        uniforms = np.stack([np.random.default_rng((seed, *r.stream)).random(bound) for r in batch])
         for row, request in enumerate(batch):
-            ids[row, width - request.length :] = torch.tensor(request.prompt_ids)
-            mask[row, width - request.length :] = 1
+            ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            mask[row, width - len(request.prompt_ids) :] = 1
         draw = _InverseCDF(torch.from_numpy(uniforms).to(device), width, temperature)
         own_settings = base.generation_config
         # `generate` fills what is not set from the model's own generation config (penalties, forbidden tokens, …).
         base.generation_config = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id, eos_token_id=sorted(stop_ids) or None
+            max_new_tokens=bound, do_sample=False, pad_token_id=pad_id, eos_token_id=sorted(stop_ids) or None
         )
         try:
             output = model.generate(
@@ -141,7 +121,10 @@ def sample_completions(
         finally:
             base.generation_config = own_settings
         new = output[:, width:].tolist()
-        return [{"key": r.key, "ids": _until_stop(row, stop_ids)} for r, row in zip(batch, new, strict=True)]
+        return [
+            {"key": request.key, "ids": _until_stop(row[: request.max_new_tokens], stop_ids)}
+            for request, row in zip(batch, new, strict=True)
+        ]
 
     records = run_batches(
         requests, compute, batch_size=batch_size, cache=ItemCache(None, "samples", ""), title=title, progress=progress

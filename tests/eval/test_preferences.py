@@ -137,10 +137,8 @@ def test_sampling_follows_the_model_distribution(tokenizer, policy):
     from scipy.stats import chisquare
 
     ids = tuple(tokenizer("Count 3:")["input_ids"])
-    requests = [SamplingRequest(f"{k:05d}", ids, (0, k)) for k in range(6000)]
-    drawn = sample_completions(
-        policy, tokenizer, requests, max_new_tokens=1, temperature=0.1, batch_size=1000, progress=False
-    )
+    requests = [SamplingRequest(f"{k:05d}", ids, 1, stream=(0, k)) for k in range(6000)]
+    drawn = sample_completions(policy, tokenizer, requests, temperature=0.1, batch_size=1000, progress=False)
     with torch.no_grad():
         probs = torch.softmax(policy(torch.tensor([ids])).logits[0, -1].double() / 0.1, -1)
     counts = torch.bincount(torch.tensor([drawn[r.key][0] for r in requests]), minlength=len(probs)).double()
@@ -158,18 +156,18 @@ def test_samples_do_not_depend_on_the_batch_or_the_padding(request, architecture
     model.generation_config.repetition_penalty = 5.0  # a model's own generation settings must not distort the draws
     prompts = ["Count", "Count to three please:", "What is two plus two? Answer"]
     requests = [
-        SamplingRequest(f"{i}-{k}", tuple(tokenizer(prompt)["input_ids"]), (i, k))
+        SamplingRequest(f"{i}-{k}", tuple(tokenizer(prompt)["input_ids"]), 8, stream=(i, k))
         for i, prompt in enumerate(prompts)
         for k in range(3)
     ]
     runs = [
-        sample_completions(model, tokenizer, order, max_new_tokens=8, batch_size=size, seed=5, progress=False)
+        sample_completions(model, tokenizer, order, batch_size=size, seed=5, progress=False)
         for order, size in ((requests, 9), (requests, 1), (requests[::-1], 4))
     ]
     assert runs[0] == runs[1] == runs[2]
     assert len(set(runs[0].values())) == len(requests)
     assert model.generation_config.repetition_penalty == 5.0
-    other = sample_completions(model, tokenizer, requests, max_new_tokens=8, seed=6, progress=False)
+    other = sample_completions(model, tokenizer, requests, seed=6, progress=False)
     assert other != runs[0]
 
 
