@@ -1,4 +1,91 @@
-"""Evaluation: one scoring pass, one generation pass, and the metrics on top of them."""
+"""Evaluation: one scoring pass, one generation pass, and the metrics on top of them.
+
+The metrics are pure functions of per-item values and imported with the package; evaluations, which need transformers,
+are imported on first use. `fdiv eval tofu`, `fdiv eval muse`, `fdiv eval lm_eval` and `fdiv eval preferences` are the
+same from the shell.
+"""
+
+from importlib import import_module
+from typing import Any
 
 if __name__ != "fdiv.eval":
     raise ImportError("this folder is installed as fdiv.eval: use `import fdiv.eval`, not `import eval`")
+
+from fdiv.eval.membership import auc, gradnorm_score, min_k_plus_plus_score, min_k_score, privleak, zlib_score
+from fdiv.eval.memorization import exact_memorization, extraction_strength
+from fdiv.eval.presets import PRESETS, Preset, get_preset
+from fdiv.eval.text_overlap import ngram_entropy, rouge_scores
+from fdiv.eval.truth import (
+    closer_to_one,
+    forget_quality,
+    knowledge_share,
+    model_utility,
+    option_probability,
+    sequence_probability,
+    true_better,
+    truth_ratio,
+)
+
+_LAZY = {
+    "EvalContext": "fdiv.eval.context",
+    "EvalLog": "fdiv.eval.eval_log",
+    "MuseEvalConfig": "fdiv.eval.muse",
+    "MuseEvaluation": "fdiv.eval.muse",
+    "TofuEvalConfig": "fdiv.eval.tofu",
+    "TofuEvaluation": "fdiv.eval.tofu",
+    "aggregate_muse": "fdiv.eval.muse_aggregate",
+    "aggregate_tofu": "fdiv.eval.tofu_aggregate",
+    "generate_texts": "fdiv.eval.generation",
+    "read_eval_log": "fdiv.eval.eval_log",
+    "score_texts": "fdiv.eval.scoring",
+    "write_eval_log": "fdiv.eval.eval_log",
+}
+"""Where the names that need more than numpy are."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import an evaluation on first use."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+__all__ = [
+    "PRESETS",
+    "EvalContext",
+    "EvalLog",
+    "MuseEvalConfig",
+    "MuseEvaluation",
+    "Preset",
+    "TofuEvalConfig",
+    "TofuEvaluation",
+    "aggregate_muse",
+    "aggregate_tofu",
+    "auc",
+    "closer_to_one",
+    "exact_memorization",
+    "extraction_strength",
+    "forget_quality",
+    "generate_texts",
+    "get_preset",
+    "gradnorm_score",
+    "knowledge_share",
+    "min_k_plus_plus_score",
+    "min_k_score",
+    "model_utility",
+    "ngram_entropy",
+    "option_probability",
+    "privleak",
+    "read_eval_log",
+    "rouge_scores",
+    "score_texts",
+    "sequence_probability",
+    "true_better",
+    "truth_ratio",
+    "write_eval_log",
+    "zlib_score",
+]
