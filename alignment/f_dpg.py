@@ -29,9 +29,9 @@ from fdiv.alignment.scorers import ScorerError, check_finite, checked_scorer
 from fdiv.alignment.targets import Target, build_target
 from fdiv.divergences import get_divergence
 from fdiv.eval.diversity import diversity
-from fdiv.logprobs import enable_fused_head
+from fdiv.frozen_reference import FrozenReference
 from fdiv.rollouts import RolloutMixin
-from fdiv.training import ObjectiveTrainerMixin, frozen_copy
+from fdiv.training import ObjectiveTrainerMixin
 
 __all__ = ["FDPGConfig", "FDPGTrainer"]
 
@@ -105,10 +105,9 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         elif "prompt" not in (train_dataset.column_names or ("prompt",)):
             raise ValueError(f"train_dataset has no column 'prompt'; it has {', '.join(train_dataset.column_names)}")
         in_memory = not isinstance(model, str) and not is_peft_model(model) and peft_config is None
-        if in_memory and base_model is None:
-            base_model = frozen_copy(model)
-        if base_model is not None:
-            args.beta = 0.0  # TRL would load a reference by name; ours is attached below
+        attach = in_memory or base_model is not None
+        if attach:
+            args.beta = 0.0  # TRL would load the base by the model's name; ours is attached below
         super().__init__(
             model,
             args=args,
@@ -118,7 +117,7 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             rollout_func=rollout_func or args.server_rollouts(),
             **kwargs,
         )
-        if base_model is not None:
+        if attach:
             self._attach_base(base_model)
         self.estimates = PartitionEstimates(args.z_estimate, z_max=args.z_max, z_floor=args.z_floor)
         self._recent_slopes: deque[float] = deque(maxlen=args.baseline_window)
@@ -126,22 +125,13 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         self._last_check = 0
 
     # ---------------------------------------------------------------- construction
-    def _attach_base(self, base: nn.Module | str) -> None:
-        """Make `base` the frozen reference, as TRL does with the one it loads."""
-        if self.is_fsdp_enabled or (
-            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        ):
-            raise ValueError(
-                "a base model given as an object cannot be sharded (ZeRO-3, FSDP): pass the policy as a path, so that "
-                "TRL loads the base from it"
-            )
+    def _attach_base(self, base: nn.Module | str | None) -> None:
+        """Make `base`, or a frozen copy of the policy as it is now, the reference that `GRPOTrainer` scores with."""
         if isinstance(base, str):
             from transformers import AutoModelForCausalLM
 
             base = AutoModelForCausalLM.from_pretrained(base, **(self.args.model_init_kwargs or {}))
-        base.requires_grad_(False).eval()
-        enable_fused_head(base, temperature=self.temperature)
-        self.ref_model = self.accelerator.prepare_model(base, evaluation_mode=True)
+        self.ref_model = FrozenReference(self, base).model
         self.beta = self.args.beta = 1.0
 
     def _make_proposal(self) -> AdaptiveProposal:

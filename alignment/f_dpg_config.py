@@ -77,6 +77,10 @@ class FDPGConfig(RolloutConfig, GRPOConfig):
     vllm_importance_sampling_correction: bool = field(
         default=False, metadata={"help": "Stays false: f-DPG weights samples by pi/q itself."}
     )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Dropout would make pi(x) in the loss another model than the one sampled from."},
+    )
     divergence: dict[str, Any] | str | None = field(
         default="jensen_shannon",
         metadata={"help": "The f of D_f(pi||p): a name, or a mapping with parameters. `fdiv divergences` lists them."},

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 
 from fdiv.errors import FdivError
 
@@ -84,12 +85,16 @@ class RolloutMixin:
     * Transformers generation returns the log-probabilities it sampled with (at the sampling temperature, before top-k,
       top-p and the like), so that no second forward is needed for log q.
     * Refuses empty completions and rollouts that do not match the prompts, naming the prompt.
+    * Orders the prompts of an epoch by (seed, epoch) alone, so that a run resumed in a later epoch sees the same ones.
     """
 
     def __init__(self, *args: Any, rollout_func: Callable | None = None, **kwargs: Any) -> None:
         if rollout_func is not None:
             rollout_func = _checked(rollout_func)
         super().__init__(*args, rollout_func=rollout_func, **kwargs)
+
+    def _get_train_sampler(self, dataset=None):
+        return _EpochOrder(super()._get_train_sampler(dataset), self)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         return super()._get_per_token_logps_and_entropies(
@@ -106,6 +111,21 @@ class RolloutMixin:
             log_probs = recorded.of(completion_ids)
         _check_completions(completion_ids, log_probs, len(prompt_ids), "the generation back end")
         return completion_ids, log_probs
+
+
+class _EpochOrder(Sampler):
+    """TRL's `RepeatSampler`, seeded anew for each epoch; its own generator runs on, and a resumed one starts over."""
+
+    def __init__(self, sampler: Sampler, trainer: Any) -> None:
+        self.sampler, self.trainer = sampler, trainer
+
+    def __iter__(self) -> Iterator[int]:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.trainer.args.seed + int(self.trainer.state.epoch or 0))
+        yield from self.sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
 
 
 class _PositionIds:

@@ -1,0 +1,225 @@
+"""f-DPG's refusals: bad scorers, Z of 0, moments out of reach, empty completions, unlawful pairs, refused options."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from trl import GRPOConfig
+
+from fdiv.alignment import FDPGConfig, FDPGTrainer
+from fdiv.alignment.f_dpg_config import _REFUSED_OPTIONS
+from fdiv.alignment.moment_matching import MomentError
+from fdiv.alignment.scorers import ScorerError
+from fdiv.rollouts import RolloutError
+from tests.alignment.f_dpg_runs import HARD, SOFT, config, even, flat, load, trainer
+
+
+def pointwise(scorer):
+    return {"name": "pointwise", "scorers": [scorer]}
+
+
+def never(completions, **_):
+    return [0.0] * len(completions)
+
+
+def raising(completions, **_):
+    raise KeyError("gold")
+
+
+def not_a_number(completions, **_):
+    return [math.nan] * len(completions)
+
+
+def nothing(completions, **_):
+    return [None] * len(completions)
+
+
+def short(completions, **_):
+    return [1.0]
+
+
+def negative(completions, **_):
+    return [-1.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        (raising, "scorer 'raising' raised KeyError: 'gold'"),
+        (not_a_number, "scorer 'not_a_number' returned nan for the completion"),
+        (nothing, "scorer 'nothing' returned None for the completion"),
+        (short, "scorer 'short' returned 1 scores for 8 completions"),
+        (negative, "scorer 'negative' gave -1: a factor of a density must be >= 0"),
+    ],
+    ids=["raises", "nan", "none", "length", "negative"],
+)
+def test_bad_scorers_stop_training_and_are_named(tiny_model_dir, tmp_path, scorer, message):
+    made = trainer(load(tiny_model_dir), tmp_path, pointwise(scorer))
+    before = flat(made.model)
+    with pytest.raises(ScorerError, match=message):
+        made.train()
+    assert torch.equal(flat(made.model), before)
+
+
+def test_asynchronous_scorer_is_checked_too(tiny_model_dir, tmp_path):
+    async def later(completions, **_):
+        return [math.inf] * len(completions)
+
+    with pytest.raises(ScorerError, match="scorer 'later' returned inf"):
+        trainer(load(tiny_model_dir), tmp_path, pointwise(later)).train()
+
+
+def test_prompts_with_z_of_zero_are_skipped_and_counted(tiny_model_dir, tmp_path):
+    made = trainer(load(tiny_model_dir), tmp_path, pointwise(never))
+    before = flat(made.model)
+    made.train()
+    entry = made.state.log_history[0]
+    assert entry["z/skipped_fraction"] == 1.0 and entry["z/skipped_prompts"] == 2 and entry["z/mean"] == 0.0
+    assert entry["loss"] == 0.0 and "divergence/forward_kl" not in entry
+    torch.testing.assert_close(flat(made.model), before, rtol=0, atol=0)
+
+
+def test_some_prompts_skipped(tiny_model_dir, tmp_path):
+    """The satisfied prompt trains, the other is left out of everything."""
+
+    def only_the(prompts, completion_ids, **_):
+        return [float(prompt == "The") * hit for prompt, hit in zip(prompts, even(completion_ids), strict=True)]
+
+    made = trainer(load(tiny_model_dir), tmp_path, pointwise(only_the), prompts=["The", "0 1 2 3"], max_steps=1)
+    made.train()
+    entry = made.state.log_history[0]
+    assert entry["z/skipped_fraction"] == 0.5 and entry["z/skipped_prompts"] == 1
+    assert math.isfinite(entry["divergence/forward_kl"]) and entry["grad_norm"] > 0
+
+
+def test_floor_trains_on_them_instead(tiny_model_dir, tmp_path):
+    made = trainer(load(tiny_model_dir), tmp_path, pointwise(never), z_floor=1e-4, baseline="none", max_steps=1)
+    made.train()
+    entry = made.state.log_history[0]
+    assert entry["z/skipped_fraction"] == 0.0 and entry["z/mean"] == pytest.approx(1e-4)
+    assert entry["grad_norm"] > 0 and entry["off_support_fraction"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("moment", "message"),
+    [(1.5, "moment 1.5 of 'even' is out of reach: the 64 samples show values from 0 to 1"), (1.0, "at the edge")],
+)
+def test_moments_out_of_reach(tiny_model_dir, tmp_path, moment, message):
+    target = {"name": "distributional", "features": [even], "moments": [moment]}
+    with pytest.raises(MomentError, match=message):
+        trainer(load(tiny_model_dir), tmp_path, target, moment_samples=64).train()
+
+
+def test_empty_completion(tiny_model_dir, tmp_path):
+    def rollouts(prompts, trainer):
+        count = len(prompts)
+        return {"prompt_ids": [[5]] * count, "completion_ids": [[7]] * (count - 1) + [[]], "logprobs": None}
+
+    with pytest.raises(RolloutError, match="rollout_func rollouts returned an empty completion for prompt 7"):
+        trainer(load(tiny_model_dir), tmp_path, rollout_func=rollouts).train()
+
+
+def test_log_probabilities_must_be_finite(tiny_model_dir, tmp_path):
+    def rollouts(prompts, trainer):
+        count = len(prompts)
+        return {"prompt_ids": [[5]] * count, "completion_ids": [[7]] * count, "logprobs": [[math.nan]] * count}
+
+    with pytest.raises(ScorerError, match="log-probability that is not finite: log q is unknown"):
+        trainer(load(tiny_model_dir), tmp_path, rollout_func=rollouts).train()
+
+
+# ---------------------------------------------------------------- before anything is loaded
+@pytest.mark.parametrize("name", ["reverse_kl", "pearson_chi2", "jeffreys", "chi2_kl"])
+def test_unlawful_pair_refused_by_the_config(tmp_path, name):
+    words = {"name": "pointwise", "scorers": [{"name": "contains_words", "words": ["amazing"]}]}
+    with pytest.raises(ValueError, match=rf"{name}.*hard target.*smooth"):
+        config(tmp_path, divergence=name, target=words)
+    config(tmp_path, divergence=name, target={**words, "smoothing": 1e-3})
+    with pytest.raises(ValueError, match=rf"{name}.*hard target"):
+        config(tmp_path, divergence="jensen_shannon", target=words, proposal="adaptive", proposal_metric=name)
+
+
+def test_unlawful_pair_refused_by_the_trainer(tiny_model_dir, tmp_path):
+    with pytest.raises(ValueError, match="hard target"):
+        trainer(str(tiny_model_dir), tmp_path, HARD, divergence="reverse_kl")
+    trainer(str(tiny_model_dir), tmp_path, SOFT, divergence="reverse_kl")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("beta", 0.1), ("loss_type", "grpo"), ("temperature", 0.7), ("top_p", 0.9), ("top_k", 20),
+        ("repetition_penalty", 1.1), ("entropy_coef", 0.1), ("scale_rewards", "none"), ("sync_ref_model", True),
+        ("mask_truncated_completions", True), ("vllm_importance_sampling_correction", True), ("reward_weights", [2.0]),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be_honoured(tmp_path, option, value):
+    with pytest.raises(ValueError, match=f"{option}=.* cannot be honoured by f-DPG"):
+        config(tmp_path, **{option: value})
+
+
+def test_neutral_values_are_trls_defaults():
+    """A TRL upgrade that changes a default shows here."""
+    defaults = {name: field.default for name, field in GRPOConfig.__dataclass_fields__.items()}
+    own = {"beta", "vllm_importance_sampling_correction"}
+    for name, (neutral, _) in _REFUSED_OPTIONS.items():
+        assert name in defaults, name
+        if name not in own:
+            assert defaults[name] == neutral, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"z_estimate": "batch"}, "z_estimate='batch': must be one of history, group, given"),
+        ({"baseline": "mean"}, "baseline='mean'"),
+        ({"proposal": "frozen"}, "proposal='frozen'"),
+        ({"z_max": 0.0}, "z_max=0.0: must be above 0"),
+        ({"pseudo_reward_clip": -1.0}, "pseudo_reward_clip=-1.0"),
+        ({"log_z": 1.0}, "log_z=1.0 is only used with z_estimate: given"),
+        ({"max_exponent": 200.0}, "max_exponent"),
+        ({"divergence": "kl"}, "reverse_kl"),
+        ({"divergence": None}, "must be set"),
+        ({"target": "pointwise"}, "a mapping is due"),
+        ({"target": {"name": "pointwise"}}, "target 'pointwise' needs scorers"),
+        ({"rollout_server_url": "http://x", "use_vllm": True}, None),
+    ],
+)
+def test_config_refuses(tmp_path, settings, message):
+    if message is None:
+        with pytest.raises(ValueError, match="two back ends"):
+            config(tmp_path, **settings).server_rollouts()
+        return
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **settings)
+
+
+def test_trainer_needs_a_target_and_its_config(tiny_model_dir, tmp_path):
+    with pytest.raises(ValueError, match="no target"):
+        FDPGTrainer(str(tiny_model_dir), config(tmp_path))
+    with pytest.raises(TypeError, match="needs an FDPGConfig"):
+        FDPGTrainer(str(tiny_model_dir), GRPOConfig(str(tmp_path), bf16=False, use_cpu=True), target=SOFT)
+    from datasets import Dataset
+
+    with pytest.raises(ValueError, match="no column 'prompt'; it has text"):
+        FDPGTrainer(str(tiny_model_dir), config(tmp_path), Dataset.from_dict({"text": ["a"]}), target=SOFT)
+
+
+def test_given_z_must_be_there(tiny_model_dir, tmp_path):
+    with pytest.raises(ValueError, match="needs a finite log Z for every prompt"):
+        trainer(load(tiny_model_dir), tmp_path, z_estimate="given").train()
+
+
+def test_adaptive_proposal_needs_a_back_end_that_can_hold_it(tiny_model_dir, tmp_path):
+    with pytest.raises(ValueError, match="a rollout_func of one's own does not use"):
+        trainer(load(tiny_model_dir), tmp_path, proposal="adaptive", rollout_func=lambda prompts, trainer: {})
+
+
+def test_config_is_a_dataclass_for_the_command_line():
+    """Every own key has a help text, and dict keys are known to TRL's parser as such."""
+    for name in ("divergence", "target", "proposal_metric"):
+        assert name in FDPGConfig._VALID_DICT_FIELDS
+    own = set(FDPGConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
+    assert all(FDPGConfig.__dataclass_fields__[name].metadata.get("help") for name in own)
