@@ -212,3 +212,18 @@ def test_refusals_name_the_key_and_the_remedy(tmp_path):
     (tmp_path / "world.json").write_text(json.dumps({"prompts": ["x"], "responses": ["y"]}))
     with pytest.raises(ValueError, match="build it again"):
         TinyWorld.load(tmp_path / "world.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("divergence", "largest_tv"), [("reverse_kl", 0.3), ("jensen_shannon", 0.6)])
+def test_the_recipe_reaches_towards_the_optimum_on_held_out_prompts(tmp_path, divergence, largest_tv):
+    from fdiv.recipe import load_recipe
+    from fdiv.run import run_recipe
+
+    recipe = load_recipe("tiny/f_dpo", ["--divergence", divergence, "--output_dir", str(tmp_path / "run")])
+    result = run_recipe(recipe, prepared=tmp_path / "prepared")
+    assert result["unmet_requirements"] == []
+    assert result["before/held_out_preference_accuracy"] == 0.5
+    assert result["after/held_out_preference_accuracy"] > 0.85
+    assert result["after/held_out_expected_reward"] > result["before/held_out_expected_reward"] + 0.8
+    assert result["after/held_out_optimum_tv"] < min(largest_tv, result["before/held_out_optimum_tv"] - 0.1)
