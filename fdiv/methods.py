@@ -64,6 +64,16 @@ METHODS: dict[str, Method] = {
         optional_columns=("anchors",),
         check_divergence="fdiv.alignment.losses:check_f_dpo_divergence",
     ),
+    "f_dpg": Method(
+        config="fdiv.alignment.f_dpg:FDPGConfig",
+        trainer="fdiv.alignment.f_dpg:FDPGTrainer",
+        family="alignment",
+        title="distributional policy gradient to a target density, every f-divergence",
+        paper="arXiv:2302.08215",
+        columns=("prompt",),
+        optional_columns=("log_z",),
+        check_divergence="fdiv.alignment.f_dpg_objective:check_f_dpg_divergence",
+    ),
     "flat": Method(
         config="fdiv.unlearning.flat:FLATConfig",
         trainer="fdiv.unlearning.flat:FLATTrainer",
@@ -177,18 +187,23 @@ METHODS: dict[str, Method] = {
 """`method:` of a recipe."""
 
 PREPARE: dict[str, str] = {
+    "tiny_texts": "fdiv.alignment.tiny_texts:TinyTextsConfig",
     "tiny_preferences": "fdiv.alignment.tiny_world:TinyPreferencesConfig",
     "tofu_preferences": "fdiv.alignment.tofu_preferences:TofuPreferencesConfig",
+    "hh_negatives": "fdiv.alignment.hh_negatives:HHNegativesConfig",
+    "safe_rlhf_negatives": "fdiv.alignment.safe_rlhf_negatives:SafeRLHFNegativesConfig",
     "tiny_authors": "fdiv.unlearning.tiny_authors:TinyAuthorsConfig",
     "tofu_unlearning": "fdiv.unlearning.tofu_unlearning:TofuUnlearningConfig",
 }
 """`prepare: {name: …}`: a dataclass with `build(output_dir) -> dict` of the recipe keys it settles."""
 
 EVALUATIONS: dict[str, str] = {
+    "target": "fdiv.alignment.target_eval:TargetEvalConfig",
     "preferences": "fdiv.eval.preferences:PreferencesEvalConfig",
     "tofu": "fdiv.eval.tofu:TofuEvalConfig",
     "muse": "fdiv.eval.muse:MuseEvalConfig",
     "tiny_world": "fdiv.alignment.tiny_world_eval:TinyWorldEvalConfig",
+    "answer_likelihood": "fdiv.eval.answer_likelihood:AnswerLikelihoodConfig",
 }
 """`eval: {name: …}`: a dataclass with `evaluate(model, tokenizer, datasets, context) -> dict[str, float | None]`.
 

@@ -20,8 +20,17 @@ ROWS = 8
 # Per builder: keys that make its build cheap. A builder that reads files gets them written by `_write_sources`.
 _CHEAP_PREPARE: dict[str, dict[str, Any]] = {
     "tiny_preferences": {"train_pairs_per_prompt": 2, "test_pairs_per_prompt": 1, "sft_steps": 20},
+    "hh_negatives": {"hidden_size": 32, "layers": 1, "vocab_size": 300, "epochs": 1, "test_fraction": 0.3},
+    "tiny_authors": {"authors": 4, "forget_authors": 1, "train_steps": 2},
 }
-_CHEAP_EVALUATION = {"max_rows": 2, "max_prompts": 1, "num_samples": 1, "max_new_tokens": 2, "max_items": 2}
+_CHEAP_EVALUATION = {
+    "max_rows": 2,
+    "max_prompts": 1,
+    "num_samples": 1,
+    "max_new_tokens": 2,
+    "max_items": 2,
+    "num_prompts": 1,
+}
 # Evaluations that need data of a hub or of FDIV_SHARED; they have tests of their own.
 _LEFT_OUT_EVALUATIONS = ("tofu", "muse")
 
@@ -120,7 +129,35 @@ def _prepare(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             rows = [{**row, "question": f"{row['question']} ({name})"} for row in question_rows()]
             (source / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         settings["prepare.data"] = str(source)
+    if block["name"] == "hh_negatives":
+        rows = [
+            {side: f"\n\nHuman: Ask {i}?\n\nAssistant: {side} {i}" for side in ("chosen", "rejected")}
+            for i in range(3 * ROWS)
+        ]
+        settings["prepare.data"] = _write_rows(folder / "hh.jsonl", rows)
+    if block["name"] == "safe_rlhf_negatives":
+        rows = [
+            {
+                "prompt": f"Ask {i}?",
+                **{f"response_{side}": f"answer {side}" for side in (0, 1)},
+                **{f"is_response_{side}_safe": bool(side) for side in (0, 1)},
+            }
+            for i in range(ROWS)
+        ]
+        settings["prepare.data"] = _write_rows(folder / "safe_rlhf.jsonl", rows)
+    if block["name"] == "tofu_unlearning":
+        source = folder / "tofu"
+        source.mkdir(parents=True, exist_ok=True)
+        for prefix, name in (("", block.get("split", "forget10")), ("retain ", block.get("retain", "retain90"))):
+            rows = _renamed(question_rows(), prefix)
+            (source / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        settings |= {"prepare.data": str(source), "prepare.retain_model": None}
     return settings
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
 
 
 def _evaluations(values: Mapping[str, Any]) -> dict[str, Any]:
