@@ -15,6 +15,7 @@ EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.
 # A line each script must print; a new example must be added here.
 EXPECTED = {
     "f_dpo_in_trl.py": "loss 0.6",
+    "flat_in_sft_trainer.py": "loss 4.",
     "one_divergence.py": "alpha(0.3): exact",
     "user_defined_divergence.py": "refused: f-DPO cannot use the divergence 'total_variation'",
 }
