@@ -25,7 +25,7 @@ from fdiv.alignment.f_dpg_objective import effective_sample_size, f_dpg_loss, le
 from fdiv.alignment.f_dpg_proposal import AdaptiveProposal
 from fdiv.alignment.moment_matching import fit_moments
 from fdiv.alignment.partition import PartitionEstimates
-from fdiv.alignment.scorers import ScorerError, check_finite, checked_scorer
+from fdiv.alignment.scorers import ScorerError, check_finite, checked_scorer, prepare_scorer
 from fdiv.alignment.targets import Target, build_target
 from fdiv.divergences import get_divergence
 from fdiv.eval.diversity import diversity
@@ -100,6 +100,8 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             raise ValueError("no target: set `target: {name: …}` in the config, or pass target")
         self.target = build_target(given)
         self.divergence = args.resolve_divergence(self.target)
+        for function in self.target.functions:
+            prepare_scorer(function)
         if train_dataset is None:
             train_dataset = _empty_prompts(args)
         elif "prompt" not in (train_dataset.column_names or ("prompt",)):
@@ -189,8 +191,7 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         return gathered[start : start + count]
 
     def _generate_and_score_completions(self, inputs):
-        if self.target.needs_fit:
-            self._fit_moments(len(inputs))
+        self.ensure_fitted()
         batch = super()._generate_and_score_completions(inputs)
         samples = self._sample_log_probs(batch)
         return batch | self._score_samples(inputs, batch, samples)
@@ -300,16 +301,27 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         shown.extend(advantages.tolist())
 
     # ---------------------------------------------------------------- lambda
-    def _fit_moments(self, rows: int) -> None:
-        """Fit λ on samples of the policy at the start (the base), by self-normalised importance sampling."""
+    def ensure_fitted(self) -> None:
+        """Fit λ of a distributional target if that is still to be done; training does it before the first step.
+
+        The samples are those of the policy as it is (at the start: the base), weighted to the base. Call it on every
+        process.
+
+        Raises:
+            MomentError: moments that are out of reach.
+            ValueError: a streamed dataset, which cannot be sampled for prompts.
+        """
+        if not self.target.needs_fit:
+            return
         if not isinstance(self.train_dataset, Dataset):
             raise ValueError("a streamed dataset cannot be sampled for the moments: give the target's coefficients")
         kept_metrics = copy.deepcopy(self._metrics)
         generator = torch.Generator().manual_seed(self.args.seed + self.accelerator.process_index)
+        rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
         group = self.num_generations if self.model.training else self.num_generations_eval
         features, weights, drawn = [], [], 0
         while drawn < self.args.moment_samples:
-            chosen = torch.randint(len(self.train_dataset), (rows // group,), generator=generator).tolist()
+            chosen = torch.randint(len(self.train_dataset), (max(1, rows // group),), generator=generator).tolist()
             inputs = [dict(self.train_dataset[number]) for number in chosen for _ in range(group)]
             batch = super()._generate_and_score_completions(inputs)
             samples = self._sample_log_probs(batch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import inspect
 import math
 import os
@@ -29,6 +30,7 @@ __all__ = [
     "compiles",
     "contains_words",
     "lexicon_sentiment",
+    "prepare_scorer",
     "read_lexicon",
 ]
 
@@ -101,20 +103,25 @@ def read_lexicon(path: str | Path) -> dict[str, float]:
 def lexicon_sentiment(lexicon: str | Path, *, threshold: float | None = None, name: str = "sentiment") -> Scorer:
     """Sentiment by a VADER lexicon: s/√(s² + 15) in (−1, 1), s the summed valence of the words; 0 without any.
 
+    The file is read on first use, or when `prepare_scorer` asks for it.
+
     VADER's normalisation without its rules for negation, boosters, punctuation and capitals. With `threshold` it is 1
     where the sentiment is at least that, else 0 (VADER calls ≥ 0.05 positive).
     """
-    valence = read_lexicon(lexicon)
+    loaded = functools.cache(lambda: read_lexicon(lexicon))
     word = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
     def score(text: str) -> float:
+        valence = loaded()
         # Emoticons and the like are entries too, but not words: they stand between spaces.
         tokens = [token for token in text.lower().split() if token in valence and not word.fullmatch(token)]
         total = sum(valence.get(token, 0.0) for token in [*tokens, *word.findall(text.lower())])
         sentiment = total / math.sqrt(total * total + 15.0)
         return sentiment if threshold is None else float(sentiment >= threshold)
 
-    return _named(name, score)
+    scorer = _named(name, score)
+    scorer.prepare = loaded
+    return scorer
 
 
 def compiles(*, with_prompt: bool = True, name: str = "compiles") -> Scorer:
@@ -190,6 +197,7 @@ def classifier(
         return scores
 
     scorer.__name__ = name
+    scorer.prepare = loaded
     return scorer
 
 
@@ -205,6 +213,8 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
 def build_scorer(spec: str | Mapping[str, Any] | Scorer) -> Scorer:
     """A scorer from a callable, a name, or a mapping `{name: …, argument: value, …}`; `as` renames it in the logs.
 
+    A name of the form `package.module:function` is that function, with TRL's reward signature.
+
     Raises:
         ValueError: unknown name, unknown or missing argument; what the factory refuses.
     """
@@ -212,6 +222,8 @@ def build_scorer(spec: str | Mapping[str, Any] | Scorer) -> Scorer:
         return spec
     settings = {"name": spec} if isinstance(spec, str) else dict(spec)
     kind, shown = settings.pop("name", None), settings.pop("as", None)
+    if isinstance(kind, str) and ":" in kind:
+        return _imported(kind, settings, shown)
     if kind not in SCORERS:
         near = difflib.get_close_matches(str(kind), SCORERS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(SCORERS)}"
@@ -228,6 +240,32 @@ def build_scorer(spec: str | Mapping[str, Any] | Scorer) -> Scorer:
         return SCORERS[kind](**settings, **({"name": shown} if shown else {}))
     except TypeError as error:
         raise ValueError(f"scorer {kind!r}: {error}") from error
+
+
+def _imported(path: str, settings: Mapping[str, Any], shown: str | None) -> Scorer:
+    module, _, attribute = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"scorer {path!r}: {error}") from error
+    if not callable(function) or settings:
+        what = f"takes no {', '.join(settings)} here" if settings else "is not callable"
+        raise ValueError(f"scorer {path!r} {what}: name a function with TRL's reward signature")
+    if shown is None:
+        return function
+
+    @functools.wraps(function)
+    def renamed(**columns: Any) -> Sequence[float]:
+        return function(**columns)
+
+    renamed.__name__ = shown
+    return renamed
+
+
+def prepare_scorer(scorer: Scorer) -> None:
+    """Have a scorer read what it needs (its lexicon, its classifier) now, so that a wrong path shows at once."""
+    if hasattr(scorer, "prepare"):
+        scorer.prepare()
 
 
 def checked_scorer(scorer: Scorer, *, finite: bool = True) -> Scorer:

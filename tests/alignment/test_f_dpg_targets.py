@@ -25,6 +25,7 @@ from fdiv.alignment.scorers import (
     compiles,
     contains_words,
     lexicon_sentiment,
+    prepare_scorer,
     read_lexicon,
 )
 from fdiv.alignment.targets import as_scores, build_target
@@ -141,6 +142,9 @@ def test_lexicon_sentiment_by_hand(tmp_path, monkeypatch):
     expected = [3.8 / math.sqrt(3.8**2 + 15), 0.0, -0.5 / math.sqrt(0.25 + 15), 0.0]
     assert score_of(scorer, *texts) == pytest.approx(expected)
     assert score_of(lexicon_sentiment(tmp_path / "lexicon.txt", threshold=0.05), *texts) == [1.0, 0.0, 0.0, 0.0]
+    prepare_scorer(scorer)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        prepare_scorer(lexicon_sentiment(tmp_path / "none.txt"))
     with pytest.raises(FileNotFoundError, match=r"\$NOT_SET/x.txt: no such file \(an environment variable"):
         read_lexicon("$NOT_SET/x.txt")
     (tmp_path / "broken.txt").write_text("good\tvery\n")
@@ -198,6 +202,23 @@ def test_scorers_are_trl_rewards_and_keep_their_names():
     checked = checked_scorer(build_scorer("compiles"))
     assert checked.__name__ == "compiles"
     assert checked(prompts=["a"], completions=["=1"], completion_ids=[[1]], trainer_state=None) == [1.0]
+
+
+def test_any_reward_function_by_its_path():
+    from trl.rewards import think_format_reward
+
+    scorer = build_scorer("trl.rewards:think_format_reward")
+    assert scorer is think_format_reward
+    renamed = build_scorer({"name": "trl.rewards:think_format_reward", "as": "thinks"})
+    chat = [[{"role": "assistant", "content": "<think>\nhm\n</think>\nyes"}]]
+    assert renamed.__name__ == "thinks" and checked_scorer(renamed)(prompts=["x"], completions=chat) == [1.0]
+    for spec, message in (
+        ("trl.rewards:no_such_reward", "no_such_reward"),
+        ("no_such_module:f", "No module named"),
+        ({"name": "math:floor", "x": 1}, "takes no x here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_scorer(spec)
 
 
 def test_checked_scorer_names_the_fault():
