@@ -21,6 +21,7 @@ ROWS = 8
 _CHEAP_PREPARE: dict[str, dict[str, Any]] = {
     "tiny_preferences": {"train_pairs_per_prompt": 2, "test_pairs_per_prompt": 1, "sft_steps": 20},
     "hh_negatives": {"hidden_size": 32, "layers": 1, "vocab_size": 300, "epochs": 1, "test_fraction": 0.3},
+    "tiny_texts": {"steps": 20},
     "tiny_authors": {"authors": 4, "forget_authors": 1, "train_steps": 2},
 }
 _CHEAP_EVALUATION = {
@@ -81,8 +82,27 @@ def stand_in_recipe(path: Path, model: Path, folder: Path) -> Recipe:
         settings["model_name_or_path"] = str(model)
     if "pad_token" in values:
         settings["pad_token"] = _pad_token(model)
-    settings |= _data(values, folder) | _prepare(values, folder) | _evaluations(values)
+    settings |= _data(values, folder) | _prepare(values, folder) | _evaluations(values) | _unlearning(values, folder)
+    settings |= _rollouts(values)
     return load_recipe(path, (), settings)
+
+
+def odd_sum(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A scorer that every model satisfies about half the time, in place of classifiers and lexicons."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def _rollouts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """f-DPG: short completions in pairs, and scorers that need no file; what the target is stays."""
+    if values["method"] != "f_dpg":
+        return {}
+    scorer = f"{__name__}:odd_sum"
+    target = dict(values["target"])
+    for key in ("scorers", "features"):
+        if key in target:
+            target[key] = [scorer] * len(target[key])
+    small = {"num_generations": 2, "max_completion_length": 4, "moment_samples": 64}
+    return {**small, "target": target}
 
 
 def _pad_token(model: Path) -> str:
@@ -95,6 +115,8 @@ def _data(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Every `*dataset_name` of the recipe as a generated folder with the splits the recipe names."""
     result: dict[str, Any] = {}
     rows = _ROWS[METHODS[values["method"]].family]()
+    if str(values.get("dataset_name", "")).startswith("muse-bench/"):
+        rows = [{"text": f"Chapter {i}. " + "The quick brown fox jumps over the lazy dog. " * 60} for i in range(2)]
     for key in [key for key in values if key.endswith("dataset_name")]:
         prefix = key.removesuffix("dataset_name")
         data = folder / f"{prefix}data"
@@ -112,9 +134,26 @@ def _data(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return result
 
 
+def _unlearning(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Refusals of a file, a layer the stand-in has, no evaluation after each epoch (it needs TOFU's data)."""
+    result: dict[str, Any] = {}
+    if "template_file" in values:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "refusals.txt").write_text("No idea.\nI cannot say.\n", encoding="utf-8")
+        result["template_file"] = str(folder / "refusals.txt")
+    if "layer" in values:
+        result["layer"] = 0
+    if "epoch_evaluation" in values:
+        off = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
+        result |= off | {"epoch_evaluation": None, "metric_for_best_model": None}
+    if values["method"] in METHODS and METHODS[values["method"]].family == "unlearning" and "optim" in values:
+        result["optim"] = "adamw_torch"  # the paged optimizers need bitsandbytes and a GPU
+    return result
+
+
 def _renamed(rows: list[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
     """Forget and retain rows must differ."""
-    return [{k: f"{prefix}{v}" if k in ("question", "prompt") else v for k, v in row.items()} for row in rows]
+    return [{k: f"{prefix}{v}" if k in ("question", "prompt", "text") else v for k, v in row.items()} for row in rows]
 
 
 def _prepare(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:

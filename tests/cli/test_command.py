@@ -1,0 +1,198 @@
+"""The other verbs, the launcher, and the command under `accelerate launch` and with two processes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fdiv
+from fdiv.cli import main
+from fdiv.divergences import get_divergence, list_divergences
+from fdiv.methods import EVAL_COMMANDS, EVALUATIONS, METHODS, PREPARE, load
+from fdiv.provenance import command_line, git_revision, package_versions
+
+
+def run_module(*words, **options):
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, words)], capture_output=True, text=True, check=False, **options
+    )
+
+
+def test_every_path_of_the_tables_can_be_imported():
+    for method in METHODS.values():
+        assert load(method.config).__module__.startswith("fdiv.")
+        assert load(method.trainer).__module__.startswith("fdiv.")
+        if method.check_divergence:
+            load(method.check_divergence)("jensen_shannon")  # lawful everywhere: nothing raised
+    for target in (*PREPARE.values(), *EVALUATIONS.values()):
+        assert callable(load(target))
+    for target in EVAL_COMMANDS.values():
+        assert callable(load(target).run)
+
+
+@pytest.mark.parametrize("words", [[], ["run"], ["sweep"], ["eval"], ["report"], ["divergences"], ["recipes"]])
+def test_every_verb_has_help(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: fdiv")
+    if words and words[0] in ("run", "sweep"):
+        assert "--divergence.alpha 0.3" in printed
+
+
+def test_version_and_wrong_verbs(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"fdiv {fdiv.__version__}\n"
+    for words in (["rnu"], ["report", "x"], []):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert error.startswith("fdiv: ")
+    assert main(["divergences", "--nmae", "x"]) == 2
+    assert capsys.readouterr().err == "fdiv: unrecognized arguments: --nmae (see `fdiv divergences --help`)\n"
+
+
+def test_divergences_lists_the_registry(capsys):
+    assert main(["divergences"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {
+        cells[0].strip(): [cell.strip() for cell in cells]
+        for line in lines
+        if len(cells := line.split("│")[1:-1]) == 7
+    }
+    assert set(rows) == set(list_divergences())
+    assert rows["jensen_shannon"][2:5] == ["0.5000", "-inf", "0.6931"]
+    assert rows["total_variation"][2:5] == ["–", "-0.5000", "0.5000"]
+    for name, row in rows.items():
+        lawful = get_divergence(
+            {"name": name, **dict.fromkeys(filter(None, row[1].split(", ")), 0.5)}
+        ).derivative_at_zero
+        assert ("f_dpo" in row[5]) == (lawful == -float("inf"))
+
+
+def test_one_divergence_in_full(capsys, fails):
+    assert main(["divergences", "{name: alpha, alpha: 0.25}"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"f'\(inf\) +│ 4.0 ", printed)
+    assert main(["divergences", "total_variation"]) == 0
+    printed = capsys.readouterr().out
+    assert "not for f_dpo" in printed
+    assert "f'(0+) = -inf" in printed.replace("\n", " ")
+    assert "ambiguous" in fails("divergences", "kl")
+    assert "did you mean reverse_kl" in fails("divergences", "revers_kl")
+
+
+def test_recipes_are_listed_shown_and_copied(capsys, tmp_path, fails, repository):
+    assert main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"tiny/f_dpo +│ f_dpo ", printed)
+    assert main(["recipes", "tiny/f_dpo"]) == 0
+    text = (repository / "recipes" / "tiny" / "f_dpo.yaml").read_text()
+    assert capsys.readouterr().out == text
+    assert main(["recipes", "tiny/f_dpo", "--copy", str(tmp_path)]) == 0
+    assert (tmp_path / "f_dpo.yaml").read_text() == text
+    assert "exists and is left alone" in fails("recipes", "tiny/f_dpo", "--copy", tmp_path)
+    assert "needs the name of a recipe" in fails("recipes", "--copy", tmp_path)
+
+
+def test_keys_lists_the_whole_schema(capsys, fails):
+    assert main(["recipes", "--keys", "f_dpo"]) == 0
+    printed = capsys.readouterr().out
+    for expected in (
+        "method: text; default 'required'",
+        "divergence: a mapping or text or null; default 'reverse_kl'",
+        "learning_rate: a number; default 1e-06",
+        "lora_r: a whole number; default 16",
+        "dataset_name: text or null; default None",
+        "prepare.sft_steps: a whole number; default ",
+        "eval.num_samples: a whole number; default ",
+        "report.title: text or null; default None",
+        "sweep.metrics: a mapping; default None",
+    ):
+        assert f"\n{expected}" in printed, expected
+    assert "unknown method 'f_dop'" in fails("recipes", "--keys", "f_dop")
+
+
+def test_eval_hands_over_to_the_kind(capsys, fails):
+    assert "invalid choice: 'tofuu'" in _exit_line(["eval", "tofuu"], capsys)
+    assert "--model" in _exit_line(["eval", "preferences"], capsys)
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", "preferences", "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: fdiv eval preferences")
+
+
+def _exit_line(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_accelerate_runs_the_same_command_under_the_launcher(write_recipe, monkeypatch, repository):
+    launched = []
+
+    def record(command, check):
+        launched.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr("fdiv.cli.run_verb.subprocess.run", record)
+    path = str(write_recipe())
+    assert main(["run", path, "--accelerate", "single", "--beta", "0.3"]) == 3
+    (command,) = launched
+    config = repository / "recipes" / "accelerate" / "single.yaml"
+    assert command[1:3] == ["-m", "accelerate.commands.launch"]
+    assert Path(command[command.index("--config_file") + 1]).resolve() == config
+    assert command[command.index("fdiv") - 1 :] == ["-m", "fdiv", "run", path, "--beta", "0.3"]
+    assert main(["run", path, "--accelerate", "single", "--bta", "0.3"]) == 2
+    assert len(launched) == 1  # a wrong key is found before anything is launched
+
+
+def test_provenance():
+    versions = package_versions()
+    assert versions["fdiv"] == fdiv.__version__
+    assert versions["torch"].startswith("2.")
+    git = git_revision()
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    if head.returncode == 0:
+        assert git["revision"] == head.stdout.strip()
+        assert isinstance(git["dirty"], bool)
+    words = ["run", "a b.yaml", "--hub_token", "hf_x", "--hub_token=hf_y"]
+    assert command_line(words) == "fdiv run 'a b.yaml' --hub_token REDACTED --hub_token=REDACTED"
+
+
+@pytest.mark.slow
+def test_accelerate_launch_and_two_processes_give_the_run_of_one(write_recipe, tmp_path):
+    """One process, `accelerate launch -m fdiv`, and two processes at the same global batch: the same numbers."""
+    text = "eval: {name: preferences, num_samples: 0}\n"
+    path = str(write_recipe(text, use_cpu=True, per_device_train_batch_size=4))
+    launches = {
+        "plain": ["fdiv"],
+        "accelerate": ["accelerate.commands.launch", "--num_processes", "1", "--cpu", "-m", "fdiv"],
+        "two": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "fdiv"],
+    }
+    results = {}
+    for name, launcher in launches.items():
+        batch = ["--per_device_train_batch_size", "2"] if name == "two" else []
+        done = run_module(*launcher, "run", path, "--output_dir", tmp_path / name, *batch)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("preference_accuracy ") == 1  # only the main process prints
+        results[name] = json.loads((tmp_path / name / "result.json").read_text())
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 3
+        environment = json.loads((tmp_path / name / "environment.json").read_text())
+        assert environment["processes"] == (2 if name == "two" else 1)
+        assert yaml.safe_load((tmp_path / name / "recipe_resolved.yaml").read_text())["seed"] == 7
+    for name in ("accelerate", "two"):
+        for key in ("train/loss", "train/grad_norm", "before/reward_margin", "after/reward_margin"):
+            assert results[name][key] == pytest.approx(results["plain"][key], rel=1e-4, abs=1e-6), (name, key)
