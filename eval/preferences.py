@@ -116,8 +116,18 @@ class PreferencesEvalConfig:
         """Measure `model`; call it on all processes. Numbers that need a reference are None where there is none.
 
         Raises:
-            DataError: no such split, rows that are no preferences, a prompt too long for the model.
+            DataError: a config without divergence and β, no such split, rows that are no preferences, a prompt too
+                long for the model.
         """
+        args = context.training_args
+        missing = [
+            name for name in ("divergence", "resolve_divergence", "beta", "max_exponent") if not hasattr(args, name)
+        ]
+        if missing:
+            raise DataError(
+                f"eval preferences: the config {type(args).__name__} has no {missing[0]!r}; rewards and divergences are "
+                "those of f_dpo or d2o: leave this evaluation out"
+            )
         rows = self._rows(tokenizer, datasets, context)
         prompts = _unique_prompts(rows)[: self.max_prompts]
         policy = {half: self._score(model, rows, half) for half in _HALVES}

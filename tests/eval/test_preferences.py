@@ -247,6 +247,10 @@ def test_bad_options(options):
 def test_bad_data(tmp_path, tokenizer, policy, pairs):
     with pytest.raises(DataError, match=r"no split 'test' in the data; it has \['train'\]"):
         PreferencesEvalConfig().evaluate(policy, tokenizer, {"train": pairs}, _context(tmp_path))
+    with pytest.raises(DataError, match="has no 'divergence'"):
+        PreferencesEvalConfig().evaluate(
+            policy, tokenizer, {"test": pairs}, EvalContext(SimpleNamespace(beta=0.1), tmp_path)
+        )
     with pytest.raises(DataError, match="no column 'rejected'"):
         PreferencesEvalConfig().evaluate(
             policy, tokenizer, {"test": pairs.remove_columns("rejected")}, _context(tmp_path)
