@@ -125,8 +125,8 @@ class PreferencesEvalConfig:
         ]
         if missing:
             raise DataError(
-                f"eval preferences: the config {type(args).__name__} has no {missing[0]!r}; rewards and divergences are "
-                "those of f_dpo or d2o: leave this evaluation out"
+                f"eval preferences: the config {type(args).__name__} has no {missing[0]!r}; rewards and divergences "
+                "are those of f_dpo or d2o: leave this evaluation out"
             )
         rows = self._rows(tokenizer, datasets, context)
         prompts = _unique_prompts(rows)[: self.max_prompts]
