@@ -102,6 +102,17 @@ class PromptFormat:
             ids = [*ids, tokenizer.eos_token_id]
         return EncodedText(tuple(ids), len(prompt_ids))
 
+    def encode_prompt(
+        self, tokenizer: PreTrainedTokenizerBase, question: str, examples: Sequence[tuple[str, str]] = ()
+    ) -> tuple[int, ...]:
+        """Token ids of the prompt alone, to generate from.
+
+        Never the head of `encode`'s ids: where prompt and answer share a token across their border (a prompt that
+        ends in a space, say), that head would give the answer's first token away.
+        """
+        prompt, _, special = self.texts(tokenizer, question, "", examples)
+        return tuple(tokenizer(prompt, add_special_tokens=special)["input_ids"])
+
     @staticmethod
     def encode_continuation(
         tokenizer: PreTrainedTokenizerBase, prefix: str, text: str, max_length: int, insert_space: bool = False

@@ -94,12 +94,10 @@ def plan_tofu(
             for k, wrong in enumerate(row["perturbed_answer"]):
                 score(f"{name}_Q_A_PERT_Prob/{i}/{k}", question, wrong)
             key = f"{name}_Q_A_ROUGE/{i}"
-            text = prompt.encode(tokenizer, question, row["answer"])
-            prompt_ids = text.input_ids[: text.prompt_length]
+            prompt_ids = prompt.encode_prompt(tokenizer, question)
             bound = preset.answer_tokens - (len(prompt_ids) if preset.answer_bound == "total" else 0)
-            plan.generation.append(
-                GenerationRequest(key, prompt_ids, max(0, bound), len(text.input_ids) - len(prompt_ids))
-            )
+            expected = len(tokenizer(row["answer"], add_special_tokens=False)["input_ids"])
+            plan.generation.append(GenerationRequest(key, prompt_ids, max(0, bound), expected))
             plan.questions[key], plan.truths[key] = question, row["answer"].strip()
     for i in selected_rows(len(rows.holdout), preset.max_rows, max_items):
         score(f"holdout/{i}", rows.holdout[i]["question"], rows.holdout[i]["answer"], token_level=True)

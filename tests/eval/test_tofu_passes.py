@@ -253,6 +253,17 @@ def test_fingerprints_follow_the_weights(loaded):
     assert fingerprint({"b": 1, "a": 2}) == fingerprint({"a": 2, "b": 1})
 
 
+def test_a_generation_prompt_never_holds_a_token_of_the_answer(tiny_model_dir):
+    """A prompt that ends in a space: the tokenizer joins the space with the answer's first word."""
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    prompt = PromptFormat(chat_template="never", question_format="{question} Answer: ", answer_format="{answer}")
+    whole = prompt.encode(tokenizer, "what is the capital of France?", "the capital")
+    head = tokenizer.decode(whole.input_ids[: whole.prompt_length])
+    assert "Answer: the" in head, "this tokenizer and text no longer show the case"
+    ids = prompt.encode_prompt(tokenizer, "what is the capital of France?")
+    assert tokenizer.decode(ids) == "what is the capital of France? Answer: "
+
+
 def test_prompt_formats(tiny_model_dir):
     tokenizer = load_tokenizer(str(tiny_model_dir))
     chat = PromptFormat().encode(tokenizer, "Who?", "me")
