@@ -42,7 +42,9 @@ def load_datasets(recipe: Recipe, configs: Configs) -> dict[str, Any]:
     if not hasattr(found, "keys"):
         found = {script.dataset_train_split: found}
     splits = {"train": script.dataset_train_split, "test": script.dataset_test_split}
-    needs_test = configs.training.eval_strategy != "no" or "dataset_test_split" in recipe.stated
+    # An unlearning run that evaluates on a benchmark after each epoch (`epoch_evaluation`) needs no rows for it.
+    own_rows = getattr(configs.training, "epoch_evaluation", None) is None
+    needs_test = (configs.training.eval_strategy != "no" and own_rows) or "dataset_test_split" in recipe.stated
     result = {}
     for role, split in splits.items():
         if split in found:

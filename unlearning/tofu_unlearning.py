@@ -17,14 +17,20 @@ __all__ = ["TofuUnlearningConfig", "write_retain_log"]
 
 
 def write_retain_log(model_path: str, config: TofuEvalConfig, folder: Path) -> Path:
-    """Evaluate the model at `model_path` in float32 and write `TOFU_EVAL.json` into `folder`; returns its path."""
+    """Evaluate the model at `model_path` and write `TOFU_EVAL.json` into `folder`; returns its path.
+
+    On the accelerator in bfloat16 where there is one, else in float32.
+    """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fdiv.eval.eval_log import write_eval_log
     from fdiv.eval.tofu import TofuEvaluation
 
     evaluation = TofuEvaluation(config, AutoTokenizer.from_pretrained(model_path))
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="float32").eval()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).to(device).eval()
     result = evaluation.aggregate(evaluation.run(model))
     path = folder / "TOFU_EVAL.json"
     write_eval_log(path, result.log)
