@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["TinyTextsConfig"]
+__all__ = ["EmptyPromptsConfig", "TinyTextsConfig"]
 
 _NOUNS = ("film", "story", "plot", "music", "acting", "ending", "cast", "dialogue")
 _ADJECTIVES = {
@@ -96,7 +96,6 @@ class TinyTextsConfig:
         """
         output_dir = Path(output_dir)
         model_dir, data_dir = output_dir / "model", output_dir / "data"
-        data_dir.mkdir(parents=True, exist_ok=True)
         sample, prompts = _CORPORA[self.corpus]
         draw = random.Random(self.seed)
         threads = torch.get_num_threads()
@@ -110,13 +109,38 @@ class TinyTextsConfig:
             torch.set_num_threads(threads)
         model.save_pretrained(model_dir)
         tokenizer.save_pretrained(model_dir)
-        rows = [json.dumps({"prompt": prompts[number % len(prompts)]}) for number in range(64)]
-        (data_dir / "train.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-        return {
-            "model_name_or_path": str(model_dir),
-            "dataset_name": str(data_dir),
-            "dataset_train_split": "train",
-        }
+        keys = _write_prompts(data_dir, [prompts[number % len(prompts)] for number in range(64)])
+        return {"model_name_or_path": str(model_dir), **keys}
+
+
+@dataclass
+class EmptyPromptsConfig:
+    """Recipe block `prepare: {name: empty_prompts}`: rows with an empty prompt, for training without prompts.
+
+    Args:
+        rows: how many; each stands for one group of samples.
+    """
+
+    rows: int = 64
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"prepare.rows must be at least 1, got {self.rows}")
+
+    def build(self, output_dir: Path) -> dict[str, Any]:
+        """Write `data/train.jsonl`.
+
+        Returns:
+            The recipe keys it settles: `dataset_name`, `dataset_train_split`.
+        """
+        return _write_prompts(Path(output_dir) / "data", [""] * self.rows)
+
+
+def _write_prompts(folder: Path, prompts: list[str]) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps({"prompt": prompt}) for prompt in prompts]
+    (folder / "train.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return {"dataset_name": str(folder), "dataset_train_split": "train"}
 
 
 def _tokenizer(sample: Callable[[random.Random], tuple[str, str]]) -> Any:

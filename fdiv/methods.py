@@ -188,6 +188,7 @@ METHODS: dict[str, Method] = {
 
 PREPARE: dict[str, str] = {
     "tiny_texts": "fdiv.alignment.tiny_texts:TinyTextsConfig",
+    "empty_prompts": "fdiv.alignment.tiny_texts:EmptyPromptsConfig",
     "tiny_preferences": "fdiv.alignment.tiny_world:TinyPreferencesConfig",
     "tofu_preferences": "fdiv.alignment.tofu_preferences:TofuPreferencesConfig",
     "hh_negatives": "fdiv.alignment.hh_negatives:HHNegativesConfig",
