@@ -7,7 +7,7 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdiv.errors import DataError
+from fdiv.errors import DataError, RecipeError
 from fdiv.recipe import Configs, Recipe, one_line
 
 if TYPE_CHECKING:
@@ -153,8 +153,8 @@ def model_arguments(configs: Configs) -> dict[str, Any]:
     """`model_init_kwargs` as TRL's own scripts put them together, with its keys checked against the model's config.
 
     Raises:
-        DataError: the model's config cannot be read, or a key of `model_init_kwargs` is neither an argument of
-            `from_pretrained` nor an attribute of that config.
+        DataError: the model's config cannot be read.
+        RecipeError: a key of `model_init_kwargs` is neither an argument of `from_pretrained` nor an attribute of it.
     """
     from transformers import AutoConfig, PreTrainedModel
 
@@ -169,7 +169,7 @@ def model_arguments(configs: Configs) -> dict[str, Any]:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"unknown key {key!r} in `model_init_kwargs` for a {type(config).__name__}{hint}")
+            raise RecipeError(f"unknown key {key!r} in `model_init_kwargs` for a {type(config).__name__}{hint}")
     arguments = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,

@@ -17,7 +17,6 @@ FINISHED = "result.json"
 _MARKS = ("recipe_resolved.yaml", "environment.json")
 _OUTPUTS = (
     FINISHED,
-    *_MARKS,
     "metrics.jsonl",
     "eval_before.json",
     "eval_after.json",
@@ -63,22 +62,25 @@ class RunDirectory:
             )
         if isinstance(resume, str) and not Path(resume).is_dir():
             raise FdivError(f"resume_from_checkpoint: no such directory: {resume}")
-        if resume or overwrite or not self.path.exists():
+        if not self.path.exists():
             return
-        if self.checkpoints():
-            raise FdivError(
-                f"{self.path} holds checkpoints of an unfinished run; continue it with --resume_from_checkpoint true, "
-                "start again with --overwrite_output_dir true, or choose another --output_dir"
-            )
         strangers = [entry.name for entry in self.path.iterdir() if entry.name not in ("prepared", "error.txt")]
         if strangers and not any((self.path / mark).exists() for mark in _MARKS):
             raise FdivError(
                 f"output_dir {self.path} is not empty and not a run of fdiv (it holds {sorted(strangers)[0]!r}); "
-                "choose another --output_dir, or write into it with --overwrite_output_dir true"
+                "choose another --output_dir"
+            )
+        if self.checkpoints() and not (resume or overwrite):
+            raise FdivError(
+                f"{self.path} holds checkpoints of an unfinished run; continue it with --resume_from_checkpoint true, "
+                "start again with --overwrite_output_dir true, or choose another --output_dir"
             )
 
     def clear(self, resume: bool | str | None) -> None:
-        """Make the directory, and remove what an earlier run of fdiv wrote (nothing that it did not)."""
+        """Make the directory, and remove what an earlier run of fdiv wrote (nothing that it did not).
+
+        The files that mark it as a run of fdiv stay until they are written again.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         if resume:
             return

@@ -126,14 +126,14 @@ def _build(name: str, parameters: dict[str, Any]) -> Divergence:
     if factory is None:
         raise ValueError(f"unknown divergence {name!r}{_did_you_mean(key)}; known: {', '.join(list_divergences())}")
     wanted = list(inspect.signature(factory).parameters)
-    missing = [parameter for parameter in wanted if parameter not in parameters]
-    if missing:
-        example = ", ".join([f"name: {key}", *(f"{parameter}: 0.3" for parameter in wanted)])
-        raise ValueError(f"divergence {name!r} needs the parameter {missing[0]!r}: write {{{example}}}")
     for parameter in parameters:
         if parameter not in wanted:
             takes = f"it takes {', '.join(wanted)}" if wanted else "it takes none"
             raise ValueError(f"divergence {name!r} has no parameter {parameter!r}: {takes}")
+    missing = [parameter for parameter in wanted if parameter not in parameters]
+    if missing:
+        example = ", ".join([f"name: {key}", *(f"{parameter}: 0.3" for parameter in wanted)])
+        raise ValueError(f"divergence {name!r} needs the parameter {missing[0]!r}: write {{{example}}}")
     return factory(**parameters)
 
 

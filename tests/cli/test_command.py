@@ -179,7 +179,7 @@ def test_accelerate_launch_and_two_processes_give_the_run_of_one(write_recipe, t
     launches = {
         "plain": ["fdiv"],
         "accelerate": ["accelerate.commands.launch", "--num_processes", "1", "--cpu", "-m", "fdiv"],
-        "two": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "fdiv"],
+        "two": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fdiv"],
     }
     results = {}
     for name, launcher in launches.items():

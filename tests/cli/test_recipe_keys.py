@@ -73,7 +73,7 @@ def test_a_list_of_evaluations_is_checked_entry_by_entry(write_recipe, fails):
 
 def test_misspelt_parameter_of_a_divergence(write_recipe, fails):
     path = write_recipe("divergence: {name: alpha, alhpa: 0.3}\n")
-    assert "divergence 'alpha'" in fails("run", path)
+    assert "divergence 'alpha' has no parameter 'alhpa': it takes alpha" in fails("run", path)
     assert "has no parameter 'weight'" in fails("run", path, "--divergence", "{name: alpha, alpha: 0.3, weight: 1}")
 
 
