@@ -1,0 +1,40 @@
+"""The README says what the repository holds: tables equal their files, paths exist, its Python runs."""
+
+import re
+
+import pytest
+
+
+@pytest.fixture
+def readme(repository):
+    return (repository / "README.md").read_text(encoding="utf-8")
+
+
+def test_tables_are_those_of_the_results(repository, readme, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "scripts"))
+    import readme_tables
+
+    assert len(re.findall("<!-- table: ", readme)) >= 1
+    assert readme_tables.filled(readme) == readme
+    with pytest.raises(SystemExit, match="no Markdown table"):
+        readme_tables.table_of(repository / "LICENSE")
+
+
+def test_linked_files_exist(repository, readme):
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", readme) if not link.startswith("http")]
+    assert len(links) > 5
+    assert [link for link in links if not (repository / link).exists()] == []
+
+
+def test_python_blocks_run(readme):
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})  # our own text, not data
+
+
+def test_make_targets_and_commands_exist(repository, readme):
+    targets = set(re.findall(r"^make ([a-z-]+)", readme, re.MULTILINE))
+    makefile = (repository / "Makefile").read_text(encoding="utf-8")
+    assert {"demo", "test"} <= targets
+    assert all(f"\n{target}:" in makefile for target in targets)
