@@ -5,7 +5,6 @@ become the density of a target, and each sample's log-probability is weighted by
 """
 
 import copy
-import hashlib
 import json
 import math
 from collections import deque
@@ -19,9 +18,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
+from fdiv.alignment.f_dpg_batches import empty_prompts, given_log_z, model_inputs, prompt_keys, token_mask
 from fdiv.alignment.f_dpg_config import FDPGConfig
-from fdiv.alignment.f_dpg_metrics import f_dpg_metrics
-from fdiv.alignment.f_dpg_objective import effective_sample_size, f_dpg_loss, leave_one_out_mean
+from fdiv.alignment.f_dpg_metrics import f_dpg_metrics, partition_metrics, slope_columns
+from fdiv.alignment.f_dpg_objective import f_dpg_loss, leave_one_out_mean
 from fdiv.alignment.f_dpg_proposal import AdaptiveProposal
 from fdiv.alignment.moment_matching import fit_moments
 from fdiv.alignment.partition import PartitionEstimates
@@ -103,7 +103,7 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         for function in self.target.functions:
             prepare_scorer(function)
         if train_dataset is None:
-            train_dataset = _empty_prompts(args)
+            train_dataset = empty_prompts(args)
         elif "prompt" not in (train_dataset.column_names or ("prompt",)):
             raise ValueError(f"train_dataset has no column 'prompt'; it has {', '.join(train_dataset.column_names)}")
         in_memory = not isinstance(model, str) and not is_peft_model(model) and peft_config is None
@@ -199,7 +199,7 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
     @torch.no_grad()
     def _sample_log_probs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`[B]` float64 log a, log q and log π (as it is now) of the sampled completions."""
-        mask = _token_mask(batch)
+        mask = token_mask(batch)
 
         def summed(per_token: Tensor) -> Tensor:
             return (per_token.double() * mask).sum(-1)
@@ -210,7 +210,7 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         log_policy = None
         if recorded is None or self._adaptive is not None:
             per_token, _, _ = self._get_per_token_logps_and_entropies(
-                self.model, *_model_inputs(batch), batch_size=self.args.per_device_train_batch_size
+                self.model, *model_inputs(batch), batch_size=self.args.per_device_train_batch_size
             )
             log_policy = summed(per_token)
         log_q = log_policy if recorded is None else summed(recorded)
@@ -225,20 +225,23 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         training, rows = self.model.training, len(inputs)
         scores = self._local(self._scores, rows)
         log_target = samples["log_base"] + self.target.log_potential(scores)  # log P
-        columns = [log_target, samples["log_proposal"], samples["log_policy"], *self._given_log_z(inputs, rows)]
+        columns = [log_target, samples["log_proposal"], samples["log_policy"]]
+        if self.args.z_estimate == "given":
+            columns.append(given_log_z(inputs, self.args.log_z).to(log_target))
         table = self.accelerator.gather(torch.stack(columns, dim=1))
-        prompts = self.accelerator.gather(_prompt_keys(batch))
+        prompts = self.accelerator.gather(prompt_keys(batch))
         log_p, log_q, log_policy = table[:, :3].unbind(1)
         given = table[:, 3] if self.args.z_estimate == "given" else None
         log_z = self.estimates.update(prompts, log_p - log_q, given=given, store=training)
         skipped = torch.isneginf(log_z)
         log_t = torch.where(skipped, 0.0, log_policy - log_p + log_z)
-        self._log_partition(prompts, log_p - log_q, log_z, skipped)
+        for name, values in partition_metrics(prompts, log_p - log_q, log_z).items():
+            self._metrics["train" if training else "eval"][name] += values
         if self._adaptive is not None and training:
             kept = ~skipped
             self._adaptive.observe(log_t[kept], (log_q - log_p + log_z)[kept], (log_policy - log_q)[kept])
             self._maybe_replace_proposal()
-        slope = self._slope(log_t)
+        slope = slope_columns(self.divergence, log_t, self.args.max_exponent, self.args.pseudo_reward_clip)["slope"]
         baseline = self._baseline(slope, prompts, ~skipped, training)
         self._show_pseudo_rewards((baseline - slope).masked_fill(skipped, 0.0))
         return {
@@ -249,20 +252,6 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             "baseline": self._local(baseline, rows),
             "skipped": self._local(skipped, rows),
         }
-
-    def _given_log_z(self, inputs: list[dict], rows: int) -> list[Tensor]:
-        if self.args.z_estimate != "given":
-            return []
-        values = [row.get("log_z", self.args.log_z) for row in inputs]
-        if any(value is None or not math.isfinite(value) for value in values):
-            raise ValueError(
-                "z_estimate: given needs a finite log Z for every prompt: set log_z, or a dataset column log_z"
-            )
-        return [torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)]
-
-    def _slope(self, log_t: Tensor) -> Tensor:
-        slope = self.divergence.score(log_t, self.args.max_exponent)
-        return slope if self.args.pseudo_reward_clip is None else slope.clamp(min=-self.args.pseudo_reward_clip)
 
     def _baseline(self, slope: Tensor, prompts: Tensor, counted: Tensor, training: bool) -> Tensor:
         """What is subtracted from f′(t) of each sample; it never depends on that sample, so nothing is biased."""
@@ -281,17 +270,6 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         self._last_check = self.state.global_step
         for name, value in self._adaptive.decide().items():
             self._metrics["train"][name].append(value)
-
-    def _log_partition(self, prompts: Tensor, log_importance: Tensor, log_z: Tensor, skipped: Tensor) -> None:
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        distinct, inverse = prompts.unique(return_inverse=True)
-        for number in range(len(distinct)):
-            rows = inverse == number
-            metrics["z/ess"].append(effective_sample_size(log_importance[rows]).item())
-            metrics["z/mean"].append(log_z[rows][0].exp().item())
-            if not skipped[rows][0]:
-                metrics["z/log_mean"].append(log_z[rows][0].item())
-        metrics["z/skipped_prompts"].append(len(prompts[skipped].unique()))
 
     def _show_pseudo_rewards(self, advantages: Tensor) -> None:
         """In TRL's table of completions, baseline − f′(t) instead of GRPO's advantages, which f-DPG does not use."""
@@ -316,26 +294,10 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         if not isinstance(self.train_dataset, Dataset):
             raise ValueError("a streamed dataset cannot be sampled for the moments: give the target's coefficients")
         kept_metrics = copy.deepcopy(self._metrics)
-        generator = torch.Generator().manual_seed(self.args.seed + self.accelerator.process_index)
-        rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
-        group = self.num_generations if self.model.training else self.num_generations_eval
-        features, weights, drawn = [], [], 0
-        while drawn < self.args.moment_samples:
-            chosen = torch.randint(len(self.train_dataset), (max(1, rows // group),), generator=generator).tolist()
-            inputs = [dict(self.train_dataset[number]) for number in chosen for _ in range(group)]
-            batch = super()._generate_and_score_completions(inputs)
-            samples = self._sample_log_probs(batch)
-            log_weight = self.accelerator.gather(samples["log_base"] - samples["log_proposal"])
-            weights.append(log_weight + self.target.log_potential(self._scores, without_features=True))
-            features.append(self._scores[:, len(self.target.scorers) :])
-            drawn += len(log_weight)
+        features, weights = self._moment_samples()
         self._metrics = kept_metrics
-        fit = fit_moments(
-            torch.cat(features).cpu().numpy().astype(np.float64),
-            self.target.moments,
-            torch.cat(weights).cpu().numpy(),
-            names=self.reward_func_names[len(self.target.scorers) :],
-        )
+        first = len(self.target.scorers)
+        fit = fit_moments(features, self.target.moments, weights, names=self.reward_func_names[first:])
         self.target = self.target.with_coefficients(fit.coefficients)
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, value, base in zip(self.target.features, fit.coefficients, fit.proposal_moments, strict=True):
@@ -343,12 +305,29 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             metrics[f"moments/{name.__name__}/base"].append(base)
         metrics["moments/effective_samples"].append(fit.effective_samples)
 
+    def _moment_samples(self) -> tuple[np.ndarray, np.ndarray]:
+        """φ `[N, K]` and log a·b − log q `[N]` of `moment_samples` completions for prompts drawn from the data."""
+        generator = torch.Generator().manual_seed(self.args.seed + self.accelerator.process_index)
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        groups = max(1, self.args.per_device_train_batch_size * self.args.steps_per_generation // group)
+        features, weights, drawn = [], [], 0
+        while drawn < self.args.moment_samples:
+            chosen = torch.randint(len(self.train_dataset), (groups,), generator=generator).tolist()
+            inputs = [dict(self.train_dataset[number]) for number in chosen for _ in range(group)]
+            batch = super()._generate_and_score_completions(inputs)
+            samples = self._sample_log_probs(batch)
+            log_weight = self.accelerator.gather(samples["log_base"] - samples["log_proposal"])
+            weights.append(log_weight + self.target.log_potential(self._scores, without_features=True))
+            features.append(self._scores[:, len(self.target.scorers) :])
+            drawn += len(log_weight)
+        return torch.cat(features).cpu().numpy(), torch.cat(weights).cpu().numpy()
+
     # ---------------------------------------------------------------- loss
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         per_token, entropy, aux_loss = self._get_per_token_logps_and_entropies(
-            model, *_model_inputs(inputs), compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
+            model, *model_inputs(inputs), compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
         )
-        mask = _token_mask(inputs)
+        mask = token_mask(inputs)
         log_policy = (per_token * mask).sum(-1)
         now = log_policy.detach().double()
         log_t = now - inputs["log_target"]
@@ -369,32 +348,14 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         loss = losses.mean()
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss
-        self._record(losses, log_policy, log_t, log_weight, capped, entropy, mask, inputs)
+        ratios = {"log_t": log_t, "log_weight": log_weight, "weight_capped": capped}
+        sums = {"log_policy": log_policy, "entropy": (entropy * mask).sum(-1), "tokens": mask.sum(-1)}
+        scores = {f"score/{n}": c for n, c in zip(self.reward_func_names, inputs["scores"].unbind(1), strict=True)}
+        batch = {name: inputs[name] for name in ("log_base", "skipped")}
+        slopes = slope_columns(self.divergence, log_t, self.args.max_exponent, self.args.pseudo_reward_clip)
+        self.record_examples({"loss": losses, **ratios, **sums, **scores, **batch, **slopes})
         # GRPOTrainer tells Trainer that the loss is scaled for accumulation already.
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1.0)
-
-    @torch.no_grad()
-    def _record(self, losses, log_policy, log_t, log_weight, capped, entropy, mask, inputs) -> None:
-        slope = self.divergence.score(log_t, self.args.max_exponent)
-        clip = self.args.pseudo_reward_clip
-        scores = {f"score/{n}": c for n, c in zip(self.reward_func_names, inputs["scores"].unbind(1), strict=True)}
-        self.record_examples(
-            {
-                "loss": losses,
-                "log_policy": log_policy,
-                "log_t": log_t,
-                "log_weight": log_weight,
-                "log_base": inputs["log_base"],
-                "slope": slope if clip is None else slope.clamp(min=-clip),
-                "clipped": torch.zeros_like(log_t) if clip is None else slope < -clip,
-                "clamped": self.divergence.capped(log_t, self.args.max_exponent),
-                "weight_capped": capped,
-                "skipped": inputs["skipped"],
-                "entropy": (entropy * mask).sum(-1),
-                "tokens": mask.sum(-1),
-                **scores,
-            }
-        )
 
     def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:
         """See `fdiv.alignment.f_dpg_metrics.f_dpg_metrics`; and the diversity of the last generation's completions."""
@@ -434,32 +395,3 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         if self._adaptive is not None and state["proposal"] is not None:
             self._adaptive.load_state_dict(state["proposal"])
             self._adaptive.load_weights(Path(checkpoint) / _PROPOSAL_FILE)
-
-
-def _empty_prompts(args: FDPGConfig) -> Dataset:
-    """Rows without a prompt, as many as one generation needs; `max_steps` sets how often they come round."""
-    if args.max_steps <= 0:
-        raise ValueError("without train_dataset the length of training is not known: set max_steps")
-    return Dataset.from_dict({"prompt": [""] * (args.generation_batch_size // args.num_generations)})
-
-
-def _token_mask(batch: dict[str, Tensor]) -> Tensor:
-    mask = batch["completion_mask"]
-    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
-
-
-def _model_inputs(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, int]:
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    return ids, attention_mask, batch["completion_ids"].size(1)
-
-
-def _prompt_keys(batch: dict[str, Tensor]) -> Tensor:
-    """`[B]` int64, equal for equal prompts on every process and in every run: a hash of the token ids."""
-    rows = [
-        ids[mask.bool()].tolist()
-        for ids, mask in zip(batch["prompt_ids"].cpu(), batch["prompt_mask"].cpu(), strict=True)
-    ]
-    digests = [hashlib.sha256(json.dumps(row).encode()).digest() for row in rows]
-    keys = [int.from_bytes(digest[:8], "big", signed=True) for digest in digests]
-    return torch.tensor(keys, dtype=torch.int64, device=batch["prompt_ids"].device)

@@ -8,13 +8,50 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fdiv.alignment.f_dpg_objective import target_divergence_terms
+from fdiv.alignment.f_dpg_objective import grouped_logsumexp, target_divergence_terms
 from fdiv.divergences import Divergence
 from fdiv.training import log_ratio_quantiles
 
-__all__ = ["LOGGED_DIVERGENCES", "f_dpg_metrics", "weighted_mean"]
+__all__ = ["LOGGED_DIVERGENCES", "f_dpg_metrics", "partition_metrics", "slope_columns", "weighted_mean"]
 
 LOGGED_DIVERGENCES = ("forward_kl", "reverse_kl", "total_variation", "jensen_shannon")
+
+
+def partition_metrics(prompts: Tensor, log_importance: Tensor, log_z: Tensor) -> dict[str, list[float]]:
+    """Per prompt of a generation: `z/mean` Ẑ, `z/log_mean` log Ẑ where it is not 0, `z/ess` the effective sample size
+    of P/q among this generation's samples; and `z/skipped_prompts`, how many have Ẑ = 0.
+
+    Args:
+        prompts: `[N]` integers that stand for prompts.
+        log_importance: `[N]`, log P − log q.
+        log_z: `[N]`, log Ẑ of each sample's prompt.
+    """
+    distinct, inverse = prompts.unique(return_inverse=True)
+    log_sum = grouped_logsumexp(log_importance, inverse, len(distinct))
+    log_squares = grouped_logsumexp(2 * log_importance, inverse, len(distinct))
+    effective = torch.where(torch.isneginf(log_squares), 0.0, torch.exp(2 * log_sum - log_squares))
+    of_prompt = log_z.new_zeros(len(distinct)).index_copy(0, inverse, log_z)  # equal for all samples of a prompt
+    skipped = torch.isneginf(of_prompt)
+    return {
+        "z/ess": effective.tolist(),
+        "z/mean": of_prompt.exp().tolist(),
+        "z/log_mean": of_prompt[~skipped].tolist(),
+        "z/skipped_prompts": [float(skipped.sum())],
+    }
+
+
+def slope_columns(
+    divergence: Divergence, log_t: Tensor, max_exponent: float | None, clip: float | None
+) -> dict[str, Tensor]:
+    """`slope` f′(t) as the loss uses it, `clipped` where the pseudo-reward was bounded, `clamped` where the overflow
+    policy acted; the shape of `log_t`, no gradient."""
+    log_t = log_t.detach()
+    slope = divergence.score(log_t, max_exponent)
+    return {
+        "slope": slope if clip is None else slope.clamp(min=-clip),
+        "clipped": torch.zeros_like(log_t) if clip is None else slope < -clip,
+        "clamped": divergence.capped(log_t, max_exponent),
+    }
 
 
 def weighted_mean(values: Tensor, weight: Tensor) -> tuple[float, float]:

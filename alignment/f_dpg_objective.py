@@ -24,6 +24,7 @@ __all__ = [
     "effective_sample_size",
     "f_dpg_coefficient",
     "f_dpg_loss",
+    "grouped_logsumexp",
     "leave_one_out_mean",
     "log_partition",
     "target_divergence_terms",
@@ -198,6 +199,14 @@ def log_partition(log_importance: Tensor, dim: int = -1) -> Tensor:
         `log_importance` without `dim`; −inf where every sample has P = 0.
     """
     return torch.logsumexp(log_importance, dim) - math.log(log_importance.size(dim))
+
+
+def grouped_logsumexp(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """log Σ exp(values) of each group: `values` `[N]`, `group` `[N]` numbers below `groups` → `[groups]`."""
+    top = values.new_full((groups,), -math.inf).scatter_reduce(0, group, values, "amax")
+    finite_top = torch.where(torch.isneginf(top), 0.0, top)
+    total = torch.zeros_like(top).index_add(0, group, torch.exp(values - finite_top[group]))
+    return total.log() + finite_top
 
 
 def effective_sample_size(log_importance: Tensor, dim: int = -1) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdiv.alignment.f_dpg_objective import log_partition
+from fdiv.alignment.f_dpg_objective import grouped_logsumexp
 
 __all__ = ["Z_MODES", "PartitionEstimates"]
 
@@ -46,18 +46,17 @@ class PartitionEstimates:
         if self.mode == "given":
             return self._bounded(given.double())
         distinct, inverse = prompts.unique(return_inverse=True)
-        log_z = torch.empty(len(distinct), dtype=torch.float64)
-        weights = log_importance.double().cpu()
-        for number, prompt in enumerate(distinct.tolist()):
-            rows = weights[(inverse == number).cpu()]
-            if self.mode == "group":
-                log_z[number] = log_partition(rows)
-                continue
-            log_sum, count = self._history.get(prompt, (-math.inf, 0))
-            log_sum, count = float(torch.logaddexp(torch.tensor(log_sum), rows.logsumexp(0))), count + len(rows)
+        counts = torch.bincount(inverse).cpu()
+        log_sums = grouped_logsumexp(log_importance.double(), inverse, len(distinct)).cpu()
+        if self.mode == "history":
+            keys = distinct.tolist()
+            before = [self._history.get(key, (-math.inf, 0)) for key in keys]
+            log_sums = torch.logaddexp(log_sums, torch.tensor([log_sum for log_sum, _ in before], dtype=torch.float64))
+            counts = counts + torch.tensor([count for _, count in before])
             if store:
-                self._history[prompt] = (log_sum, count)
-            log_z[number] = log_sum - math.log(count)
+                entries = zip(log_sums.tolist(), counts.tolist(), strict=True)
+                self._history.update(zip(keys, entries, strict=True))
+        log_z = log_sums - counts.double().log()
         return self._bounded(log_z.to(log_importance.device)[inverse])
 
     def _bounded(self, log_z: Tensor) -> Tensor:

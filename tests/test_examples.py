@@ -15,6 +15,7 @@ EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.
 # A line each script must print; a new example must be added here.
 EXPECTED = {
     "d2o_with_scorer.py": "loss 0.4",
+    "f_dpg_own_target.py": "policy: accepts",
     "f_dpo_in_trl.py": "loss 0.6",
     "flat_in_sft_trainer.py": "loss 4.",
     "one_divergence.py": "alpha(0.3): exact",

@@ -1,0 +1,52 @@
+"""One process and two give the same f-DPG run on the same rollouts: Z and baselines are over all processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.alignment.f_dpg_runs import recorded
+
+SCRIPT = Path(__file__).with_name("run_f_dpg.py")
+
+
+def _run(processes: int, model_dir: Path, rollouts: Path, output: Path, repository: Path) -> dict:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    path = os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    done = subprocess.run(
+        [sys.executable, *launcher, str(SCRIPT), str(model_dir), str(rollouts), str(16 // processes), str(output)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("baseline", ["loo", pytest.param("history", marks=pytest.mark.slow)])
+def test_two_processes_equal_one(tiny_model_dir, tmp_path, repository, baseline):
+    rollouts = tmp_path / "rollouts.jsonl"
+    rollouts.write_text("".join(json.dumps(record) + "\n" for record in recorded(tiny_model_dir, 12)))
+    one, two = (_run(n, tiny_model_dir, rollouts, tmp_path / f"{baseline}-{n}.json", repository) for n in (1, 2))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    weights = [torch.tensor(run["weights"]) for run in (one, two)]
+    assert (weights[0] - weights[1]).abs().max() < 1e-5
+    assert two["same_z_everywhere"]
+    assert one["z"].keys() == two["z"].keys() and len(one["z"]) == 4
+    for key, (log_sum, count) in one["z"].items():
+        assert two["z"][key] == [pytest.approx(log_sum, abs=1e-6), count] and count == 12
+    assert one["recent"] == pytest.approx(two["recent"], abs=1e-4)
+    assert bool(one["recent"]) == (baseline == "history")
+    for first, second in zip(one["history"][:-1], two["history"][:-1], strict=True):
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            if key not in ("step_time", "num_tokens", "epoch") and not key.startswith("completions"):
+                assert second[key] == pytest.approx(value, abs=1e-4, rel=1e-4), key
