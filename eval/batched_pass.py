@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -9,7 +10,7 @@ from fdiv.errors import DataError
 from fdiv.eval.item_cache import ItemCache
 from fdiv.eval.processes import process_state
 
-__all__ = ["run_batches"]
+__all__ = ["collective_forward", "run_batches"]
 
 
 class _Unit(Protocol):
@@ -28,11 +29,11 @@ class _Unit(Protocol):
 U = TypeVar("U", bound=_Unit)
 
 
-def _collective_forward() -> bool:
-    """Whether every process must run the same number of forwards (parameters are sharded)."""
+def collective_forward() -> bool:
+    """Whether every process must run the same forwards in step, because parameters are sharded (ZeRO-3, FSDP)."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    return is_deepspeed_zero3_enabled()
+    return is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
 def _cut(units: Sequence[U], batch_size: int) -> list[list[U]]:
@@ -83,7 +84,7 @@ def run_batches(
     pending = [b for b in _cut(units, batch_size) if any(key not in cache.items for unit in b for key in unit.keys)]
     state.wait_for_everyone()  # everybody has read the cache before anybody appends
     own = pending[state.process_index :: state.num_processes]
-    steps = -(-len(pending) // state.num_processes) if _collective_forward() else len(own)
+    steps = -(-len(pending) // state.num_processes) if collective_forward() else len(own)
     with Progress(disable=not progress or not state.is_main_process, transient=True) as bar:
         task = bar.add_task(title, total=steps)
         for step in range(steps):

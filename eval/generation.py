@@ -116,9 +116,7 @@ def generate_texts(
 
     @torch.no_grad()
     def compute(batch: list[GenerationRequest]) -> list[dict[str, Any]]:
-        width, bound = max(len(r.prompt_ids) for r in batch), max(r.max_new_tokens for r in batch)
-        if bound == 0:
-            return [_record(request, [], stop_ids, tokenizer) for request in batch]
+        width, bound = max(len(r.prompt_ids) for r in batch), max(1, max(r.max_new_tokens for r in batch))
         ids = torch.full((len(batch), width), pad_id)
         mask = torch.zeros_like(ids)
         for row, request in enumerate(batch):

@@ -68,17 +68,11 @@ def _positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def _counts(texts: Sequence[EncodedText]) -> list[int]:
-    return [max(0, len(text.input_ids) - text.prompt_length) for text in texts]
-
-
 def plain_label_logits(
     model: Any, texts: Sequence[EncodedText], *, pad_id: int, padding_side: str = "right"
-) -> LabelLogits | None:
-    """Logits that predict every label of every text, by one padded forward; None when no text has a label."""
-    counts, device = _counts(texts), next(model.parameters()).device
-    if not any(counts):
-        return None
+) -> LabelLogits:
+    """Logits that predict every label of every text, by exactly one padded forward; every text has a label."""
+    counts, device = [text.label_count for text in texts], next(model.parameters()).device
     ids, mask = _padded([text.input_ids for text in texts], pad_id, padding_side)
     width, rows, columns = ids.shape[1], [], []
     for row, text in enumerate(texts):
@@ -123,16 +117,14 @@ class SharedPrompts:
             **keep,
         ).past_key_values
 
-    def logits(self, texts: Sequence[EncodedText]) -> LabelLogits | None:
-        """Logits that predict every label of every text; None when no text has a label."""
-        counts = _counts(texts)
-        if not any(counts):
-            return None
+    def logits(self, texts: Sequence[EncodedText]) -> LabelLogits:
+        """Logits that predict every label of every text; every text has a label."""
+        counts = [text.label_count for text in texts]
         owner = [self._row[text.input_ids[: text.prompt_length - 1]] for text in texts]
         cache = copy.deepcopy(self._cache)
         cache.batch_select_indices(torch.tensor(owner, device=self._device))
         # The prompt's last token is fed again with the answer, because its logits predict the first label.
-        rows = [text.input_ids[text.prompt_length - 1 : -1] or (self._pad_id,) for text in texts]
+        rows = [text.input_ids[text.prompt_length - 1 : -1] for text in texts]
         ids, mask = _padded(rows, self._pad_id, "right")
         positions = torch.tensor([text.prompt_length - 1 for text in texts])[:, None] + torch.arange(ids.shape[1])
         limit = getattr(_base(self._model).config, "max_position_embeddings", None)

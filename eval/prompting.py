@@ -21,6 +21,11 @@ class EncodedText:
     input_ids: tuple[int, ...]
     prompt_length: int
 
+    @property
+    def label_count(self) -> int:
+        """Number of labels; 0 where the tokenised prompt is as long as the whole."""
+        return max(0, len(self.input_ids) - self.prompt_length)
+
 
 @dataclass(frozen=True)
 class PromptFormat:

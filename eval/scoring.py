@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fdiv.errors import DataError
-from fdiv.eval.batched_pass import run_batches
+from fdiv.eval.batched_pass import collective_forward, run_batches
 from fdiv.eval.item_cache import ItemCache, fingerprint
 from fdiv.eval.label_logits import LabelLogits, SharedPrompts, plain_label_logits, shares_prompts
 from fdiv.eval.processes import process_state
@@ -84,9 +84,9 @@ def label_statistics(logits: Tensor, labels: Tensor, *, moments: bool = True) ->
 
     mean = sum_v p_v log p_v (minus the entropy), variance = sum_v p_v (log p_v - mean)^2; both 0 unless `moments`.
     """
-    parts = [TokenStatistics(torch.zeros(0), torch.zeros(0, dtype=torch.bool), torch.zeros(0), torch.zeros(0))]
+    parts = []
     rows = max(1, _CHUNK_LOGITS // logits.shape[-1])
-    for chunk, target in zip(logits.split(rows), labels.split(rows), strict=True) if len(labels) else ():
+    for chunk, target in zip(logits.split(rows), labels.split(rows), strict=True):
         log_p = torch.log_softmax(chunk.float(), dim=-1)
         mean = variance = torch.zeros(len(target), device=log_p.device)
         if moments:
@@ -121,9 +121,7 @@ def _score_batch(
     return records
 
 
-def _records(requests: Sequence[ScoringRequest], found: LabelLogits | None) -> list[dict[str, Any]]:
-    if found is None:
-        found = LabelLogits(torch.zeros(0, 1), torch.zeros(0, dtype=torch.long), [0] * len(requests))
+def _records(requests: Sequence[ScoringRequest], found: LabelLogits) -> list[dict[str, Any]]:
     if not any(request.token_level for request in requests):
         # One reduction for all: the common case, and the fast one.
         log_probs = label_statistics(found.logits, found.labels, moments=False).log_prob.split(found.counts)
@@ -141,11 +139,15 @@ def _records(requests: Sequence[ScoringRequest], found: LabelLogits | None) -> l
 
 
 def _record(request: ScoringRequest, log_probs: Tensor) -> dict[str, Any]:
-    count = len(log_probs)
-    loss = -float(log_probs.double().sum()) / count if count else None
-    if loss is not None and math.isnan(loss):
+    loss = -float(log_probs.double().sum()) / len(log_probs)
+    if math.isnan(loss):
         raise DataError(f"the model gives NaN log-probabilities on {request.key}: it cannot be evaluated")
-    return {"key": request.key, "avg_loss": loss, "labels": count}
+    return {"key": request.key, "avg_loss": loss, "labels": len(log_probs)}
+
+
+def _without_labels(request: ScoringRequest) -> dict[str, Any]:
+    lists: dict[str, Any] = {"log_probs": [], "is_top1": [], "mean": [], "variance": []}
+    return {"key": request.key, "avg_loss": None, "labels": 0} | (lists if request.token_level else {})
 
 
 def scoring_digest(model_digest: str, requests: Sequence[ScoringRequest], *settings: Any) -> str:
@@ -203,13 +205,17 @@ def score_texts(
             raise DataError(f"{request.key} has {length} tokens, the model's context is {limit}: shorten the text")
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size}: must be at least 1")
-    share = share_prompts and shares_prompts(model)
+    # With sharded parameters every process must run as many forwards as the others: one per unit of work.
+    forwards = 1 if collective_forward() else _FORWARDS
+    share = share_prompts and forwards > 1 and shares_prompts(model)
     digest = scoring_digest(model_digest, requests, "scores", str(next(model.parameters()).dtype))
-    return run_batches(
-        _bundles(requests, _FORWARDS * batch_size),
+    scored = [request for request in requests if request.text.label_count]
+    records = run_batches(
+        _bundles(scored, forwards * batch_size),
         lambda batch: _score_batch(model, batch, pad_id, padding_side, batch_size, share),
-        batch_size=_FORWARDS * batch_size,
+        batch_size=forwards * batch_size,
         cache=ItemCache(cache_dir, "scores", digest, process_state().process_index),
         title=title,
         progress=progress,
     )
+    return records | {r.key: _without_labels(r) for r in requests if not r.text.label_count}
