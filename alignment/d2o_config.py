@@ -212,5 +212,5 @@ class D2OConfig(RolloutConfig, GRPOConfig):
 
     def sampling_settings(self) -> Mapping[str, Any]:
         """What the offline anchors depend on besides the model and the prompts."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length", "seed")
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length")
         return {name: getattr(self, name) for name in (*names, "anchor_instruction_templates", "generation_kwargs")}
