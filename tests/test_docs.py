@@ -126,7 +126,7 @@ def test_index_names_things_that_exist(repository):
         module, _, attribute = name.rpartition(".")
         assert hasattr(import_module(module), attribute), f"docs/index.md: {name} does not exist"
     for recipe in re.findall(r"`(recipes/[^`]+)`", index):
-        assert (repository / recipe).is_file(), f"docs/index.md: {recipe} does not exist"
+        assert (repository / recipe).exists(), f"docs/index.md: {recipe} does not exist"
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/getting_started.md"])
