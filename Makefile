@@ -7,7 +7,7 @@ BIN := .venv/bin
 PYTEST_ARGS ?=
 
 # The recipes of the demonstration, one per objective, in the order they run.
-DEMO := recipes/tiny/f_dpo.yaml recipes/tiny/flat.yaml
+DEMO := recipes/tiny/f_dpo.yaml recipes/tiny/flat.yaml recipes/tiny/d2o.yaml
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-vllm demo test test-slow test-all test-gpu test-vllm lint format recipes readme docs bench \
