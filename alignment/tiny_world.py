@@ -193,7 +193,8 @@ class TinyPreferencesConfig:
     def _train_reference(self, model, tokenizer, base: torch.Tensor, generator: torch.Generator) -> None:
         """Supervised training of `model`, in place, on fresh samples of the base distribution for every prompt."""
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=self.sft_steps, pct_start=0.1)
+        warmup = 0.1 if self.sft_steps != 10 else 0.2  # a warm-up of exactly one step divides by zero in torch
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=self.sft_steps, pct_start=warmup)
         model.train()
         for _ in range(self.sft_steps):
             rows = torch.randint(len(PROMPTS), (128,), generator=generator)

@@ -46,15 +46,15 @@ class PreferencesCommand:
             DataError: a model or file that cannot be loaded, rows that are no preferences.
             ValueError: an unknown divergence, or an option outside its range.
         """
-        from accelerate import PartialState
-
         from fdiv.eval.context import EvalContext
         from fdiv.eval.model_loading import load_model, load_tokenizer
         from fdiv.eval.preferences import PreferencesEvalConfig
+        from fdiv.eval.processes import process_state
         from fdiv.provenance import command_line, environment
         from fdiv.run_directory import write_json
         from fdiv.terminal import info, number, print_table
 
+        state = process_state()
         settings = self._settings(args)
         options = {
             f.name: getattr(args, f.name) for f in dataclasses.fields(PreferencesEvalConfig) if f.name != "split"
@@ -68,7 +68,7 @@ class PreferencesCommand:
         reference = load_model(args.reference, dtype=args.dtype) if args.reference else None
         context = EvalContext(settings, output, reference_model=reference, seed=args.seed, stage="standalone")
         metrics = evaluation.evaluate(model, tokenizer, {"data": rows}, context)
-        if PartialState().is_main_process:
+        if state.is_main_process:
             stated = {key: value for key, value in vars(args).items() if key != "debug"}
             result = {"metrics": metrics, "arguments": stated, "environment": environment(command_line(), args.seed)}
             write_json(output / "preferences_eval.json", result)
