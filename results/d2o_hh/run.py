@@ -38,6 +38,8 @@ def run(work: Path, recipe: str, rate: float, seed: int) -> dict[str, float]:
     folder = work / recipe / f"lr-{rate:g}_seed-{seed}"
     if not (folder / "result.json").is_file():
         settings = {"learning_rate": rate, "seed": seed, "output_dir": str(folder), "overwrite_output_dir": True}
+        if recipe == METHODS["D²O"]:  # drawn once from the start model, by the first run, for all rates and seeds
+            settings["anchor_cache"] = str(work / "anchors.jsonl")
         recipe = load_recipe(f"alignment/{recipe}", (), settings)
         recipe.sweep = None
         started = time.process_time()
@@ -56,43 +58,39 @@ def main(work: Path, only: str | None = None) -> None:
     """Run what is missing, of one method or of all; write the files when all is there."""
     from fdiv.provenance import environment
 
-    screening, final = {}, {}
+    grid: dict[str, dict[str, list[dict[str, float]]]] = {}
     for method, recipe in METHODS.items():
-        if only not in (None, method):
-            continue
-        screening[method] = {f"{rate:g}": run(work, recipe, rate, 0) for rate in RATES}
-        selected = max(RATES, key=lambda rate: screening[method][f"{rate:g}"][CRITERION])
-        final[method] = {"learning_rate": selected, "seeds": [run(work, recipe, selected, seed) for seed in SEEDS]}
+        if only in (None, method):
+            runs = {(rate, seed): run(work, recipe, rate, seed) for seed in SEEDS for rate in RATES}
+            grid[method] = {f"{rate:g}": [runs[rate, seed] for seed in SEEDS] for rate in RATES}
     if only is not None:
         return
-    builds = [json.loads(path.read_text()) for path in sorted(work.glob("prepared/*/prepare.json"))]
+    selected = {method: max(rates, key=lambda rate: rates[rate][0][CRITERION]) for method, rates in grid.items()}
     content = {
-        "criterion": CRITERION, "screening": screening, "final": final, "prepare": builds,
+        "criterion": CRITERION,
+        "selected_with_seed_0": selected,
+        "seeds": SEEDS,
+        "grid": grid,
+        "prepare": [json.loads(path.read_text()) for path in sorted(work.glob("prepared/*/prepare.json"))],
         "environment": environment("python results/d2o_hh/run.py", 0),
-    }  # fmt: skip
+    }
     (HERE / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (HERE / "table.md").write_text(tables(screening, final), encoding="utf-8")
-    plot(screening, final, HERE / "d2o_hh.png")
+    (HERE / "table.md").write_text(table(grid, selected), encoding="utf-8")
+    plot(grid, HERE / "d2o_hh.png")
 
 
-def tables(screening: dict, final: dict) -> str:
-    """The final table and that of the screening, in Markdown."""
+def table(grid: dict, selected: dict[str, str]) -> str:
+    """Every method and learning rate in Markdown; the rate the protocol selects is marked."""
     names = [name.removeprefix("after/") for name in METRICS]
-    lines = ["Test split, mean ± s.e. over 3 seeds; changes in nats per answer.", ""]
+    lines = ["Test split, mean ± s.e. over 3 seeds; changes in nats per answer. *: selected by the protocol.", ""]
     lines += ["| method | learning rate | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
-    for method, group in final.items():
-        cells = [mean_and_error([seed[name] for seed in group["seeds"]]) for name in METRICS]
-        row = " | ".join(f"{mean:.3f} ± {error:.3f}" for mean, error in cells)
-        lines.append(f"| {method} | {group['learning_rate']:g} | {row} |")
-    start = next(iter(final.values()))["seeds"][0]
-    row = " | ".join(_start(start, name) for name in METRICS)
-    lines += [f"| start model | – | {row} |", "", "Screening, seed 0 (validation margin is the criterion):", ""]
-    columns = (CRITERION, *METRICS[:3], METRICS[4])
-    lines += ["| method | learning rate | " + " | ".join(name.removeprefix("after/") for name in columns) + " |"]
-    lines += ["|---|---|" + "---|" * len(columns)]
-    for method, runs in screening.items():
-        for rate, values in runs.items():
-            lines.append(f"| {method} | {rate} | " + " | ".join(f"{values[name]:.3f}" for name in columns) + " |")
+    start = grid["D²O"][f"{RATES[0]:g}"][0]
+    lines.append("| start model | – | " + " | ".join(_start(start, name) for name in METRICS) + " |")
+    for method, rates in grid.items():
+        for rate, seeds in rates.items():
+            cells = [mean_and_error([seed[name] for seed in seeds]) for name in METRICS]
+            row = " | ".join(f"{mean:.3f} ± {error:.3f}" for mean, error in cells)
+            lines.append(f"| {method} | {rate}{'*' * (selected[method] == rate)} | {row} |")
     return "\n".join(lines) + "\n"
 
 
@@ -101,29 +99,32 @@ def _start(values: dict[str, float], name: str) -> str:
     return "–" if found is None else f"{found:.3f}"
 
 
-def plot(screening: dict, final: dict, path: Path) -> None:
-    """Chosen against rejected change on the test split: screening as lines, the three seeds as crosses."""
+def plot(grid: dict, path: Path) -> None:
+    """Left: chosen against rejected change, a line through the rates. Right: margin against the chosen change."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rejected, chosen = METRICS[:2]
-    figure, axes = pyplot.subplots(figsize=(6, 5))
-    for method, runs in screening.items():
-        ordered = [runs[f"{rate:g}"] for rate in RATES]
-        line = axes.plot([r[rejected] for r in ordered], [r[chosen] for r in ordered], "o-", label=method, ms=4)[0]
-        points = [(seed[rejected], seed[chosen]) for seed in final[method]["seeds"]]
-        axes.plot(*zip(*points, strict=True), "x", color=line.get_color(), ms=9, mew=2)
-    axes.axline((0, 0), slope=1, color="grey", lw=0.8, ls=":")
-    axes.axhline(0, color="grey", lw=0.8)
-    axes.set(xscale="symlog", yscale="symlog")
-    axes.set_xlabel("change of held-out rejected answers (nats per answer)")
-    axes.set_ylabel("change of held-out chosen answers (nats per answer)")
-    axes.set_title("Training on negatives alone; dotted: both sides fall alike")
-    axes.legend()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    for method, rates in grid.items():
+        points = {
+            name: [mean_and_error([seed[name] for seed in seeds]) for seeds in rates.values()] for name in METRICS
+        }
+        rejected, chosen, margin = (tuple(zip(*points[name], strict=True)) for name in METRICS[:3])
+        style = {"fmt": "o-", "ms": 4, "capsize": 2, "label": method}
+        left.errorbar(*(rejected[0], chosen[0]), xerr=rejected[1], yerr=chosen[1], **style)
+        right.errorbar(*(chosen[0], margin[0]), xerr=chosen[1], yerr=margin[1], **style)
+    left.axline((0, 0), slope=1, color="grey", lw=0.8, ls=":")
+    left.set(xscale="symlog", yscale="symlog", ylabel="change of held-out chosen answers (nats)")
+    left.set_xlabel("change of held-out rejected answers (nats)")
+    left.set_title("dotted: both sides fall alike")
+    right.set(xscale="symlog", yscale="symlog", ylabel="margin gained: chosen less rejected change (nats)")
+    right.set_xlabel("change of held-out chosen answers (nats)")
+    right.set_title("what the margin costs")
+    left.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
