@@ -23,7 +23,7 @@ with tempfile.TemporaryDirectory() as folder:
     path = TinyTextsConfig(corpus="reviews").build(folder)["model_name_or_path"]
     target = build_target({"name": "pointwise", "scorers": [praises]})
     args = FDPGConfig(
-        folder, divergence="jensen_shannon", max_steps=30, per_device_train_batch_size=128, num_generations=128,
+        folder, divergence="jensen_shannon", max_steps=60, per_device_train_batch_size=128, num_generations=128,
         max_completion_length=12, learning_rate=3e-3, bf16=False, gradient_checkpointing=False, logging_steps=10,
         report_to=[], disable_tqdm=True,
     )  # fmt: skip
@@ -35,12 +35,13 @@ with tempfile.TemporaryDirectory() as folder:
     key = "divergence/jensen_shannon"
     print(f"JS to the target: loss {first[key]:.4f} -> {last[key]:.4f}")
 
-    # The policy as a proposal: exact samples of the target, at an acceptance rate the base model cannot give.
+    # The policy as a proposal: the base accepts no more than it satisfies; the policy three times as many.
     tokenizer, base = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
-    for name, proposal in (("base", base), ("policy", trainer.model.eval())):
+    for name, proposal, rate in (("base", base, 0.1), ("policy", trainer.model.eval(), 0.3)):
         texts, found = sample_target(
-            proposal, tokenizer, "", target, 50, base_model=base, log_beta=1.0, max_new_tokens=12
-        )
+            proposal, tokenizer, "", target, 500, base_model=base, acceptance_rate=rate, max_new_tokens=12,
+            batch_size=512,
+        )  # fmt: skip
         print(
             f"{name}: accepts {found.acceptance_rate:.2f}, TV to the target at most {found.total_variation_bound:.2f}"
         )
