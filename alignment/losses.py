@@ -97,14 +97,21 @@ def f_dpo_loss(
         ValueError: an unlawful divergence (see `check_f_dpo_divergence`), `beta` ≤ 0.
     """
     divergence = _lawful(divergence, beta)
+    if chosen_log_ratio.shape != rejected_log_ratio.shape:
+        raise ValueError(
+            f"chosen_log_ratio has shape {tuple(chosen_log_ratio.shape)}, rejected_log_ratio "
+            f"{tuple(rejected_log_ratio.shape)}: they are the two answers of the same prompts, one value each"
+        )
     chosen = divergence.score(chosen_log_ratio, max_exponent)
     rejected = divergence.score(rejected_log_ratio, max_exponent)
     return -F.logsigmoid(beta * (chosen - rejected))
 
 
 def _lawful(divergence: str | Mapping[str, Any] | Divergence, beta: float) -> Divergence:
-    if not beta > 0:
-        raise ValueError(f"beta={beta}: f-DPO needs beta > 0, the weight of the divergence from the reference")
+    if not 0 < beta < float("inf"):
+        raise ValueError(
+            f"beta={beta}: f-DPO needs a finite beta > 0, the weight of the divergence from the reference"
+        )
     return check_f_dpo_divergence(divergence)
 
 

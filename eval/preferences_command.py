@@ -55,11 +55,17 @@ class PreferencesCommand:
         from fdiv.terminal import info, number, print_table
 
         state = process_state()
-        settings = self._settings(args)
+        try:
+            settings = self._settings(args)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"fdiv eval preferences: {error}") from None
         options = {
             f.name: getattr(args, f.name) for f in dataclasses.fields(PreferencesEvalConfig) if f.name != "split"
         }
-        evaluation = PreferencesEvalConfig(split="data", **options)
+        try:
+            evaluation = PreferencesEvalConfig(split="data", **options)
+        except ValueError as error:
+            raise DataError(f"--{error}") from None
         rows = _read(Path(args.dataset))
         output = Path(args.output)
         output.mkdir(parents=True, exist_ok=True)
@@ -81,6 +87,9 @@ class PreferencesCommand:
         """What the evaluation reads of an `FDPOConfig`, without its training options."""
         import json
 
+        import torch
+
+        from fdiv.alignment.losses import f_dpo_rewards
         from fdiv.divergences import get_divergence
 
         try:
@@ -89,6 +98,7 @@ class PreferencesCommand:
             raise DataError(f"--divergence {args.divergence}: not valid JSON ({error})") from None
         divergence = get_divergence(spec)
         used = divergence.normalized() if args.normalized else divergence
+        f_dpo_rewards(torch.zeros(1), used, args.beta, max_exponent=args.max_exponent)  # refuses what has no reward
         return SimpleNamespace(
             divergence=spec,
             resolve_divergence=lambda: used,
@@ -105,6 +115,8 @@ def _read(path: Path) -> Any:
         raise DataError(f"--dataset {path}: give an existing file ending in {', '.join(_LOADERS)}")
     try:
         return datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
+    except (IndexError, StopIteration):  # datasets 5.2 on a file without lines
+        raise DataError(f"--dataset {path} is empty: no row could be read from it") from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"--dataset {path} cannot be read: {str(error).splitlines()[0]}") from None
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fdiv.divergences.base import Divergence
-from fdiv.divergences.saturation import DEFAULT_MAX_EXPONENT, as_float, check_max_exponent
+from fdiv.divergences.rootfinding import invert_increasing
+from fdiv.divergences.saturation import DEFAULT_MAX_EXPONENT, as_float, check_max_exponent, soft_cap
 
 #: |log t| beyond which a user's f saturates: its exponent is not known, and e^(2·30) is the registry's own cap.
 _USER_CAP = DEFAULT_MAX_EXPONENT / 2
@@ -80,6 +81,14 @@ class Sum(Divergence):
     def inverse_derivative(self, v: Tensor) -> Tensor:
         _ = self.curvature  # a part with a kink (total variation) has no inverse derivative: say so
         return super().inverse_derivative(v)
+
+    def _conjugate(self, v: Tensor) -> Tensor:
+        try:
+            _ = self.curvature
+        except ValueError:  # at the kink f' jumps over v, and the supremum stands there: t v − f(t), with gradient t
+            x = soft_cap(invert_increasing(self.derivative, v.detach()), rate=2.0)
+            return torch.exp(x) * v - self._generator(x)
+        return super()._conjugate(v)
 
     def _generator(self, log_t: Tensor) -> Tensor:
         return self.parts[0]._generator(log_t) + self.parts[1]._generator(log_t)

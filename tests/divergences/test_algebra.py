@@ -111,6 +111,15 @@ def test_sum_with_a_kink_has_no_inverse():
     )
     with pytest.raises(ValueError, match="kink"):
         total.inverse_derivative(X)
+    # f* by brute force, also for the v that f' jumps over at t = 1, where f*(v) = v and its slope is 1
+    v = torch.tensor([-2.0, -0.5, -0.3, 0.0, 0.3, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    grid = torch.linspace(-12, 8, 200_001, dtype=torch.float64)
+    brute = (grid.exp() * v.detach()[:, None] - total.generator(grid)).amax(1)
+    value = total.conjugate(v)
+    torch.testing.assert_close(value.detach(), brute, rtol=1e-6, atol=1e-6)
+    assert value[2:5].tolist() == pytest.approx(v[2:5].tolist(), abs=1e-12)
+    (slope,) = torch.autograd.grad(value.sum(), v)
+    assert slope[2:5].tolist() == pytest.approx([1.0, 1.0, 1.0])
     with pytest.raises(TypeError):
         get_divergence("reverse_kl") + 1.0
 

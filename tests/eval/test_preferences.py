@@ -280,3 +280,23 @@ def test_the_command(tmp_path, tiny_model_dir, policy, tokenizer, pairs, capsys)
     assert math.isfinite(result["metrics"]["divergence"]) and result["environment"]["seed"] == 7
     with pytest.raises(DataError, match=r"existing file ending in \.json"):
         command.run(parser.parse_args([*words, "--dataset", str(tmp_path / "missing.jsonl")]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--divergence", "kl"], "ambiguous"),
+        (["--divergence", "pearson_chi2"], "f-DPO cannot use"),
+        (["--divergence", "reverse_kl", "--temperature", "0"], "temperature"),
+        (["--divergence", "reverse_kl", "--max_exponent", "200"], "max_exponent"),
+    ],
+)
+def test_the_shell_command_refuses_in_one_line_before_loading(tmp_path, capsys, options, message):
+    from fdiv.cli import main
+
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    words = ["--model", "nowhere", "--dataset", str(pairs), "--output", str(tmp_path / "out"), "--beta", "0.1"]
+    assert main(["eval", "preferences", *words, *options]) != 0
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and message in error[0]
