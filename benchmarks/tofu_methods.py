@@ -89,10 +89,11 @@ def evaluate_model(args: argparse.Namespace, model: str, output: Path) -> None:
 
 
 def launch(args: argparse.Namespace, folder: Path, log: str, command: list[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
-    with (folder / log).open("w") as file:
+    # beside the folder, since a run refuses a folder that holds something else
+    with (folder.parent / f"{folder.name}.{log}").open("w") as file:
         subprocess.run(command, stdout=file, stderr=file, check=True, env=environment)
     print(f"{folder} {log.removesuffix('.log')}: {time.perf_counter() - started:.0f} s", flush=True)
 
