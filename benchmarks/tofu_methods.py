@@ -66,7 +66,8 @@ def train(args: argparse.Namespace, label: str, rate: str, seed: int) -> None:
         "run_recipe(load_recipe(sys.argv[1], sys.argv[3:]), prepared=Path(sys.argv[2]))"
     )
     options = ["--output_dir", str(folder), "--overwrite_output_dir", "--eval", "null", "--prepare.split", args.split]
-    options += ["--epoch_evaluation.split", args.split, "--learning_rate", rate, "--seed", str(seed), *overrides]
+    options += ["--epoch_evaluation.split", args.split, "--num_train_epochs", str(args.epochs)]
+    options += ["--learning_rate", rate, "--seed", str(seed), *overrides]
     launch(args, folder, "train.log", [sys.executable, "-c", code, f"tofu/mini/{recipe}", prepared(args), *options])
 
 
@@ -179,6 +180,7 @@ def collect(args: argparse.Namespace) -> dict:
     return {
         "command": " ".join(["python", *sys.argv]),
         "split": args.split,
+        "epochs": args.epochs,
         "rates": args.rates,
         "seeds": args.seeds,
         "git_revision": git_revision(),
@@ -241,7 +243,8 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder for results.json, table.md and the plot")
     parser.add_argument("--runs", required=True, help="folder for the runs themselves (not committed)")
     parser.add_argument("--split", default="forget10")
-    parser.add_argument("--rates", nargs="+", default=["3e-5", "1e-4"])
+    parser.add_argument("--rates", nargs="+", default=["1e-4", "3e-4"])
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=None, help="labels; all when absent")
     parser.add_argument("--minutes", type=float, default=120.0, help="start no further cell after so many")
