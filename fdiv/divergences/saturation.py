@@ -102,12 +102,12 @@ def half_sign(x: Tensor) -> Tensor:
     return _HalfSign.apply(x)
 
 
-def soft_cap(log_t: Tensor, rate: float = 1.0) -> Tensor:
-    """log t for rate·log t ≤ 60; above, the point whose e^(rate·log t) is the logarithmic continuation.
+def soft_cap(log_t: Tensor, rate: float = 1.0, cap: float = DEFAULT_MAX_EXPONENT) -> Tensor:
+    """log t for rate·log t ≤ cap; above, the point whose e^(rate·log t) is the logarithmic continuation.
 
     Feeding a generator with the result keeps its sign, order and C¹ smoothness while every exponential in it, up to
     exponent `rate`·log t, stays finite.
     """
-    limit = DEFAULT_MAX_EXPONENT / rate
+    limit = cap / rate
     excess = F.relu(log_t - limit)
     return log_t.clamp(max=limit) + torch.log1p(torch.log1p(rate * excess)) / rate
