@@ -1,0 +1,5 @@
+"""Rewards that can face hostile text."""
+
+from fdiv.rl.rewards.math_reward import MathReward
+
+__all__ = ["MathReward"]

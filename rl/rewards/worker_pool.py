@@ -1,0 +1,392 @@
+"""A pool of killable worker processes: an item that hangs or crashes its worker costs exactly one answer.
+
+The trainer starts one template process (`pool_template.py`), which loads the task and forks the workers. Items and
+answers are JSON over a socket per worker, never pickles. A worker has one item at a time; when the item passes its time
+limit or its memory limit, or the worker ends, that item's outcome says so, the worker is killed and another is forked,
+and every other item goes on. Nothing relies on signals in the trainer, so the pool works in any of its threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fdiv.errors import FdivError
+
+__all__ = ["Outcome", "WorkerError", "WorkerPool", "default_workers"]
+
+TEMPLATE = Path(__file__).with_name("pool_template.py")
+PASSED_ON = (
+    "PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "TMPDIR", "VIRTUAL_ENV",
+)  # fmt: skip
+"""The environment variables a worker sees. Tokens and keys of the trainer are not among them."""
+
+MEMORY_CHECK = 0.05  # seconds between looks at the workers' resident memory
+START_FAILURES = 5  # workers in a row that end before they are ready
+LONGEST_REPLY = 1 << 20
+
+
+class WorkerError(FdivError):
+    """The workers cannot be started: a package is missing, or the machine has no memory or processes left."""
+
+
+class _TemplateLostError(WorkerError):
+    """The template was killed. A new one can take over what is left."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one item.
+
+    Args:
+        status: `ok`; or why there is no answer: `timeout`, `memory`, or `crash` (the worker ended or raised).
+        value: The task's answer where `status` is `ok`, else None.
+        detail: A line for the log where it is not.
+    """
+
+    status: Literal["ok", "timeout", "memory", "crash"]
+    value: dict[str, Any] | None = None
+    detail: str = ""
+
+
+def default_workers() -> int:
+    """Workers per trainer process: the processors this process may use, shared by the node's ranks; 1 to 8."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
+
+
+@dataclass(eq=False)
+class _Worker:
+    channel: socket.socket
+    pid: int = 0  # 0 until it says that it is ready
+    item: int | None = None  # index of the item it works on
+    deadline: float = 0.0
+    outgoing: memoryview = field(default_factory=lambda: memoryview(b""))
+    incoming: bytearray = field(default_factory=bytearray)
+
+
+@dataclass(eq=False)
+class _Processes:
+    """The template and the workers of one trainer process."""
+
+    template: subprocess.Popen
+    control: socket.socket
+    owner: int
+    workers: list[_Worker] = field(default_factory=list)
+
+    def close(self) -> None:
+        ours = os.getpid() == self.owner  # else a forked copy: the processes are the original's
+        if ours:
+            with contextlib.suppress(OSError):
+                self.control.shutdown(socket.SHUT_RDWR)  # reaches the template even if a forked copy is open elsewhere
+        self.control.close()
+        for worker in self.workers:
+            worker.channel.close()
+        if not ours:
+            return
+        try:
+            self.template.wait(5)
+        except subprocess.TimeoutExpired:
+            self.template.kill()
+            self.template.wait()
+
+
+class WorkerPool:
+    """Worker processes for one task, started on first use and kept until `close()`, interpreter exit or collection.
+
+    A pool may be shared by threads (calls take turns). In a forked copy of the process (a data loader's worker) it
+    starts processes of its own; pickled, it travels as its settings.
+
+    Args:
+        task: Python file with `prepare(settings: dict) -> None`, run once in the template, and
+            `answer(item) -> dict`, run in the workers; both sides of it are JSON.
+        settings: What `prepare` is given; JSON.
+        workers: Number of worker processes; None for `default_workers()`.
+        time_limit: Seconds of wall time for one item.
+        memory_limit: Bytes a worker may hold resident (looked at every 50 ms where there is a `/proc`).
+        address_space: Bytes of address space a worker may reserve, a limit of the kernel; None for 4 × memory_limit.
+        start_limit: Seconds in which the template must have prepared the task.
+
+    Raises:
+        ValueError: a limit or the number of workers is not positive.
+    """
+
+    def __init__(
+        self,
+        task: str | Path,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        workers: int | None = None,
+        time_limit: float = 10.0,
+        memory_limit: int = 1 << 30,
+        address_space: int | None = None,
+        start_limit: float = 300.0,
+    ) -> None:
+        self.workers = default_workers() if workers is None else workers
+        for name, value in (
+            ("workers", self.workers), ("time_limit", time_limit), ("memory_limit", memory_limit),
+            ("start_limit", start_limit),
+        ):  # fmt: skip
+            if value <= 0:
+                raise ValueError(f"WorkerPool: {name}={value} must be positive")
+        self.task, self.settings = Path(task), dict(settings or {})
+        self.time_limit, self.memory_limit, self.start_limit = time_limit, memory_limit, start_limit
+        self.address_space = 4 * memory_limit if address_space is None else address_space
+        self.restarts = 0
+        self._processes: _Processes | None = None
+        self._finalizer: weakref.finalize | None = None
+        self._lock, self._lock_owner = threading.Lock(), os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        hidden = ("_processes", "_finalizer", "_lock", "_lock_owner")
+        return {name: value for name, value in vars(self).items() if name not in hidden}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._processes = self._finalizer = None
+        self._lock, self._lock_owner = threading.Lock(), os.getpid()
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes. The next `map` starts new ones."""
+        if self._finalizer is not None:
+            self._finalizer()
+        self._processes = self._finalizer = None
+
+    def map(self, items: Sequence[Any]) -> list[Outcome]:
+        """One outcome per item, in their order.
+
+        Raises:
+            WorkerError: the task cannot be prepared, or worker after worker ends before its first item.
+        """
+        if self._lock_owner != os.getpid():  # forked: the lock may have been held by a thread that is not here
+            self._lock, self._lock_owner = threading.Lock(), os.getpid()
+        with self._lock:
+            if not items:
+                return []
+            finished = False
+            self._start()
+            try:
+                run = _Run(self, items)
+                for attempt in range(START_FAILURES):
+                    try:
+                        outcomes = run.outcomes(self._processes)
+                        finished = True
+                        return outcomes
+                    except _TemplateLostError:
+                        if attempt == START_FAILURES - 1:
+                            raise
+                        self.close()
+                        self._start()
+            finally:
+                if not finished:  # an interrupt: items are under way, and their answers must not meet the next call
+                    self.close()
+
+    def _start(self) -> None:
+        if self._processes is not None and self._processes.owner != os.getpid():
+            self.close()
+        if self._processes is not None and self._processes.template.poll() is not None:
+            self.close()
+            self.restarts += 1
+        if self._processes is None:
+            self._processes = self._new_processes()
+            self._finalizer = weakref.finalize(self, self._processes.close)
+
+    def _new_processes(self) -> _Processes:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        settings = {**self.settings, "time_limit": self.time_limit, "address_space": self.address_space}
+        environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+        with theirs, tempfile.TemporaryFile() as complaints:
+            # -P: the folder of this file stays off the import path.
+            command = [sys.executable, "-P", "-B", str(TEMPLATE), str(theirs.fileno()), str(self.task)]
+            template = subprocess.Popen(
+                [*command, json.dumps(settings)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=complaints, env=environment, pass_fds=(theirs.fileno(),), start_new_session=True,
+            )  # fmt: skip
+            theirs.close()
+            processes = _Processes(template, ours, os.getpid())
+            ours.settimeout(self.start_limit)
+            try:
+                ready = ours.recv(16) == b"ready"
+            except TimeoutError:
+                template.kill()
+                ready = False
+            if not ready:
+                processes.close()
+                complaints.seek(0)
+                said = complaints.read().decode(errors="replace").strip().splitlines()
+                reason = said[-1] if said else f"nothing within {self.start_limit} s"
+                raise WorkerError(f"the workers of {self.task.name} cannot be started: {reason}")
+        ours.settimeout(None)
+        return processes
+
+
+class _Run:
+    """One call of `map`."""
+
+    def __init__(self, pool: WorkerPool, items: Sequence[Any]) -> None:
+        self.pool = pool
+        self.encoded = [json.dumps(item).encode() + b"\n" for item in items]
+        self.waiting: deque[int] = deque()
+        self.results: dict[int, Outcome] = {}
+        self.start_failures = 0
+        self.next_memory_check = 0.0
+
+    def outcomes(self, processes: _Processes) -> list[Outcome]:
+        self.processes = processes
+        unanswered = set(range(len(self.encoded))) - self.results.keys()
+        self.waiting = deque(sorted(unanswered))
+        with selectors.DefaultSelector() as self.selector:
+            for worker in list(self.processes.workers):
+                if _has_ended(worker):
+                    self._replace(worker)
+                else:
+                    self.selector.register(worker.channel, selectors.EVENT_READ, worker)
+            while len(self.processes.workers) < min(self.pool.workers, len(self.encoded)):
+                self._fork(0)
+            while len(self.results) < len(self.encoded):
+                self._step()
+        return [self.results[index] for index in range(len(self.encoded))]
+
+    def _step(self) -> None:
+        for worker in self.processes.workers:
+            if worker.pid and worker.item is None and self.waiting:
+                self._assign(worker)
+        for key, events in self.selector.select(MEMORY_CHECK):
+            worker = key.data
+            if events & selectors.EVENT_WRITE:
+                self._send(worker)
+            if events & selectors.EVENT_READ:
+                self._receive(worker)
+        now = time.monotonic()
+        look_at_memory = now >= self.next_memory_check
+        if look_at_memory:
+            self.next_memory_check = now + MEMORY_CHECK
+        for worker in list(self.processes.workers):
+            if worker.item is not None and now > worker.deadline:
+                self._receive(worker)  # the answer may be here, if this process was the one that was late
+                if worker.item is not None and now > worker.deadline and worker in self.processes.workers:
+                    self._lost(worker, Outcome("timeout", detail=f"no answer within {self.pool.time_limit} s"))
+            elif worker.item is not None and look_at_memory and _resident(worker.pid) > self.pool.memory_limit:
+                self._lost(worker, Outcome("memory", detail=f"more than {self.pool.memory_limit} bytes resident"))
+
+    def _assign(self, worker: _Worker) -> None:
+        worker.item = self.waiting.popleft()
+        worker.deadline = time.monotonic() + self.pool.time_limit
+        worker.outgoing = memoryview(self.encoded[worker.item])
+        self._send(worker)
+
+    def _send(self, worker: _Worker) -> None:
+        try:
+            worker.outgoing = worker.outgoing[worker.channel.send(worker.outgoing) :]
+        except BlockingIOError:
+            pass
+        except (BrokenPipeError, ConnectionResetError):
+            worker.outgoing = memoryview(b"")  # it has ended: reading says so, after what it still had to say
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.outgoing else 0)
+        self.selector.modify(worker.channel, wanted, worker)
+
+    def _receive(self, worker: _Worker) -> None:
+        try:
+            data = worker.channel.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            data = b""
+        worker.incoming += data
+        while (end := worker.incoming.find(b"\n")) >= 0:
+            line = bytes(worker.incoming[:end])
+            del worker.incoming[: end + 1]
+            self._handle(worker, json.loads(line))
+        if not data or len(worker.incoming) > LONGEST_REPLY:
+            self._lost(worker, Outcome("crash", detail="the worker process ended" if not data else "endless reply"))
+
+    def _handle(self, worker: _Worker, reply: dict[str, Any]) -> None:
+        if "ready" in reply:
+            worker.pid, self.start_failures = reply["ready"], 0
+            return
+        if "error" in reply:
+            self.results[worker.item] = Outcome(reply["error"], detail=reply["detail"])
+        else:
+            self.results[worker.item] = Outcome("ok", reply["value"])
+        worker.item = None
+        if reply.get("error") == "memory":
+            self._lost(worker, None)  # what filled its memory may still be there
+
+    def _lost(self, worker: _Worker, outcome: Outcome | None) -> None:
+        """The worker is gone, or has to go: its item gets `outcome`, and another worker its place."""
+        if worker not in self.processes.workers:
+            return
+        if worker.item is not None:
+            self.results[worker.item] = outcome
+        elif not worker.pid:
+            self.start_failures += 1
+            if self.start_failures >= START_FAILURES:
+                raise WorkerError(
+                    f"{START_FAILURES} workers of {self.pool.task.name} in a row ended before they were ready: "
+                    f"is address_space={self.pool.address_space} too small for the task, or the machine out of memory?"
+                )
+        self.selector.unregister(worker.channel)
+        self._replace(worker)
+
+    def _replace(self, worker: _Worker) -> None:
+        if worker.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, signal.SIGKILL)  # the number is still its own: the template has not reaped it
+        worker.channel.close()
+        self.processes.workers.remove(worker)
+        self.pool.restarts += 1
+        self._fork(worker.pid)
+
+    def _fork(self, replaced: int) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                socket.send_fds(self.processes.control, [str(replaced).encode()], [theirs.fileno()])
+            except (BrokenPipeError, ConnectionResetError) as error:
+                ours.close()
+                raise _TemplateLostError(
+                    f"the template process of {self.pool.task.name} was killed again and again: is memory short?"
+                ) from error
+        ours.setblocking(False)
+        worker = _Worker(ours)
+        self.processes.workers.append(worker)
+        self.selector.register(ours, selectors.EVENT_READ, worker)
+
+
+def _has_ended(worker: _Worker) -> bool:
+    try:
+        return not worker.channel.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def _resident(pid: int) -> int:
+    """Bytes of resident memory; 0 where there is no such process, or no /proc."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
