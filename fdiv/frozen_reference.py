@@ -38,12 +38,20 @@ class FrozenReference:
         trainer: a TRL trainer; its model, accelerator and arguments are used.
         model: the reference, when it is another model.
         copy_adapter: keep a frozen copy of the policy's adapter.
+        temperature: the logits of a reference of its own weights are divided by it.
 
     Raises:
         DataError: the weights are sharded and there is no path to load them again from.
     """
 
-    def __init__(self, trainer: Any, model: PreTrainedModel | None = None, *, copy_adapter: bool = False) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        model: PreTrainedModel | None = None,
+        *,
+        copy_adapter: bool = False,
+        temperature: float = 1.0,
+    ) -> None:
         self.trainer, self.model, self.adapter = trainer, model, None
         if model is None and is_peft_model(trainer.model):
             if copy_adapter:
@@ -53,7 +61,7 @@ class FrozenReference:
             return
         if model is None:
             self.model = _second_model(trainer)
-        enable_fused_head(self.model)
+        enable_fused_head(self.model, temperature=temperature)
         self.model.requires_grad_(False).eval()
         self.model = _placed(trainer, self.model)
 
