@@ -37,15 +37,26 @@ class _InverseCDF:
     Sampling with uniforms fixed beforehand, instead of torch's generator, makes a draw depend on its own row only.
     """
 
-    def __init__(self, uniforms: Tensor, prompt_width: int, temperature: float) -> None:
-        self.uniforms, self.prompt_width, self.temperature = uniforms, prompt_width, temperature
+    def __init__(self, uniforms: Tensor, prompt_width: int, temperature: float, top_p: float) -> None:
+        self.uniforms, self.prompt_width = uniforms, prompt_width
+        self.temperature, self.top_p = temperature, top_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.size(1) - self.prompt_width
-        cumulative = torch.softmax(scores.double() / self.temperature, dim=-1).cumsum(-1)
+        probs = torch.softmax(scores.double() / self.temperature, dim=-1)
+        cumulative = _nucleus(probs, self.top_p).cumsum(-1)
         target = self.uniforms[:, step : step + 1] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, target, right=True).clamp(max=scores.size(-1) - 1)
         return torch.full_like(scores, -float("inf")).scatter(1, token, 0.0)
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """`probs` `[B, V]` with everything outside the smallest set of tokens of mass ≥ `top_p` set to 0."""
+    if top_p >= 1.0:
+        return probs
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    return torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))
 
 
 def sample_completions(
@@ -54,34 +65,40 @@ def sample_completions(
     requests: Sequence[SamplingRequest],
     *,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 16,
+    cache: ItemCache | None = None,
     title: str = "sampling",
     progress: bool = True,
 ) -> dict[str, tuple[int, ...]]:
-    """Draw one completion per request from π(·|prompt) at `temperature`, no truncation of the distribution; call it on
-    all processes.
+    """Draw one completion per request from π(·|prompt) at `temperature`, cut to the `top_p` nucleus; call it on all
+    processes.
 
     Args:
         model: a causal LM, plain or PEFT, on its device.
         tokenizer: gives the pad and end tokens.
         requests: prompts with their random streams; a completion ends with its end token, or after `max_new_tokens`.
         temperature: logits are divided by it; > 0.
+        top_p: sample from the smallest set of tokens with at least this mass; 1: from all of them.
         seed: with `stream`, determines the random numbers of a request.
         batch_size: prompts per call; no influence on the draws but for floating-point rounding.
+        cache: where finished completions are looked up and stored; None: nowhere.
         title, progress: the progress bar.
 
     Returns:
         By key: the token ids of the completion, end token included where it was drawn.
 
     Raises:
-        DataError: `temperature` ≤ 0, or a prompt and its bound exceed the model's context.
+        DataError: `temperature` ≤ 0, `top_p` outside (0, 1], or a prompt and its bound exceed the model's context.
     """
     from accelerate.utils import extract_model_from_parallel
     from transformers import GenerationConfig, LogitsProcessorList
 
     if not temperature > 0:
         raise DataError(f"temperature={temperature}: sampling needs a temperature above 0")
+    if not 0 < top_p <= 1:
+        raise DataError(f"top_p={top_p}: must lie in (0, 1]")
     model = extract_model_from_parallel(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     limit = getattr(base.config, "max_position_embeddings", None)
@@ -106,7 +123,7 @@ def sample_completions(
         for row, request in enumerate(batch):
             ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             mask[row, width - len(request.prompt_ids) :] = 1
-        draw = _InverseCDF(torch.from_numpy(uniforms).to(device), width, temperature)
+        draw = _InverseCDF(torch.from_numpy(uniforms).to(device), width, temperature, top_p)
         own_settings = base.generation_config
         # `generate` fills what is not set from the model's own generation config (penalties, forbidden tokens, …).
         base.generation_config = GenerationConfig(
@@ -126,9 +143,8 @@ def sample_completions(
             for request, row in zip(batch, new, strict=True)
         ]
 
-    records = run_batches(
-        requests, compute, batch_size=batch_size, cache=ItemCache(None, "samples", ""), title=title, progress=progress
-    )
+    cache = ItemCache(None, "samples", "") if cache is None else cache
+    records = run_batches(requests, compute, batch_size=batch_size, cache=cache, title=title, progress=progress)
     return {key: tuple(record["ids"]) for key, record in records.items()}
 
 
