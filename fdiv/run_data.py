@@ -13,7 +13,7 @@ from fdiv.recipe import Configs, Recipe, one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["load_datasets", "load_tokenizer", "model_arguments"]
+__all__ = ["load_datasets", "load_tokenizer", "model_arguments", "named_dataset"]
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -33,7 +33,8 @@ def load_datasets(recipe: Recipe, configs: Configs) -> dict[str, Any]:
 
         found, name = _loaded(lambda: get_dataset(configs.mixture), "datasets"), "datasets"
     elif script.dataset_name:
-        found, name = _named(script), script.dataset_name
+        name = script.dataset_name
+        found = named_dataset(name, script.dataset_config, script.dataset_streaming)
     else:
         raise DataError(
             f"{recipe.source}: no data; set `dataset_name` (a file, a directory or a hub name), `datasets`, "
@@ -58,23 +59,27 @@ def load_datasets(recipe: Recipe, configs: Configs) -> dict[str, Any]:
     return result
 
 
-def _named(script: Any) -> Any:
+def named_dataset(name: str, config: str | None = None, streaming: bool = False) -> Any:
+    """What `dataset_name` names: its splits, or one table where it has none.
+
+    Raises:
+        DataError: a file of another kind, no such file or directory, no such dataset, no table in it.
+    """
     import datasets
 
-    path = Path(script.dataset_name).expanduser()
-    options = {"name": script.dataset_config, "streaming": script.dataset_streaming}
+    path = Path(name).expanduser()
+    options = {"name": config, "streaming": streaming}
     if path.is_file():
         if path.suffix not in _LOADERS:
             raise DataError(f"dataset_name {path}: a file must end in {', '.join(_LOADERS)}")
         loader = _LOADERS[path.suffix]
-        options = {"data_files": str(path), "streaming": script.dataset_streaming}
+        options = {"data_files": str(path), "streaming": streaming}
         return _loaded(lambda: datasets.load_dataset(loader, **options), str(path), quiet=True)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _loaded(lambda: datasets.load_from_disk(str(path)), str(path), quiet=True)
-    looks_local = path.is_absolute() or script.dataset_name.startswith((".", "~")) or path.suffix in _LOADERS
-    if not path.exists() and (looks_local or script.dataset_name.count("/") > 1):
-        raise DataError(f"dataset_name: no such file or directory: {script.dataset_name}")
-    name = script.dataset_name
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or path.suffix in _LOADERS
+    if not path.exists() and (looks_local or name.count("/") > 1):
+        raise DataError(f"dataset_name: no such file or directory: {name}")
     return _loaded(lambda: datasets.load_dataset(name, **options), name, quiet=path.exists())
 
 

@@ -11,6 +11,7 @@ nothing but the trainer reach that port.
 
 from __future__ import annotations
 
+import http.client
 import json
 import shutil
 import urllib.error
@@ -24,10 +25,60 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["VLLMServerRollouts", "merged_state_dict"]
+__all__ = ["VLLMServer", "VLLMServerRollouts", "merged_state_dict"]
 
 
-class VLLMServerRollouts:
+class VLLMServer:
+    """A vLLM server with the OpenAI end points.
+
+    Args:
+        base_url: http(s)://host:port of the server.
+        timeout: seconds to wait for one answer.
+        setting: the key or flag that gave `base_url`, for messages.
+
+    Raises:
+        ValueError: `base_url` is no http(s) address.
+        RolloutError: (when asked) no answer, or one that is an error or no JSON.
+    """
+
+    def __init__(self, base_url: str, *, timeout: float = 600.0, setting: str = "rollout_server_url") -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise ValueError(f"{setting}={base_url!r}: it must start with http:// or https://")
+        self.base_url, self.timeout, self.setting = base_url.rstrip("/"), timeout, setting
+
+    def models(self) -> list[dict[str, Any]]:
+        """What the server serves: mappings with `id` and, from vLLM, `root` (the path or name it was started with)."""
+        return self.get("/v1/models")["data"]
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The JSON answer to a POST of `body`; None for an empty answer."""
+        return self._open(
+            urllib.request.Request(
+                self.base_url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+        )
+
+    def get(self, path: str) -> Any:
+        """The JSON answer to a GET."""
+        return self._open(urllib.request.Request(self.base_url + path))
+
+    def _open(self, request: urllib.request.Request) -> Any:
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                content = answer.read()
+            return json.loads(content) if content else None
+        except urllib.error.HTTPError as error:
+            detail = " ".join(error.read(1000).decode(errors="replace").split())[:200]
+            raise RolloutError(f"vLLM server: {request.full_url} answered {error.code}: {detail}") from error
+        except (OSError, http.client.HTTPException) as error:  # refused, reset or cut off half-way, timed out
+            raise RolloutError(
+                f"no vLLM server answers at {request.full_url} ({error}): start one, or correct {self.setting}"
+            ) from error
+        except json.JSONDecodeError as error:
+            raise RolloutError(f"{request.full_url} answered something that is no JSON: {error}") from error
+
+
+class VLLMServerRollouts(VLLMServer):
     """TRL `rollout_func`: one completion per prompt from the server, which holds the weights of the last hand-over.
 
     Weights are handed over before the first rollout and whenever `rollout_version(trainer)` changed since; a trainer
@@ -44,16 +95,15 @@ class VLLMServerRollouts:
     """
 
     def __init__(self, base_url: str, sync_dir: str | Path, *, timeout: float = 600.0) -> None:
-        if not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"rollout_server_url={base_url!r}: it must start with http:// or https://")
-        self.base_url, self.sync_dir, self.timeout = base_url.rstrip("/"), Path(sync_dir), timeout
+        super().__init__(base_url, timeout=timeout)
+        self.sync_dir = Path(sync_dir)
         self._model: str | None = None
         self._version: Any = None
 
     def __call__(self, prompts: list, trainer: Any) -> dict[str, Any]:
         self._hand_over(trainer)
         prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
-        answer = self._post("/v1/completions", self._request(prompt_ids, trainer))
+        answer = self.post("/v1/completions", self._request(prompt_ids, trainer))
         choices = sorted(answer.get("choices", []), key=lambda choice: choice["index"])
         if len(choices) != len(prompts):
             raise RolloutError(f"{self.base_url} returned {len(choices)} completions for {len(prompts)} prompts")
@@ -65,7 +115,7 @@ class VLLMServerRollouts:
 
     def _request(self, prompt_ids: list[list[int]], trainer: Any) -> dict[str, Any]:
         if self._model is None:
-            self._model = self._get("/v1/models")["data"][0]["id"]
+            self._model = self.models()[0]["id"]
         return {
             "model": self._model,
             "prompt": prompt_ids,
@@ -104,37 +154,13 @@ class VLLMServerRollouts:
 
     def _reload(self, path: Path) -> None:
         try:
-            self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}})
+            self.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}})
         except RolloutError as error:
             raise RolloutError(
                 f"{error}. If that is a 404, start the server with VLLM_SERVER_DEV_MODE=1, which opens the end point "
                 f"for reloading weights; else check that the server sees {path}"
             ) from error
-        self._post("/reset_prefix_cache", {})
-
-    # ---------------------------------------------------------------- HTTP
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
-        return self._open(
-            urllib.request.Request(
-                self.base_url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-            )
-        )
-
-    def _get(self, path: str) -> Any:
-        return self._open(urllib.request.Request(self.base_url + path))
-
-    def _open(self, request: urllib.request.Request) -> Any:
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                content = answer.read()
-        except urllib.error.HTTPError as error:
-            detail = " ".join(error.read(1000).decode(errors="replace").split())[:200]
-            raise RolloutError(f"vLLM server: {request.full_url} answered {error.code}: {detail}") from error
-        except (urllib.error.URLError, TimeoutError) as error:
-            raise RolloutError(
-                f"no vLLM server answers at {request.full_url} ({error}): start one, or correct rollout_server_url"
-            ) from error
-        return json.loads(content) if content else None
+        self.post("/reset_prefix_cache", {})
 
 
 def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
