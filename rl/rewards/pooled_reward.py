@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from fdiv.errors import DataError, FdivError
+from fdiv.rl.rewards.completions import completion_text
 from fdiv.rl.rewards.worker_pool import WorkerPool
 
-__all__ = ["PooledReward", "RewardError", "completion_text"]
+__all__ = ["PooledReward", "RewardError"]
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +24,6 @@ NAMED_GOLDS = 100
 
 class RewardError(FdivError):
     """Rewards are missing for too many answers: training on what is left would not be what was asked for."""
-
-
-def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text of a completion, plain or conversational (the contents of its messages, joined by newlines)."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(message["content"] or "" for message in completion)
 
 
 class PooledReward:

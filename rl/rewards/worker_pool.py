@@ -222,7 +222,7 @@ class WorkerPool:
             command = [sys.executable, "-P", "-B", str(TEMPLATE), str(theirs.fileno()), str(self.task)]
             template = subprocess.Popen(
                 [*command, json.dumps(settings)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=complaints, env=environment, pass_fds=(theirs.fileno(),), start_new_session=True,
+                stderr=complaints, env=environment, pass_fds=(theirs.fileno(),), process_group=0,
             )  # fmt: skip
             theirs.close()
             processes = _Processes(template, ours, os.getpid())
