@@ -50,7 +50,7 @@ class _AnchorCallback(TrainerCallback):
             self.trainer.start_reference.refresh()
 
 
-class D2OTrainer(ObjectiveTrainerMixin, RolloutMixin, GRPOTrainer):
+class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
     r"""D²O on TRL's `GRPOTrainer`; `args` is a `D2OConfig`, rows are those of `fdiv.alignment.negatives`.
 
     Anchors come from a row's `anchors` column where there is one, else from the model: from the file of offline
@@ -329,16 +329,17 @@ class D2OTrainer(ObjectiveTrainerMixin, RolloutMixin, GRPOTrainer):
         self.require_anchors(*(given.values() if isinstance(given, dict) else [given] if given is not None else ()))
         return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
+    def save_method_state(self, folder: Path) -> None:
+        """The reference that `refresh_every` replaced."""
+        super().save_method_state(folder)
         if self.args.refresh_every is not None:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             self.start_reference.save(folder / "reference")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def load_method_state(self, folder: Path) -> None:
+        """Read it back."""
+        super().load_method_state(folder)
         if self.args.refresh_every is not None:
-            self.start_reference.load(Path(resume_from_checkpoint) / "reference")
+            self.start_reference.load(folder / "reference")
 
 
 def _each(dataset: Any, prepare: Any) -> Any:

@@ -364,9 +364,9 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         return metrics | diversity(texts, max_texts=self.args.diversity_samples)
 
     # ---------------------------------------------------------------- checkpoints
-    def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+    def save_method_state(self, folder: Path) -> None:
+        """Z of each prompt, baseline, λ and proposal."""
+        super().save_method_state(folder)
         if self.args.should_save:
             state = {
                 "z": self.estimates.state_dict(),
@@ -379,14 +379,10 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             if self._adaptive is not None:
                 self._adaptive.save_weights(folder / _PROPOSAL_FILE)
 
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / _STATE_FILE
-        if not path.is_file():
-            raise ValueError(f"{checkpoint} holds no {_STATE_FILE}: it is not a checkpoint of f-DPG")
-        state = json.loads(path.read_text())
+    def load_method_state(self, folder: Path) -> None:
+        """Read them back."""
+        super().load_method_state(folder)
+        state = json.loads((folder / _STATE_FILE).read_text())
         self.estimates.load_state_dict(state["z"])
         self._recent_slopes.extend(state["baseline"])
         if state["coefficients"] is not None:
@@ -394,4 +390,4 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         self._last_check = state["last_check"]
         if self._adaptive is not None and state["proposal"] is not None:
             self._adaptive.load_state_dict(state["proposal"])
-            self._adaptive.load_weights(Path(checkpoint) / _PROPOSAL_FILE)
+            self._adaptive.load_weights(folder / _PROPOSAL_FILE)

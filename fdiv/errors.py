@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["DataError", "FdivError", "NonFiniteLossError", "RecipeError", "RequirementError"]
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "FdivError",
+    "NonFiniteLossError",
+    "RecipeError",
+    "RequirementError",
+    "TerminatedError",
+]
 
 
 class FdivError(Exception):
@@ -27,3 +35,13 @@ class NonFiniteLossError(FdivError):
 
 class RequirementError(FdivError):
     """A `require:` of the `eval:` block does not hold after training."""
+
+
+class CheckpointError(FdivError):
+    """A checkpoint cannot be written, is not complete, or belongs to another run."""
+
+
+class TerminatedError(FdivError):
+    """SIGTERM ended the run; the exit code is the shell's for it, 128 + 15."""
+
+    exit_code = 143

@@ -43,7 +43,11 @@ class RunKeys:
         default=False, metadata={"help": "Replace the files of an earlier run in output_dir."}
     )
     resume_from_checkpoint: bool | str | None = field(
-        default=None, metadata={"help": "true: the newest checkpoint in output_dir; or the path of one."}
+        default=None, metadata={"help": "true: the newest complete checkpoint in output_dir; or the path of one."}
+    )
+    force_resume: bool = field(
+        default=False,
+        metadata={"help": "Resume although divergence, data, batch or number of processes have changed."},
     )
     env: dict | None = field(
         default=None, metadata={"help": "Environment variables to set before anything is imported."}

@@ -18,7 +18,11 @@ from fdiv.recipe_schema import section_of
 __all__ = ["resolved_yaml"]
 
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
-_ONCE = ("overwrite_output_dir", "resume_from_checkpoint")  # what was asked of one run is not asked of the next
+_ONCE = (
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "force_resume",
+)  # what was asked of one run is not asked of the next
 
 
 class _Dumper(yaml.SafeDumper):

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Sampler
 
@@ -29,7 +31,27 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["RecordedRollouts", "RolloutConfig", "RolloutError", "RolloutMixin", "RolloutRecorder", "record_log_probs"]
+__all__ = [
+    "GRPO_LOSS_KEYS",
+    "RecordedRollouts",
+    "RolloutConfig",
+    "RolloutError",
+    "RolloutMixin",
+    "RolloutRecorder",
+    "record_log_probs",
+]
+
+
+GRPO_LOSS_KEYS = (
+    "delta", "entropy_coef", "entropy_coef_delta", "entropy_coef_max", "entropy_coef_min", "entropy_target", "epsilon",
+    "epsilon_high", "importance_sampling_level", "loss_type", "mask_truncated_completions",
+    "multi_objective_aggregation", "off_policy_mask_threshold", "ref_model_mixup_alpha", "ref_model_sync_steps",
+    "reward_weights", "sapo_temperature_neg", "sapo_temperature_pos", "scale_rewards", "sync_ref_model",
+    "top_entropy_quantile", "use_adaptive_entropy", "use_bias_correction_kl", "vespo_k_neg", "vespo_k_pos",
+    "vespo_lambda_neg", "vespo_lambda_pos", "vllm_importance_sampling_cap", "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min", "vllm_importance_sampling_mode",
+)  # fmt: skip
+"""Keys of TRL's `GRPOConfig` that shape GRPO's own loss and nothing else: set under another loss, they would be silent."""
 
 
 class RolloutError(FdivError):
@@ -84,8 +106,11 @@ class RolloutMixin:
       under left padding; TRL passes none.
     * Transformers generation returns the log-probabilities it sampled with (at the sampling temperature, before top-k,
       top-p and the like), so that no second forward is needed for log q.
+    * Transformers generation samples by the config's keys alone. `generate` would add what the model's own generation
+      config holds (forbidden tokens, penalties, a smallest length), and log q would be that of another distribution.
     * Refuses empty completions and rollouts that do not match the prompts, naming the prompt.
     * Orders the prompts of an epoch by (seed, epoch) alone, so that a run resumed in a later epoch sees the same ones.
+    * A checkpoint between two generations holds the rollouts that are still to be trained on.
     """
 
     def __init__(self, *args: Any, rollout_func: Callable | None = None, **kwargs: Any) -> None:
@@ -95,6 +120,35 @@ class RolloutMixin:
 
     def _get_train_sampler(self, dataset=None):
         return _EpochOrder(super()._get_train_sampler(dataset), self)
+
+    def save_method_state(self, folder: Path) -> None:
+        """The rollouts of this process that later micro-steps still need, and which of them is next."""
+        super().save_method_state(folder)
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            return  # the next micro-step generates
+        tensors = {}
+        for number, batch in enumerate(self._buffered_inputs):
+            for name, value in batch.items():
+                if value is not None:
+                    tensors[f"{number}.{name}"] = value.detach().clone().contiguous()
+        save_file(tensors, self._rollouts_file(folder), metadata={"step": str(self._step)})
+
+    def load_method_state(self, folder: Path) -> None:
+        """Read them back."""
+        super().load_method_state(folder)
+        path = self._rollouts_file(folder)
+        if not path.is_file():
+            return
+        batches: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        with safe_open(path, framework="pt", device=str(self.accelerator.device)) as file:
+            self._step = int(file.metadata()["step"])
+            for key in file.keys():
+                number, _, name = key.partition(".")
+                batches[int(number)][name] = file.get_tensor(key)
+        self._buffered_inputs = [batches[number] for number in sorted(batches)]
+
+    def _rollouts_file(self, folder: Path) -> Path:
+        return folder / f"rollouts_{self.accelerator.process_index}.safetensors"
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         return super()._get_per_token_logps_and_entropies(
@@ -106,7 +160,7 @@ class RolloutMixin:
             completion_ids, log_probs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         else:
             model = self.accelerator.unwrap_model(self.model_wrapped)
-            with record_log_probs(model, self.temperature) as recorded:
+            with _without_generation_defaults(model), record_log_probs(model, self.temperature) as recorded:
                 completion_ids, _ = super()._generate_single_turn(prompt_ids, *args, **kwargs)
             log_probs = recorded.of(completion_ids)
         _check_completions(completion_ids, log_probs, len(prompt_ids), "the generation back end")
@@ -190,6 +244,19 @@ def record_log_probs(model: nn.Module, temperature: float) -> Iterator[_Recorded
         handle.remove()
 
 
+@contextmanager
+def _without_generation_defaults(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model has a generation config that says nothing."""
+    from transformers import GenerationConfig
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = kept
+
+
 def _checked(rollout_func: Callable) -> Callable:
     """`rollout_func` with its answer checked."""
     name = getattr(rollout_func, "__name__", type(rollout_func).__name__)
@@ -222,6 +289,10 @@ def _check_completions(ids: list, log_probs: list | None, prompts: int, source: 
             raise RolloutError(
                 f"{source} returned {len(values)} log-probabilities for the {len(completion)} tokens of completion "
                 f"{number}: ask the server for the log-probability of every sampled token"
+            )
+        if values is not None and any(value is None for value in values):
+            raise RolloutError(
+                f"{source} returned no log-probability for a token of completion {number}: look at the engine's log"
             )
 
 

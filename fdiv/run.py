@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fdiv.errors import FdivError, RecipeError
+from fdiv.errors import FdivError, RecipeError, TerminatedError
 from fdiv.methods import load
 from fdiv.provenance import command_line, environment
 from fdiv.recipe import Block, Configs, Recipe, one_line
@@ -44,6 +44,8 @@ def run_recipe(recipe: Recipe, command: str | None = None, prepared: Path | None
     from accelerate import PartialState
     from transformers import set_seed
 
+    from fdiv.termination import StopOnSigterm
+
     started = time.perf_counter()
     configs = recipe.configs()
     check_blocks(recipe)
@@ -67,11 +69,19 @@ def run_recipe(recipe: Recipe, command: str | None = None, prepared: Path | None
         write_json(directory.path / "environment.json", record)
 
     trainer, evaluations, bar = _trainer(recipe, configs, directory)
+    trainer.force_resume = recipe.value("force_resume", False)
     training_started = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        with StopOnSigterm() as sigterm:
+            trainer.add_callback(sigterm)
+            trainer.train(resume_from_checkpoint=resume)
     finally:
         bar.close()
+    if sigterm.stopped_at is not None:
+        raise TerminatedError(
+            f"terminated (SIGTERM): stopped after step {sigterm.stopped_at}, whose checkpoint is in {directory.path}; "
+            "go on with --resume_from_checkpoint true"
+        )
     training_seconds = time.perf_counter() - training_started - evaluations.seconds
     if evaluations.evaluations:
         evaluations.measure("after")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fdiv.errors import NonFiniteLossError
+from fdiv.resumable import ResumableMixin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,8 +63,8 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return reference.requires_grad_(False).eval()
 
 
-class ObjectiveTrainerMixin:
-    """Per-example metrics and guards for a TRL trainer; put it before the TRL class in the bases.
+class ObjectiveTrainerMixin(ResumableMixin):
+    """Per-example metrics, guards and whole checkpoints for a TRL trainer; put it before the TRL class in the bases.
 
     A subclass calls `record_examples` once per micro-batch from its loss, overrides `reduce_examples`, and may
     override `objective_settings`, which goes to error messages and the model card.
@@ -121,6 +122,23 @@ class ObjectiveTrainerMixin:
             "learning_rate, max_exponent or max_grad_norm, float32 instead of half precision, or resuming from "
             "the last checkpoint"
         )
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As in Trainer; a gradient that is not finite stops the run before the optimizer step.
+
+        Under fp16 the gradient scaler meets such gradients by skipping the step, which is left to it; so it is to
+        DeepSpeed, which has made its step by now.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self.args.fp16 and not self.is_deepspeed_enabled and not math.isfinite(float(norm)):
+            settings = ", ".join(f"{name}={setting}" for name, setting in self.objective_settings().items())
+            raise NonFiniteLossError(
+                f"step {self.state.global_step + 1}: the gradient norm is {float(norm)} with a finite loss "
+                f"({settings}). Training stopped before the optimizer step, so the weights are those of the last good "
+                "step. Remedies: a lower learning_rate or max_exponent, float32 instead of half precision, or "
+                "resuming from the last checkpoint"
+            )
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Reduce what was recorded since the last log and add it to `logs` under TRL's naming."""

@@ -14,7 +14,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fdiv.unlearning.config import UnlearningConfig
 from fdiv.unlearning.scoring import RoleScores
@@ -102,15 +101,13 @@ class PDUTrainer(UnlearningTrainer):
         if epoch > self.args.dual_warmup_epochs:
             self.multiplier = max(0.0, self.multiplier + self.args.dual_step * excess)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
+    def save_method_state(self, folder: Path) -> None:
+        """λ."""
+        super().save_method_state(folder)
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             (folder / _STATE_FILE).write_text(json.dumps({"multiplier": self.multiplier}))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = Path(resume_from_checkpoint) / _STATE_FILE
-        if not state.is_file():
-            raise FileNotFoundError(f"{state} is missing: the checkpoint was not written by PDU, so λ is unknown")
-        self.multiplier = json.loads(state.read_text())["multiplier"]
+    def load_method_state(self, folder: Path) -> None:
+        """Read it back."""
+        super().load_method_state(folder)
+        self.multiplier = json.loads((folder / _STATE_FILE).read_text())["multiplier"]

@@ -1,0 +1,145 @@
+"""Training checkpoints that are either whole or not there.
+
+A checkpoint is written in `OUTPUT_DIR/_saving`, flushed to disk, given its marker (`fdiv_checkpoint.json`: every
+file with its size and digest, and what the run was), and only then renamed to `OUTPUT_DIR/checkpoint-STEP`. A process
+killed at any moment leaves the earlier checkpoints as they were. State files of Trainer and DeepSpeed are pickles:
+they are loaded only from a folder whose marker stands and agrees with its files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fdiv.errors import CheckpointError
+
+__all__ = [
+    "MARKER",
+    "STAGING",
+    "checkpoint_fault",
+    "checkpoint_folders",
+    "newest_checkpoint",
+    "publish",
+    "read_marker",
+    "recover",
+]
+
+MARKER = "fdiv_checkpoint.json"
+STAGING = "_saving"  # TRL's upload to the hub leaves out names that begin with an underscore
+
+_REPLACED = "replaced-"
+_EDGE = 32 * 2**20  # bytes hashed at each end of a file: hashing terabytes of optimizer state would cost minutes
+
+
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """The folders `checkpoint-STEP` of `output_dir`, smallest step first, whole or not."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.partition("-")[2]))
+
+
+def publish(staged: Path, output_dir: Path, identity: Mapping[str, Any]) -> Path:
+    """Make `staged`, a finished `checkpoint-STEP` folder below `STAGING`, the checkpoint of that step.
+
+    Args:
+        staged: the folder, on the file system of `output_dir`.
+        output_dir: where checkpoints stand.
+        identity: what a run that resumes from it must share (JSON values).
+
+    Returns:
+        The folder's new place. A checkpoint of the same step is replaced.
+    """
+    files = sorted(path for path in staged.rglob("*") if path.is_file())
+    marker = {
+        "files": {path.relative_to(staged).as_posix(): _digest(path) for path in files},
+        "identity": dict(identity),
+    }
+    for path in files:
+        _flush(path)
+    (staged / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
+    _flush(staged / MARKER)
+    for folder in (staged, *(path for path in staged.rglob("*") if path.is_dir())):
+        _flush(folder)
+    target, replaced = output_dir / staged.name, staged.parent / f"{_REPLACED}{staged.name}"
+    if target.exists():
+        os.replace(target, replaced)  # stays complete, and is put back by `recover`, if we die before the next line
+    os.replace(staged, target)
+    _flush(output_dir)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return target
+
+
+def recover(output_dir: Path) -> None:
+    """Remove what an interrupted save left, and put back a checkpoint that was about to be replaced."""
+    staging = output_dir / STAGING
+    for folder in staging.glob(f"{_REPLACED}*"):
+        target = output_dir / folder.name.removeprefix(_REPLACED)
+        if not target.exists():
+            os.replace(folder, target)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def read_marker(checkpoint: Path) -> dict[str, Any] | None:
+    """The marker of a checkpoint; None where there is none that can be read."""
+    try:
+        marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return marker if isinstance(marker, dict) and {"files", "identity"} <= marker.keys() else None
+
+
+def checkpoint_fault(checkpoint: Path) -> str | None:
+    """Why a folder is no complete checkpoint of ours; None where it is one."""
+    marker = read_marker(checkpoint)
+    if marker is None:
+        return f"it has no {MARKER}, so the save was not finished or was not ours"
+    for name, digest in marker["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != digest["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {digest['bytes']}"
+        if _digest(path) != digest:
+            return f"the content of {name} has changed"
+    return None
+
+
+def newest_checkpoint(output_dir: Path) -> tuple[Path, list[str]]:
+    """The complete checkpoint with the largest step, and one line for each newer folder that was passed over.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    passed_over = []
+    for folder in reversed(checkpoint_folders(output_dir)):
+        fault = checkpoint_fault(folder)
+        if fault is None:
+            return folder, passed_over
+        passed_over.append(f"{folder.name} is incomplete: {fault}")
+    reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
+    raise CheckpointError(f"there is no complete checkpoint in {output_dir}{reasons}: leave the key out to start anew")
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    """Size in bytes, and SHA-256 of the file, or of its first and last 32 MiB where it is longer than both."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= 2 * _EDGE:
+            return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        digest = hashlib.sha256(file.read(_EDGE))
+        file.seek(-_EDGE, os.SEEK_END)
+        digest.update(file.read(_EDGE))
+    return {"bytes": size, "sha256_of_ends": digest.hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

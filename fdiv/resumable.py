@@ -1,0 +1,187 @@
+"""Checkpoints of our trainers: published whole, resumed only where they fit, with the state of the method in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from fdiv.checkpoints import STAGING, checkpoint_fault, newest_checkpoint, publish, read_marker, recover
+from fdiv.errors import CheckpointError
+from fdiv.terminal import info
+
+__all__ = ["ResumableMixin"]
+
+_SAMPLED_ROWS = 64
+
+
+class ResumableMixin:
+    """Put it before a `transformers.Trainer` in the bases. See `fdiv.checkpoints` for what a checkpoint is.
+
+    `train(resume_from_checkpoint=True)` takes the newest complete checkpoint of `output_dir` and says so; a path is
+    checked in the same way. A checkpoint of another method, divergence, dataset, batch or number of processes is
+    refused unless `force_resume` is set on the trainer first.
+
+    A subclass with state of its own overrides `save_method_state` and `load_method_state`.
+    """
+
+    force_resume = False
+    _staging: Path | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(_LogBeforeSaving())
+
+    # ---------------------------------------------------------------- to be overridden
+    def save_method_state(self, folder: Path) -> None:
+        """Write what the method needs beside weights, optimizer and random state. Called on every process."""
+
+    def load_method_state(self, folder: Path) -> None:
+        """Read it back. Called on every process when model and optimizer have been loaded."""
+
+    def run_identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that wrote the checkpoint (JSON values)."""
+        from fdiv.recipe_dump import plain
+
+        return {
+            "trainer": type(self).__name__,
+            "divergence": plain(getattr(self.args, "divergence", None)),
+            "train dataset": _fingerprint(self.train_dataset),
+            "number of processes": self.accelerator.num_processes,
+            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+        }
+
+    # ---------------------------------------------------------------- saving
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output_dir = Path(super()._get_output_dir(trial))
+        with self._saving_errors(output_dir):
+            staged = self._write_staged(output_dir, model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(staged, output_dir, self.run_identity())
+                (output_dir / STAGING).rmdir()
+                limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+                rotate_checkpoints(str(output_dir), limit, best, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def _write_staged(self, output_dir: Path, model: Any, trial: Any) -> Path:
+        """Everything of the checkpoint except its marker, by all processes, in the staging folder."""
+        if self.args.should_save:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            recover(output_dir)
+        self.accelerator.wait_for_everyone()
+        self._staging = output_dir / STAGING
+        staged = self._staging / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == str(staged):
+                self.state.best_model_checkpoint = str(output_dir / staged.name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(staged / "trainer_state.json"))
+            self.save_method_state(staged)
+        finally:
+            self._staging = None
+        return staged
+
+    @contextmanager
+    def _saving_errors(self, output_dir: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # torch.save reports a full disk as a RuntimeError of its file writer
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"the checkpoint of step {self.state.global_step} could not be written to {output_dir}: {reason}. "
+                "Earlier checkpoints are untouched: make room or set another output_dir, and go on with "
+                "resume_from_checkpoint: true"
+            ) from error
+
+    # ---------------------------------------------------------------- resuming
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer.
+
+        Raises:
+            CheckpointError: no complete checkpoint, or one of another run.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(self._checked_checkpoint(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _checked_checkpoint(self, wanted: str | bool) -> Path:
+        output_dir = Path(self.args.output_dir)
+        if self.args.should_save:
+            recover(output_dir)
+        self.accelerator.wait_for_everyone()
+        if wanted is True:
+            checkpoint, passed_over = newest_checkpoint(output_dir)
+            for line in passed_over:
+                info(f"resume: {line}")
+            info(f"resume: from {checkpoint}, the newest complete checkpoint")
+        else:
+            checkpoint = Path(wanted)
+            fault = checkpoint_fault(checkpoint) if checkpoint.is_dir() else "there is no such folder"
+            if fault is not None:
+                raise CheckpointError(
+                    f"cannot resume from {checkpoint}: {fault}. Its pickled state is loaded only from a complete "
+                    "checkpoint of fdiv; to start from its weights alone, give it as model_name_or_path"
+                )
+        differences = _differences(read_marker(checkpoint)["identity"], self.run_identity())
+        if differences and not self.force_resume:
+            raise CheckpointError(
+                f"{checkpoint} was written by another run: {'; '.join(differences)}. Restore these settings, or force "
+                "it with force_resume: true (the run is then no continuation of the first)"
+            )
+        for line in differences:
+            info(f"resume: forced, although {line}")
+        return checkpoint
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.load_method_state(Path(checkpoint))
+
+
+class _LogBeforeSaving(TrainerCallback):
+    """Logs are averages since the last log, and a checkpoint does not hold the unfinished sums: log when saving."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log = control.should_log or control.should_save
+
+    on_epoch_end = on_step_end
+
+
+def _differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    # through JSON, so that tuples and lists compare equal
+    current = json.loads(json.dumps(current))
+    return [
+        f"{name} is {current.get(name)!r} and was {stored.get(name)!r}"
+        for name in sorted(stored.keys() | current.keys())
+        if stored.get(name) != current.get(name)
+    ]
+
+
+def _fingerprint(dataset: Any) -> str | None:
+    """Number of rows, columns, and a hash of up to 64 rows spread over the dataset; None for a streamed one."""
+    if dataset is None or not hasattr(dataset, "__len__") or not len(dataset):
+        return None
+    count = len(dataset)
+    digest = hashlib.sha256(json.dumps([count, getattr(dataset, "column_names", None)]).encode())
+    for number in sorted({round(place * (count - 1) / (_SAMPLED_ROWS - 1)) for place in range(_SAMPLED_ROWS)}):
+        # values that are no JSON (images) count by their type: their text may hold an address
+        digest.update(json.dumps(dataset[number], default=lambda value: type(value).__name__).encode())
+    return f"{count} rows, {digest.hexdigest()[:16]}"
