@@ -169,7 +169,7 @@ def nsr(rewards: Tensor, weight: float) -> Tensor:
     weight = _check_weight("nsr", weight)
     group = _Group(rewards, 1)
     group.check_binary("nsr")
-    return group.finish(torch.where(group.values > 0, weight, -1.0).to(group.values))
+    return group.finish(torch.full_like(group.values, -1.0).masked_fill(group.values > 0, weight))
 
 
 def _check_k(name: str, k: Any) -> int:

@@ -164,9 +164,9 @@ def js_on_policy(log_ratio: Tensor, mask: Tensor, level: str = "token", *, gradi
     depends on `gradient`:
 
     * `"pathwise"`, autograd through the value, as released with the paper. The samples move with θ, which autograd
-      does not see: the expectation is ½·∇KL(π_ref‖π_θ) − ∇KL(π_ref‖m), NOT ∇KL(π_θ‖m). Added to `js_on_reference` on the
-      same prompts it leaves ½·∇KL(π_ref‖π_θ), half a forward KL, and no Jensen–Shannon at all. To first order around
-      π_θ = π_ref all of these agree.
+      does not see: the expectation is ½·∇KL(π_ref‖π_θ) − ∇KL(π_ref‖m), NOT ∇KL(π_θ‖m). Added to `js_on_reference` on
+      the same prompts it leaves ½·∇KL(π_ref‖π_θ), half a forward KL, and no Jensen–Shannon at all. To first order
+      around π_θ = π_ref all of these agree.
     * `"score"`, coefficient log(2u/(1+u)) + ½ − u/(1+u) on ∇log π_θ: the expectation is ∇KL(π_θ‖m), so that the two
       halves together give the gradient of `jensen_shannon` (2× the textbook's).
 

@@ -40,11 +40,24 @@ class SequenceModel:
             self.logits.copy_(scale * torch.randn(self.logits.shape, generator=generator, dtype=torch.float64))
         return self
 
+    @property
+    def mask(self) -> Tensor:
+        """`[sequences, length]`, 1 for the tokens of each sequence."""
+        return self._mask
+
+    def token_log_probs(self) -> Tensor:
+        """`[sequences, length]`, log π of every token given its prefix, 0 after the end, with gradient."""
+        return self.logits.log_softmax(-1)[self._rows, self._tokens] * self._mask
+
     def log_probs(self) -> Tensor:
         """`[sequences]`, log π of every sequence, with gradient to the logits."""
-        table = self.logits.log_softmax(-1)
-        return (table[self._rows, self._tokens] * self._mask).sum(-1)
+        return self.token_log_probs().sum(-1)
+
+    def visits(self, probability: Tensor) -> Tensor:
+        """`[prefixes]`, how often each prefix is reached under `probability` `[sequences]` (rows of `logits`)."""
+        reached = (probability[:, None] * self._mask).flatten()
+        return torch.zeros(len(self.logits), dtype=reached.dtype).index_add(0, self._rows.flatten(), reached)
 
     def gradient(self, value: Tensor) -> Tensor:
         """∂value/∂logits."""
-        return torch.autograd.grad(value, self.logits)[0]
+        return torch.autograd.grad(value, self.logits, retain_graph=True)[0]
