@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from fdiv.tiny_models import train_tiny_model
+
 __all__ = ["EmptyPromptsConfig", "TinyTextsConfig"]
 
 _NOUNS = ("film", "story", "plot", "music", "acting", "ending", "cast", "dialogue")
@@ -98,15 +100,10 @@ class TinyTextsConfig:
         model_dir, data_dir = output_dir / "model", output_dir / "data"
         sample, prompts = _CORPORA[self.corpus]
         draw = random.Random(self.seed)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # tensors of this size gain nothing from a second thread
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
-                tokenizer = _tokenizer(sample)
-                model = _train(tokenizer, lambda: sample(draw), self.steps)
-        finally:
-            torch.set_num_threads(threads)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            tokenizer = _tokenizer(sample)
+            model = train_tiny_model(_new_model(tokenizer), tokenizer, lambda: sample(draw), self.steps)
         model.save_pretrained(model_dir)
         tokenizer.save_pretrained(model_dir)
         keys = _write_prompts(data_dir, [prompts[number % len(prompts)] for number in range(64)])
@@ -159,39 +156,18 @@ def _tokenizer(sample: Callable[[random.Random], tuple[str, str]]) -> Any:
     )  # fmt: skip
 
 
-def _train(tokenizer: Any, sample: Callable[[], tuple[str, str]], steps: int) -> Any:
-    """A two-layer Llama trained on fresh texts; the loss is on the completion and its end token."""
+def _new_model(tokenizer: Any) -> Any:
+    """A random two-layer Llama of about 0.08 M parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from fdiv.logprobs import token_scores
 
     special = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=2, head_dim=32, max_position_embeddings=64, **special,
         )
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
-        pairs = [
-            (tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id], tokenizer(text)["input_ids"])
-            for prompt, text in (sample() for _ in range(128))
-        ]
-        rows = [torch.tensor([*prompt, *text, tokenizer.eos_token_id]) for prompt, text in pairs]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-        position = torch.arange(ids.size(1))[None]
-        inside = position < torch.tensor([len(row) for row in rows])[:, None]
-        completion = inside & (position >= torch.tensor([len(prompt) for prompt, _ in pairs])[:, None])
-        scores = token_scores(model, ids, inside.long(), completion.long())
-        loss = -scores.log_probs.sum() / scores.mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()

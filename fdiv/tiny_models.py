@@ -7,14 +7,14 @@ hub.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-__all__ = ["CHAT_TEMPLATE", "build_tiny_model", "build_tiny_tokenizer"]
+__all__ = ["CHAT_TEMPLATE", "build_tiny_model", "build_tiny_tokenizer", "train_tiny_model"]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -171,3 +171,67 @@ def _model_config(
     if architecture == "gpt2":
         return GPT2Config(n_embd=hidden_size, n_layer=layers, n_head=heads, n_positions=max_positions, **shared)
     raise ValueError(f"architecture={architecture!r} is not offered: use 'llama' or 'gpt2'")
+
+
+def train_tiny_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sample: Callable[[], tuple[str, str]],
+    steps: int,
+    *,
+    batch_size: int = 128,
+    learning_rate: float = 3e-3,
+    max_grad_norm: float | None = None,
+) -> PreTrainedModel:
+    """Train `model` in place on fresh texts: AdamW under a one-cycle schedule, on one thread.
+
+    Args:
+        model: a causal LM on the CPU.
+        tokenizer: an empty prompt becomes its bos token; every completion ends with its eos token.
+        sample: draws one (prompt, completion); the loss is on the completion and its end token, averaged over tokens.
+        steps: optimizer steps, at least 2.
+        batch_size: texts per step.
+        learning_rate: the peak.
+        max_grad_norm: gradients are clipped to this norm; None: they are not.
+
+    Returns:
+        `model`, in evaluation mode.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors of this size gain nothing from a second thread
+    try:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+        model.train()
+        for _ in range(steps):
+            loss = _loss_of_texts(model, tokenizer, [sample() for _ in range(batch_size)])
+            optimizer.zero_grad()
+            loss.backward()
+            if max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+            optimizer.step()
+            schedule.step()
+    finally:
+        torch.set_num_threads(threads)
+    return model.eval()
+
+
+def _loss_of_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]]):
+    """Mean negative log-probability of the completions' tokens, end tokens included."""
+    import torch
+
+    from fdiv.logprobs import token_scores
+
+    pairs = [
+        (tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id], tokenizer(text)["input_ids"])
+        for prompt, text in texts
+    ]
+    rows = [torch.tensor([*prompt, *text, tokenizer.eos_token_id]) for prompt, text in pairs]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    position = torch.arange(ids.size(1))[None]
+    inside = position < torch.tensor([len(row) for row in rows])[:, None]
+    completion = inside & (position >= torch.tensor([len(prompt) for prompt, _ in pairs])[:, None])
+    scores = token_scores(model, ids, inside.long(), completion.long())
+    return -scores.log_probs.sum() / scores.mask.sum()
