@@ -2,8 +2,8 @@
 
     python pool_template.py CONTROL_FD TASK_FILE SETTINGS
 
-TASK_FILE is a Python file with `prepare(settings)` and `answer(item) -> dict`. It is loaded and prepared here, once, so
-that replacing a worker costs a fork and no import. CONTROL_FD is a sequenced-packet socket: each message brings the
+TASK_FILE is a Python file with `prepare(settings)` and `answer(item) -> dict`. It is loaded and prepared once, here:
+replacing a worker costs a fork and no import. CONTROL_FD is a sequenced-packet socket: each message brings the
 socket of one new worker and the number of the process it replaces (0: none). When the other end closes, as it does
 when the trainer ends in whatever way, every worker is killed and this process ends.
 

@@ -116,7 +116,9 @@ class PooledReward:
             there = ", ".join(sorted(key for key, value in columns.items() if isinstance(value, list | tuple)))
             raise DataError(f"reward {self.__name__!r}: the dataset has no column {name!r}; it has: {there or 'none'}")
         if len(columns[name]) != rows:
-            raise DataError(f"reward {self.__name__!r}: {len(columns[name])} values of {name!r} for {rows} completions")
+            raise DataError(
+                f"reward {self.__name__!r}: {len(columns[name])} values of {name!r} for {rows} completions"
+            )
         return columns[name]
 
     def _name_gold(self, gold: str, reason: str) -> None:

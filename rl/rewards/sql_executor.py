@@ -1,8 +1,8 @@
 """The worker side of `SQLReward`: run a gold query and an answer on a read-only SQLite database and compare the rows.
 
 Loaded by path in a worker process of a `WorkerPool`. In the process: a read-only immutable database, `query_only`, an
-authorizer, SQLite's own limits, a heap limit and a progress handler. The handler does not run inside one opcode, so the
-pool's limits of time and memory stand behind all of it.
+authorizer, SQLite's own limits, a heap limit and a progress handler. The handler does not run inside one opcode, so
+the pool's limits of time and memory stand behind all of it.
 """
 
 from __future__ import annotations

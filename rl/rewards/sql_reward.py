@@ -31,8 +31,8 @@ class SQLReward(PooledReward):
 
     Verdicts: `correct` 1. 0 by definition: `wrong`, `no_answer` (an empty or cut-off completion), `invalid` (SQLite
     refuses it), `denied` (the guard does), `reads_no_table` (the gold reads tables and the answer none: a written-out
-    result), `wrong_on_half` (see `check_on_halves`). None: `unusable_gold`: it fails, has more than `max_rows` rows, or
-    none at all, which any query that finds nothing would match. `timeout`, `memory`, `crash`: `failure_score`.
+    result), `wrong_on_half` (see `check_on_halves`). None: `unusable_gold`: it fails, has more than `max_rows` rows,
+    or none at all, which any query that finds nothing would match. `timeout`, `memory`, `crash`: `failure_score`.
 
     Args:
         database: An SQLite file; or a folder with `NAME.sqlite`, `NAME.db`, or `NAME/NAME.sqlite` (Spider, BIRD), one

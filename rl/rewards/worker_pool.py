@@ -1,7 +1,7 @@
 """A pool of killable worker processes: an item that hangs or crashes its worker costs exactly one answer.
 
 The trainer starts one template process (`pool_template.py`), which loads the task and forks the workers. Items and
-answers are JSON over a socket per worker, never pickles. A worker has one item at a time; when the item passes its time
+answers are JSON over a socket per worker, never pickles. A worker has one item at a time; when that passes its time
 limit or its memory limit, or the worker ends, that item's outcome says so, the worker is killed and another is forked,
 and every other item goes on. Nothing relies on signals in the trainer, so the pool works in any of its threads.
 """
@@ -120,6 +120,7 @@ class WorkerPool:
         time_limit: Seconds of wall time for one item.
         memory_limit: Bytes a worker may hold resident (looked at every 50 ms where there is a `/proc`).
         address_space: Bytes of address space a worker may reserve, a limit of the kernel; None for 4 × memory_limit.
+        writes_files: The task has to write files: no limits of the kernel, `address_space` included.
         start_limit: Seconds in which the template must have prepared the task.
 
     Raises:
@@ -135,6 +136,7 @@ class WorkerPool:
         time_limit: float = 10.0,
         memory_limit: int = 1 << 30,
         address_space: int | None = None,
+        writes_files: bool = False,
         start_limit: float = 300.0,
     ) -> None:
         self.workers = default_workers() if workers is None else workers
@@ -147,7 +149,7 @@ class WorkerPool:
         self.task, self.settings = Path(task), dict(settings or {})
         self.time_limit, self.memory_limit, self.start_limit = time_limit, memory_limit, start_limit
         self.address_space = 4 * memory_limit if address_space is None else address_space
-        self.restarts = 0
+        self.writes_files, self.restarts = writes_files, 0
         self._processes: _Processes | None = None
         self._finalizer: weakref.finalize | None = None
         self._lock, self._lock_owner = threading.Lock(), os.getpid()
@@ -214,7 +216,8 @@ class WorkerPool:
 
     def _new_processes(self) -> _Processes:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        settings = {**self.settings, "time_limit": self.time_limit, "address_space": self.address_space}
+        limit = None if self.writes_files else self.address_space
+        settings = {**self.settings, "time_limit": self.time_limit, "address_space": limit}
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
         with theirs, tempfile.TemporaryFile() as complaints:
