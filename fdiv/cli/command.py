@@ -48,14 +48,16 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
 
     run = verbs.add_parser("run", help="run a recipe: prepare, train, evaluate, report", epilog=_OVERRIDES)
-    run.usage = "fdiv run RECIPE [--dry_run] [--accelerate NAME_OR_FILE] [--debug] [--KEY VALUE ...]"
+    run.usage = (
+        "fdiv run RECIPE [--dry_run] [--accelerate NAME_OR_FILE [--num_processes N]] [--debug] [--KEY VALUE ...]"
+    )
     _add_recipe(run)
     run.add_argument("--dry_run", "--dry-run", action="store_true", help="print the resolved recipe and stop")
 
     sweep = verbs.add_parser("sweep", help="run a recipe for divergences × seeds: one table, one frontier plot")
     sweep.usage = (
-        "fdiv sweep RECIPE [--divergences D ...] [--seeds N ...] [--dry_run] [--accelerate NAME_OR_FILE] [--debug] "
-        "[--KEY VALUE ...]"
+        "fdiv sweep RECIPE [--divergences D ...] [--seeds N ...] [--dry_run] "
+        "[--accelerate NAME_OR_FILE [--num_processes N]] [--debug] [--KEY VALUE ...]"
     )
     sweep.epilog = (
         "The cells are all combinations of the lists in the recipe's `sweep:` block. A finished cell is not run\n"
@@ -69,6 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = verbs.add_parser("eval", help="evaluate a model: " + ", ".join(EVAL_COMMANDS))
     evaluate.add_argument("kind", choices=list(EVAL_COMMANDS), metavar="KIND", help=", ".join(EVAL_COMMANDS))
     evaluate.add_argument("arguments", nargs=argparse.REMAINDER, help="see `fdiv eval KIND --help`")
+
+    # Its flags are those of its settings class, which `fdiv --help` need not import.
+    verbs.add_parser("presample", help="sample the reference, split the prompts, cache rehearsal rows", add_help=False)
 
     report = verbs.add_parser("report", help="write one HTML page and plots from run or sweep directories")
     report.add_argument("directories", nargs="+", metavar="DIR", help="the output_dir of a run or of a sweep")
@@ -91,6 +96,9 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accelerate", metavar="NAME_OR_FILE", help="start under `accelerate launch` with this configuration"
     )
+    parser.add_argument(
+        "--num_processes", type=int, metavar="N", help="with --accelerate: processes, instead of the configuration's"
+    )
     parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
 
 
@@ -103,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     parser = build_parser()
     args, rest = parser.parse_known_args(words)
-    if rest and args.verb not in ("run", "sweep"):
+    if rest and args.verb not in ("run", "sweep", "presample"):
         complain(f"unrecognized arguments: {' '.join(rest)} (see `fdiv {args.verb} --help`)")
         return 2
     # TRL's own defaults use the deprecated spelling; whoever reads the terminal can do nothing about it.
@@ -150,6 +158,17 @@ def _eval(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     return command.run(kind_args)
 
 
+def _presample(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from fdiv.rl.presample_command import command
+
+    parser = _Parser(prog="fdiv presample", description=command.__doc__)
+    command.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
+    own_args = parser.parse_args(words[1:])
+    args.debug = own_args.debug
+    return command.run(own_args)
+
+
 def _report(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     from pathlib import Path
 
@@ -176,6 +195,7 @@ _VERBS = {
     "run": _run,
     "sweep": _sweep,
     "eval": _eval,
+    "presample": _presample,
     "report": _report,
     "divergences": _divergences,
     "recipes": _recipes,

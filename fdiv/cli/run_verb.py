@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
 
+from fdiv.cli.launch import launch
 from fdiv.errors import RequirementError
-from fdiv.methods import lookup
 from fdiv.provenance import command_line
 from fdiv.recipe import Recipe, load_recipe
 from fdiv.recipe_yaml import parse_value
 from fdiv.terminal import complain, info, is_main_process, run_table
 
-__all__ = ["accelerate_config", "run", "sweep"]
+__all__ = ["run", "sweep"]
 
 
 def run(args: argparse.Namespace, overrides: list[str], words: list[str]) -> int:
@@ -25,7 +21,7 @@ def run(args: argparse.Namespace, overrides: list[str], words: list[str]) -> int
     if args.dry_run:
         return _dry_run(recipe)
     if args.accelerate:
-        return _launch(args.accelerate, words)
+        return launch(args.accelerate, words, args.num_processes)
     from fdiv.run import run_recipe
 
     result = run_recipe(recipe, command_line(words))
@@ -66,38 +62,8 @@ def sweep(args: argparse.Namespace, overrides: list[str], words: list[str]) -> i
         print_cells(plan)
         return 0
     if args.accelerate:
-        return _launch(args.accelerate, words)
+        return launch(args.accelerate, words, args.num_processes)
     failures = run_sweep(plan, command_line(words))
     for failure in failures:
         complain(failure)
     return 1 if failures else 0
-
-
-def accelerate_config(name: str) -> Path:
-    """The file of an accelerate configuration: a path, or the name of a packaged one.
-
-    Raises:
-        RecipeError: neither; the message lists the packaged names.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    folder = Path(str(resources.files("fdiv.recipes"))) / "accelerate"
-    packaged = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-    return lookup(packaged, name, "accelerate configuration", "--accelerate (neither a file nor packaged)")
-
-
-def _launch(name: str, words: Sequence[str]) -> int:
-    """The same command under `accelerate launch`; returns its exit code."""
-    config = accelerate_config(name)
-    words = list(words)
-    for index, word in enumerate(words):
-        if word == "--accelerate":
-            del words[index : index + 2]
-            break
-        if word.startswith("--accelerate="):
-            del words[index]
-            break
-    # --quiet: the launcher's own traceback says nothing that the command has not said.
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
-    launch = [*launcher, "-m", "fdiv", *words]
-    return subprocess.run(launch, check=False).returncode

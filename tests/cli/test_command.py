@@ -140,18 +140,43 @@ def _exit_line(words, capsys):
 def test_accelerate_runs_the_same_command_under_the_launcher(write_recipe, monkeypatch, repository):
     launched = []
 
-    def record(command, check):
-        launched.append(command)
-        return subprocess.CompletedProcess(command, 3)
+    class Recorded:
+        """Stands for `subprocess.Popen`: a launcher that ends with exit code 3."""
 
-    monkeypatch.setattr("fdiv.cli.run_verb.subprocess.run", record)
+        pid = 0
+
+        def __init__(self, command, start_new_session):
+            launched.append(command)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def wait(self):
+            return 3
+
+    monkeypatch.setattr("fdiv.cli.launch.subprocess.Popen", Recorded)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     path = str(write_recipe())
     assert main(["run", path, "--accelerate", "single", "--beta", "0.3"]) == 3
     (command,) = launched
     config = repository / "recipes" / "accelerate" / "single.yaml"
     assert command[1:3] == ["-m", "accelerate.commands.launch"]
     assert Path(command[command.index("--config_file") + 1]).resolve() == config
-    assert command[command.index("fdiv") - 1 :] == ["-m", "fdiv", "run", path, "--beta", "0.3"]
+    on_cpu = ["--use_cpu", "true"]
+    assert command[command.index("fdiv") - 1 :] == ["-m", "fdiv", "run", path, "--beta", "0.3", *on_cpu]
+    words = ["run", path, "--accelerate", "zero3", "--num_processes", "4", "--use_cpu", "false"]
+    assert main(words) == 3
+    command = launched.pop()
+    assert command[command.index("--num_processes") :] == [
+        "--num_processes", "4", "-m", "fdiv", "run", path, "--use_cpu", "false",
+    ]  # fmt: skip
+    assert main(["run", path, "--accelerate=cpu_ddp"]) == 3
+    command = launched.pop()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fdiv"]
+    assert command[1:] == [*torchrun, "run", path, *on_cpu]
     assert main(["run", path, "--accelerate", "single", "--bta", "0.3"]) == 2
     assert len(launched) == 1  # a wrong key is found before anything is launched
 

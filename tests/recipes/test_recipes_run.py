@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fdiv.cli.run_verb import accelerate_config
+from fdiv.cli.launch import accelerate_config
 from fdiv.recipe import load_recipe, packaged_recipes, recipe_name
 from fdiv.recipe_dump import resolved_yaml
 from fdiv.recipe_yaml import read_document
