@@ -94,10 +94,12 @@ def main(control_number: int, task_file: str, settings: dict[str, Any]) -> None:
         if child == 0:
             control.close()
             status = 1
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                serve(channel, task, settings)
-                status = 0
-            os._exit(status)
+            try:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    serve(channel, task, settings)
+                    status = 0
+            finally:
+                os._exit(status)
         children.add(child)
         channel.close()
     for child in children:

@@ -1,0 +1,105 @@
+"""1,000 mathematics answers through `MathReward`, 1 % of them hanging: time, counts, and what was lost.
+
+    python benchmarks/reward_pool.py --data FOLDER [--workers 2] [--time_limit 5] [--output FILE]
+
+FOLDER holds `passk_artifacts/qwen_math_cot_100.jsonl` (800 recorded answers) and `gsm8k/test.jsonl` (200 worked
+solutions, every fourth with a wrong number). They are scored twice in one run by fresh pools: as they are, and with
+every hundredth replaced by an answer that keeps SymPy busy for ever. Lost is whatever is not hanging and has another
+score than in the first pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HANGING = r"The answer is \boxed{9^{9^{9^{9}}}}."
+
+
+def answers(folder: Path) -> list[tuple[str, str]]:
+    """1,000 pairs of gold and completion."""
+    pairs = []
+    for line in (folder / "passk_artifacts" / "qwen_math_cot_100.jsonl").read_text(encoding="utf-8").splitlines():
+        problem = json.loads(line)
+        pairs += [(problem["gt"], completion) for completion in problem["code"]]
+    lines = (folder / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines[: 1000 - len(pairs)]):
+        solution = json.loads(line)["answer"]
+        steps, _, value = solution.rpartition("#### ")
+        said = value + "1" if number % 4 == 0 else value
+        pairs.append((solution, rf"{steps}The answer is \boxed{{{said}}}."))
+    return pairs
+
+
+def scored(golds: list[str], completions: list[str], options: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """Scores, and what the pass took."""
+    from fdiv.rl.rewards import MathReward
+
+    reward = MathReward(workers=options.workers, time_limit=options.time_limit, failure_limit=None)
+    reward(["warm up"], [r"\boxed{1}"], solution=["1"])
+    reward.counts.clear()
+    started = time.perf_counter()
+    scores = []
+    for start in range(0, len(golds), options.batch):
+        rows = slice(start, start + options.batch)
+        scores += reward(completions[rows], completions[rows], solution=golds[rows])
+    seconds = time.perf_counter() - started
+    result = {
+        "seconds": round(seconds, 3),
+        "answers_per_second": round(len(golds) / seconds, 1),
+        **reward.summary(),
+        "unusable_golds": reward.unusable_golds,
+    }
+    reward.close()
+    return scores, result
+
+
+def main() -> int:
+    """Both passes; exit status 1 if anything was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--time_limit", type=float, default=5.0, help="seconds for one answer")
+    parser.add_argument("--batch", type=int, default=250, help="answers per call")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+
+    from fdiv.provenance import environment
+
+    pairs = answers(options.data)
+    golds, completions = [gold for gold, _ in pairs], [completion for _, completion in pairs]
+    hanging = list(range(50, len(pairs), 100))
+    clean_scores, clean = scored(golds, completions, options)
+    with_hanging = list(completions)
+    for row in hanging:
+        golds[row], with_hanging[row] = "1", HANGING  # a gold that can be read, so that it comes to the answer
+    scores, hung = scored(golds, with_hanging, options)
+    lost = [row for row in range(len(pairs)) if row not in hanging and scores[row] != clean_scores[row]]
+    report = {
+        "answers": len(pairs),
+        "hanging": len(hanging),
+        "hanging_not_scored": sum(scores[row] is None for row in hanging),
+        "lost": len(lost),
+        "workers": options.workers,
+        "time_limit": options.time_limit,
+        "without_hanging": clean,
+        "with_hanging": hung,
+        "seconds_waiting_for_hanging": len(hanging) * options.time_limit / options.workers,
+        "environment": environment(shlex.join(["python", *sys.argv])),
+    }
+    # The folder is this machine's own.
+    report["environment"]["command"] = report["environment"]["command"].replace(str(options.data), "FOLDER")
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    return 1 if lost or len(pairs) != 1000 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
