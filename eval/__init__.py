@@ -1,8 +1,8 @@
 """Evaluation: one scoring pass, one generation pass, and the metrics on top of them.
 
 The metrics are pure functions of per-item values and imported with the package; evaluations, which need transformers,
-are imported on first use. `fdiv eval tofu`, `fdiv eval muse`, `fdiv eval lm_eval` and `fdiv eval preferences` are the
-same from the shell.
+are imported on first use. `fdiv eval tofu`, `fdiv eval muse`, `fdiv eval lm_eval`, `fdiv eval preferences` and
+`fdiv eval passk` are the same from the shell.
 """
 
 from importlib import import_module
@@ -13,6 +13,16 @@ if __name__ != "fdiv.eval":
 
 from fdiv.eval.membership import auc, gradnorm_score, min_k_plus_plus_score, min_k_score, privleak, zlib_score
 from fdiv.eval.memorization import exact_memorization, extraction_strength
+from fdiv.eval.pass_at_k_metrics import (
+    bootstrap_standard_error,
+    g_pass_at_k,
+    keep_and_explore,
+    majority_at_n,
+    mean_at_n,
+    mg_pass_at_k,
+    pass_at_k,
+    pass_hat_k,
+)
 from fdiv.eval.presets import PRESETS, Preset, get_preset
 from fdiv.eval.text_overlap import ngram_entropy, rouge_scores
 from fdiv.eval.truth import (
@@ -31,6 +41,7 @@ _LAZY = {
     "EvalLog": "fdiv.eval.eval_log",
     "MuseEvalConfig": "fdiv.eval.muse",
     "MuseEvaluation": "fdiv.eval.muse",
+    "PassKEvalConfig": "fdiv.eval.pass_at_k_run",
     "TofuEvalConfig": "fdiv.eval.tofu",
     "TofuEvaluation": "fdiv.eval.tofu",
     "aggregate_muse": "fdiv.eval.muse_aggregate",
@@ -60,25 +71,34 @@ __all__ = [
     "EvalLog",
     "MuseEvalConfig",
     "MuseEvaluation",
+    "PassKEvalConfig",
     "Preset",
     "TofuEvalConfig",
     "TofuEvaluation",
     "aggregate_muse",
     "aggregate_tofu",
     "auc",
+    "bootstrap_standard_error",
     "closer_to_one",
     "exact_memorization",
     "extraction_strength",
     "forget_quality",
+    "g_pass_at_k",
     "generate_texts",
     "get_preset",
     "gradnorm_score",
+    "keep_and_explore",
     "knowledge_share",
+    "majority_at_n",
+    "mean_at_n",
+    "mg_pass_at_k",
     "min_k_plus_plus_score",
     "min_k_score",
     "model_utility",
     "ngram_entropy",
     "option_probability",
+    "pass_at_k",
+    "pass_hat_k",
     "privleak",
     "read_eval_log",
     "rouge_scores",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fdiv.errors import DataError
-from fdiv.eval.pass_at_k import (
+from fdiv.eval.pass_at_k_metrics import (
     bootstrap_standard_error,
     g_pass_at_k,
     keep_and_explore,

@@ -9,7 +9,7 @@ import numpy as np
 from fdiv.eval.aggregation import Aggregates
 from fdiv.eval.eval_log import EvalLog
 
-__all__ = ["plot_evaluation"]
+__all__ = ["plot_evaluation", "save_figure"]
 
 
 def _cumulative(axes, values: np.ndarray, label: str) -> None:
@@ -43,7 +43,7 @@ def plot_evaluation(folder: Path, result: Aggregates, retain: EvalLog | None) ->
             distance = result.values["forget_quality_ks_statistic"]
             axes.set_title(f"KS distance {distance:.3f}, forget quality {quality:.3g}")
         axes.legend()
-        written.append(_save(figure, folder / "truth_ratio_cdf.png"))
+        written.append(save_figure(figure, folder / "truth_ratio_cdf.png"))
     sides = {side: result.log.column("mia_min_k", "score", side) for side in ("forget", "holdout")}
     if all(sides.values()):
         figure, axes = plt.subplots(figsize=(6, 4))
@@ -53,7 +53,7 @@ def plot_evaluation(folder: Path, result: Aggregates, retain: EvalLog | None) ->
         axes.set(xlabel="Min-40% score (higher: less likely a member)", ylabel="texts")
         axes.set_title(f"AUC {result.values['mia_min_k']:.3f}")
         axes.legend()
-        written.append(_save(figure, folder / "membership_scores.png"))
+        written.append(save_figure(figure, folder / "membership_scores.png"))
     return written
 
 
@@ -66,7 +66,8 @@ def _retain_ratios(result: Aggregates, retain: EvalLog | None) -> np.ndarray | N
     return np.array(list(column.values())) if column else None
 
 
-def _save(figure, path: Path) -> Path:
+def save_figure(figure, path: Path) -> Path:
+    """Write a figure, close it and return its path."""
     from matplotlib import pyplot as plt
 
     figure.tight_layout()

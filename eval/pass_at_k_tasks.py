@@ -1,0 +1,285 @@
+"""The tasks Pass@k is measured on: benchmarks by name, from the hub or from local files, and files of one's own."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fdiv.errors import DataError
+
+__all__ = ["DATASETS", "EvalTask", "LoadedTasks", "TaskSource", "load_tasks", "tasks_of_rows"]
+
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+"""Appended to mathematics questions: the prompt of the Qwen2.5-Math evaluations."""
+
+
+@dataclass(frozen=True)
+class EvalTask:
+    """One problem.
+
+    Args:
+        task_id: unique in its set.
+        prompt: the question as text, or a conversation (TRL's list of `{"role", "content"}`).
+        answer: the gold answer; what it means is the scorer's affair.
+        columns: what the scorer needs besides (`database`, `test`, `entry_point` …).
+    """
+
+    task_id: str
+    prompt: str | list[dict[str, str]]
+    answer: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """A benchmark: where it lies and how its rows are read.
+
+    Args:
+        hub: dataset on the hub, its configuration and split; None: only from local files.
+        local: paths inside the `--data` folder, the first that is there is taken.
+        read: row and its number → `EvalTask`.
+        scorer: name of the scorer.
+        stop: texts that end a completion of a model without a chat template.
+        chat: `never` where the prompt is to be continued as it stands.
+    """
+
+    hub: tuple[str, str | None, str] | None
+    local: tuple[str, ...]
+    read: Callable[[Mapping[str, Any], int], EvalTask]
+    scorer: str
+    stop: tuple[str, ...] = ()
+    chat: str = "auto"
+
+
+def _math(row: Mapping[str, Any], number: int, *, question: Sequence[str], answer: str, id_: str = "id") -> EvalTask:
+    text = next((row[name] for name in question if row.get(name)), None)
+    if text is None:
+        raise KeyError(question[0])
+    gold = row[answer]
+    gold = gold[0] if isinstance(gold, list) and len(gold) == 1 else gold
+    if isinstance(gold, list):
+        gold = ", ".join(map(str, gold))
+    gold = int(gold) if isinstance(gold, float) and gold.is_integer() else gold
+    name = row.get(id_)
+    return EvalTask(str(number if name is None else name), str(text).strip() + BOXED, str(gold))
+
+
+def _gsm8k(row: Mapping[str, Any], number: int) -> EvalTask:
+    gold = row["answer"].rpartition("####")[2].strip().replace(",", "")
+    return EvalTask(str(number), row["question"].strip() + BOXED, gold)
+
+
+def _svamp(row: Mapping[str, Any], number: int) -> EvalTask:
+    body = row["Body"].strip()
+    question = f"{body}{'' if body.endswith(('.', '?', '!')) else '.'} {row['Question'].strip()}"
+    return _math({"question": question, "answer": float(row["Answer"]), "id": row["ID"]}, number, **_QA)
+
+
+def _olympiad(row: Mapping[str, Any], number: int) -> EvalTask:
+    context = f"{row['context']}\n" if row.get("context") else ""
+    return _math({**row, "question": context + row["question"]}, number, question=("question",), answer="final_answer")
+
+
+def _humaneval(row: Mapping[str, Any], number: int) -> EvalTask:
+    columns = {name: row[name] for name in ("test", "entry_point")}
+    return EvalTask(row["task_id"], row["prompt"], row["canonical_solution"], columns | {"program": row["prompt"]})
+
+
+def _defog(row: Mapping[str, Any], number: int, schemas: Mapping[str, str]) -> EvalTask:
+    hints = f"\nInstructions: {row['instructions'].strip()}" if (row.get("instructions") or "").strip() else ""
+    prompt = (
+        f"SQLite tables:\n{schemas[row['db_name']]}\n\nQuestion: {row['question'].strip()}{hints}\n"
+        "Answer with one SQLite query in a ```sql block."
+    )
+    return EvalTask(str(number), prompt, row["query"], {"database": row["db_name"]})
+
+
+_QA: dict[str, Any] = {"question": ("question",), "answer": "answer"}
+_PROBLEM: dict[str, Any] = {"question": ("problem", "question"), "answer": "answer"}
+
+
+def _competition(hub: str, split: str, local: tuple[str, ...], **columns: Any) -> TaskSource:
+    return TaskSource((hub, None, split), local, partial(_math, **columns), "math")
+
+
+DATASETS: dict[str, TaskSource] = {
+    "gsm8k": TaskSource(
+        ("openai/gsm8k", "main", "test"), ("test.jsonl", "gsm8k/test.jsonl"), _gsm8k, "math", ("\nQuestion:",)
+    ),
+    "math500": _competition(
+        "HuggingFaceH4/MATH-500", "test", ("math500/test.jsonl", "test.jsonl"), **_PROBLEM, id_="unique_id"
+    ),
+    "aime24": _competition("HuggingFaceH4/aime_2024", "train", ("aime24/test.jsonl", "test.jsonl"), **_PROBLEM),
+    "aime25": _competition("math-ai/aime25", "test", ("aime25/test.jsonl", "test.jsonl"), **_PROBLEM),
+    "amc23": _competition("math-ai/amc23", "test", ("amc23/test.jsonl", "test.jsonl"), **_PROBLEM),
+    "olympiadbench": TaskSource(
+        ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
+        ("olympiadbench/test.jsonl", "test.jsonl"),
+        _olympiad,
+        "math",
+    ),
+    "svamp": TaskSource(("ChilleD/SVAMP", None, "test"), ("svamp/test.jsonl", "test.jsonl"), _svamp, "math"),
+    "humaneval": TaskSource(
+        ("openai/openai_humaneval", None, "test"),
+        ("HumanEval.jsonl.gz", "HumanEval.jsonl", "humaneval/HumanEval.jsonl.gz"),
+        _humaneval,
+        "code",
+        ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint("),
+        chat="never",
+    ),
+}
+"""Benchmarks by name; `sql_defog` is read by `_load_defog`, from local files only."""
+
+_SQL = "sql_defog"
+_DEFOG_QUESTIONS = ("questions_gen_sqlite.csv", "instruct_basic_sqlite.csv", "instruct_advanced_sqlite.csv")
+
+
+@dataclass(frozen=True)
+class LoadedTasks:
+    """Tasks with what goes with them: the scorer's name, stop texts, `chat_template`, the databases' folder."""
+
+    tasks: list[EvalTask]
+    scorer: str
+    stop: tuple[str, ...] = ()
+    chat: str = "auto"
+    databases: str | None = None
+
+
+def load_tasks(dataset: str, data: str | None = None, answer_column: str = "answer") -> LoadedTasks:
+    """Read a benchmark by name, or a file of one's own.
+
+    Args:
+        dataset: one of `DATASETS`, `sql_defog`, or a JSON-lines file with `prompt` (text or conversation), `answer`,
+            perhaps `task_id`, and whatever else the scorer needs (`database` for `sql`).
+        data: the local folder of a benchmark; None: the hub.
+        answer_column: of a file of one's own.
+    Raises:
+        DataError: no such name, file or folder; a column that is missing; a task given twice; no task.
+    """
+    if dataset == _SQL:
+        if data is None:
+            raise DataError(
+                "sql_defog is not on the hub: give --data, the folder with questions/, schema/ and sqlite/"
+            )
+        return _load_defog(Path(data))
+    if dataset in DATASETS:
+        source = DATASETS[dataset]
+        rows, where = _local(source, Path(data), dataset) if data is not None else _from_hub(source, dataset)
+        return LoadedTasks(_unique(_read(rows, source.read, where), where), source.scorer, source.stop, source.chat)
+    path = Path(dataset)
+    if not path.is_file():
+        raise DataError(
+            f"dataset {dataset!r} is neither a benchmark ({', '.join([*DATASETS, _SQL])}) nor an existing file"
+        )
+    if data is not None:
+        raise DataError(f"--data is the folder of a benchmark by name; {dataset} is a file: leave --data out")
+    return LoadedTasks(tasks_of_rows(_json_lines(path), dataset, answer_column), "exact", chat="never")
+
+
+def tasks_of_rows(rows: Iterable[Mapping[str, Any]], where: str, answer_column: str = "answer") -> list[EvalTask]:
+    """Tasks of rows with `prompt` and the gold answer; `task_id` is the row's number where there is none."""
+    return _unique(_read(rows, partial(_own, answer_column=answer_column), where), where)
+
+
+def _own(row: Mapping[str, Any], number: int, answer_column: str) -> EvalTask:
+    prompt, answer = row["prompt"], row[answer_column]
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)):
+        raise TypeError("prompt must be text or a conversation")
+    rest = {
+        name: value
+        for name, value in row.items()
+        if name not in ("prompt", "answer", "task_id", "prompts", "completions")
+    }
+    return EvalTask(str(row.get("task_id", number)), prompt, str(answer), rest)
+
+
+def _read(rows: Iterable[Mapping[str, Any]], read: Callable, where: str) -> list[EvalTask]:
+    tasks = []
+    for number, row in enumerate(rows):
+        try:
+            tasks.append(read(row, number))
+        except KeyError as error:
+            there = ", ".join(sorted(row))
+            raise DataError(f"{where}, row {number}: no column {error.args[0]!r}; it has {there or 'none'}") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{where}, row {number} cannot be read as a task: {error}") from None
+    return tasks
+
+
+def _unique(tasks: list[EvalTask], where: str) -> list[EvalTask]:
+    if not tasks:
+        raise DataError(f"{where} holds no task")
+    seen: set[str] = set()
+    for task in tasks:
+        if task.task_id in seen:
+            raise DataError(f"{where}: task {task.task_id!r} stands there twice")
+        seen.add(task.task_id)
+    return tasks
+
+
+def _local(source: TaskSource, folder: Path, name: str) -> tuple[Iterable[Mapping[str, Any]], str]:
+    for path in [folder / local for local in source.local] if folder.is_dir() else [folder]:
+        if path.is_file():
+            return _json_lines(path), str(path)
+    raise DataError(f"--data {folder}: {name} needs one of {', '.join(source.local)} in it")
+
+
+def _from_hub(source: TaskSource, name: str) -> tuple[Iterable[Mapping[str, Any]], str]:
+    import datasets
+
+    hub, config, split = source.hub
+    try:
+        return datasets.load_dataset(hub, config, split=split), f"{hub} ({split})"
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{name}: cannot load {hub} from the hub: {reason}; give local files with --data, or a connection"
+        ) from None
+
+
+def _json_lines(path: Path) -> list[Mapping[str, Any]]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    rows = []
+    with opener(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number} is no JSON ({error.msg})") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number} holds no JSON object")
+            rows.append(row)
+    return rows
+
+
+def _load_defog(folder: Path) -> LoadedTasks:
+    files = [folder / "questions" / name for name in _DEFOG_QUESTIONS]
+    missing = [path for path in (*files, folder / "schema", folder / "sqlite") if not path.exists()]
+    if missing:
+        raise DataError(f"--data {folder}: sql_defog needs {missing[0].relative_to(folder)} in it")
+    schemas = {path.stem: _schema(path) for path in sorted((folder / "schema").glob("*.json"))}
+    tasks: list[EvalTask] = []
+    for path in files:
+        with path.open(encoding="utf-8", newline="") as file:
+            read = _read(csv.DictReader(file), partial(_defog, schemas=schemas), str(path))
+        kind = path.stem.removesuffix("_sqlite")
+        tasks += [EvalTask(f"{kind}/{task.task_id}", task.prompt, task.answer, task.columns) for task in read]
+    return LoadedTasks(_unique(tasks, str(folder)), "sql", databases=str(folder / "sqlite"))
+
+
+def _schema(path: Path) -> str:
+    """`CREATE TABLE`-like lines of one of defog-data's schema files."""
+    tables = json.loads(path.read_text(encoding="utf-8"))["table_metadata"]
+    lines = []
+    for table, columns in tables.items():
+        listed = ", ".join(f"{column['column_name']} {column['data_type']}" for column in columns)
+        lines.append(f"{table}({listed})")
+    return "\n".join(lines)
