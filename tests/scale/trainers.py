@@ -1,0 +1,73 @@
+"""The five trainers on the same tiny model behind one function, for the tests of scale and endurance.
+
+Rollouts are sampled by the trainer itself unless `rollouts` gives recorded ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TRAINERS = ("f_dpo", "f_dpg", "d2o", "flat", "dph")
+ROLLOUT_TRAINERS = ("f_dpg", "d2o", "dph")
+
+
+def build(name: str, model_dir: Path, output: Path, **options: Any) -> Any:
+    """Trainer `name` in float32 on the CPU, two optimizer steps an epoch or more; `options` go to its config or to itself.
+
+    Its settings are those in which the method has state of its own (Z history, anchors drawn online, rehearsal rows).
+    """
+    options = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2, **options}
+    return _BUILDERS[name](Path(model_dir), Path(output), options)
+
+
+def _f_dpo(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
+    from datasets import Dataset
+
+    from tests.alignment.f_dpo_runs import make_trainer, preference_rows
+
+    rows = Dataset.from_list(preference_rows(12))
+    return make_trainer(model_dir, rows, output, **{"divergence": "jensen_shannon", **options})
+
+
+def _f_dpg(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
+    from tests.alignment.f_dpg_runs import SOFT, load, trainer
+
+    options = {"baseline": "history", "per_device_train_batch_size": 8, **options}
+    return trainer(load(model_dir), output, SOFT, **options)
+
+
+def _d2o(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
+    from tests.alignment.d2o_runs import make_trainer, negative_rows
+
+    online = {"anchor_source": "online", "online_start_step": 0} if "rollout_func" not in options else {}
+    return make_trainer(model_dir, negative_rows(), output, **{**online, **options})
+
+
+def _flat(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
+    from tests.unlearning.setup_runs import load, make_trainer
+
+    return make_trainer("FLAT", load(model_dir), output, **{"retain_term": "nll", **options})
+
+
+def _dph(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
+    from tests.rl.dph_runs import cache, load, trainer
+
+    options = {"rehearsal_coefficient": 0.1, "per_device_train_batch_size": 8, **options}
+    options.setdefault("rehearsal", cache(model_dir))
+    return trainer(load(model_dir), output, **options)
+
+
+_BUILDERS = {"f_dpo": _f_dpo, "f_dpg": _f_dpg, "d2o": _d2o, "flat": _flat, "dph": _dph}
+
+
+def flat_weights(trainer: Any) -> torch.Tensor:
+    """All parameters as one vector."""
+    return torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
+
+
+def losses(trainer: Any) -> list[float]:
+    """The logged losses in order."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
