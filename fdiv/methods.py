@@ -201,6 +201,7 @@ PREPARE: dict[str, str] = {
 EVALUATIONS: dict[str, str] = {
     "target": "fdiv.alignment.target_eval:TargetEvalConfig",
     "preferences": "fdiv.eval.preferences:PreferencesEvalConfig",
+    "passk": "fdiv.eval.pass_at_k_run:PassKEvalConfig",
     "tofu": "fdiv.eval.tofu:TofuEvalConfig",
     "muse": "fdiv.eval.muse:MuseEvalConfig",
     "tiny_world": "fdiv.alignment.tiny_world_eval:TinyWorldEvalConfig",
@@ -214,6 +215,7 @@ Class attributes it may carry: `summary_metrics` (names for the end-of-run table
 
 EVAL_COMMANDS: dict[str, str] = {
     "preferences": "fdiv.eval.preferences:command",
+    "passk": "fdiv.eval.pass_at_k_command:command",
     "tofu": "fdiv.eval.tofu_command:command",
     "muse": "fdiv.eval.muse_command:command",
     "lm_eval": "fdiv.eval.lm_eval_command:command",
