@@ -28,6 +28,8 @@ _LAZY = {
 }
 
 __all__ = [
+    "DPHConfig",
+    "DPHTrainer",
     "RehearsalCache",
     "check_rehearsal_divergence",
     "js_on_policy",
