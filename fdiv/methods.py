@@ -191,6 +191,7 @@ PREPARE: dict[str, str] = {
     "empty_prompts": "fdiv.alignment.tiny_texts:EmptyPromptsConfig",
     "tiny_preferences": "fdiv.alignment.tiny_world:TinyPreferencesConfig",
     "tofu_preferences": "fdiv.alignment.tofu_preferences:TofuPreferencesConfig",
+    "rehearsal": "fdiv.rl.rehearsal_recipe:RehearsalConfig",
     "hh_negatives": "fdiv.alignment.hh_negatives:HHNegativesConfig",
     "safe_rlhf_negatives": "fdiv.alignment.safe_rlhf_negatives:SafeRLHFNegativesConfig",
     "tiny_authors": "fdiv.unlearning.tiny_authors:TinyAuthorsConfig",
