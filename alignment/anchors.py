@@ -19,7 +19,15 @@ from accelerate.utils import gather_object
 
 from fdiv.errors import DataError
 
-__all__ = ["Anchor", "AnchorCache", "draw_anchors", "draw_offline_anchors", "instructed_prompt", "prompt_key"]
+__all__ = [
+    "Anchor",
+    "AnchorCache",
+    "check_context",
+    "draw_anchors",
+    "draw_offline_anchors",
+    "instructed_prompt",
+    "prompt_key",
+]
 
 PLACEHOLDER = "{prompt}"
 _FORMAT = 1
@@ -53,6 +61,30 @@ def instructed_prompt(prompt: str | list[dict[str, Any]], template: str) -> str 
             changed = {**message, "content": template.replace(PLACEHOLDER, message["content"])}
             return [*prompt[:position], changed, *prompt[position + 1 :]]
     raise DataError(f"anchor_instruction_templates: this prompt has no user message of plain text: {prompt!r:.120}")
+
+
+def check_context(trainer: Any) -> None:
+    """Refuse prompts that leave no room for `max_completion_length` tokens in the model's context.
+
+    Instructions for sampling make them longer, and count.
+
+    Raises:
+        DataError: the longest one does not fit.
+    """
+    limit = getattr(trainer.model.config, "max_position_embeddings", None)
+    if limit is None or trainer.args.num_generations == 0:
+        return
+    longest = max(len(ids) for dataset in trainer.all_datasets() for ids in dataset["prompt_ids"])
+    for template in trainer.args.anchor_instruction_templates or ():
+        for dataset in trainer.all_datasets():
+            instructed = [instructed_prompt(prompt, template) for prompt in dataset["prompt"]]
+            longest = max(longest, *(len(ids) for ids in trainer._tokenize_prompts(instructed)[0]))
+    if longest + trainer.args.max_completion_length > limit:
+        raise DataError(
+            f"the longest prompt (with its instruction, if any) has {longest} tokens and max_completion_length is "
+            f"{trainer.args.max_completion_length}, together more than the model's context of {limit}: lower "
+            "max_completion_length, or leave the longest prompts out"
+        )
 
 
 def draw_anchors(trainer: Any, rows: Sequence[Mapping[str, Any]], count: int) -> list[list[Anchor]]:

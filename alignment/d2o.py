@@ -17,7 +17,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 from trl import GRPOTrainer
 
-from fdiv.alignment.anchors import Anchor, AnchorCache, draw_anchors, draw_offline_anchors
+from fdiv.alignment.anchors import Anchor, AnchorCache, check_context, draw_anchors, draw_offline_anchors
 from fdiv.alignment.d2o_config import D2OConfig
 from fdiv.alignment.d2o_metrics import divergence_terms, reduce_groups
 from fdiv.alignment.losses import d2o_loss
@@ -152,7 +152,7 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         self._set_sampling_temperature(temperature)
         self.num_generations = self.num_generations_eval = 1  # TRL's sampler: each row once, a row is a whole group
         self._make_references(ref_model_pos, ref_model_neg, starting_adapter)
-        _check_context(self)
+        check_context(self)
         settings = args.sampling_settings()
         self.anchors = AnchorCache(args.anchor_cache or Path(args.output_dir) / "anchors.jsonl", settings)
         self.add_callback(_AnchorCallback(self))
@@ -299,8 +299,9 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             return columns
         columns |= {f"anchor_{k}_log_ratio": anchors[:, k] for k in range(anchors.size(1))}
         references = {"both": pos} if pos is neg else {"pos": pos, "neg": neg}
-        # Offline anchors whose log q nobody recorded are π_r⁻'s.
-        sampler = torch.where(inputs["anchor_log_prob"].isnan(), neg[:, :-1], inputs["anchor_log_prob"])
+        # Where nobody recorded log q, offline anchors are π_r⁻'s and online ones the policy's as it is.
+        assumed = torch.where(inputs["online"].bool()[:, None], log_prob[:, :-1], neg[:, :-1])
+        sampler = torch.where(inputs["anchor_log_prob"].isnan(), assumed, inputs["anchor_log_prob"])
         for kind, divergence in (("divergence", self.divergence), ("jeffreys", get_divergence("jeffreys"))):
             for name, reference in references.items():
                 terms = divergence_terms(divergence, log_prob[:, :-1], reference[:, :-1], sampler)
@@ -381,17 +382,3 @@ def _loaded(model: nn.Module | None, path: str | None, args: D2OConfig) -> nn.Mo
     from trl.trainer.utils import create_model_from_path
 
     return create_model_from_path(path, **(args.model_init_kwargs or {}))
-
-
-def _check_context(trainer: D2OTrainer) -> None:
-    """Refuse prompts that leave no room for `max_completion_length` tokens in the model's context."""
-    limit = getattr(trainer.model.config, "max_position_embeddings", None)
-    if limit is None or trainer.args.num_generations == 0:
-        return
-    longest = max(len(ids) for dataset in trainer.all_datasets() for ids in dataset["prompt_ids"])
-    if longest + trainer.args.max_completion_length > limit:
-        raise DataError(
-            f"the longest prompt has {longest} tokens and max_completion_length is "
-            f"{trainer.args.max_completion_length}, together more than the model's context of {limit}: lower "
-            "max_completion_length, or leave the longest prompts out"
-        )

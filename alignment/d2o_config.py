@@ -11,36 +11,17 @@ import torch
 from trl import GRPOConfig
 
 from fdiv.alignment.anchors import PLACEHOLDER
-from fdiv.alignment.losses import check_f_dpo_divergence, d2o_experimental_reason
+from fdiv.alignment.losses import check_d2o_weights, check_f_dpo_divergence, d2o_experimental_reason
 from fdiv.alignment.scorers import build_scorer
 from fdiv.divergences import Divergence, get_divergence
-from fdiv.rollouts import RolloutConfig
+from fdiv.rollouts import GRPO_LOSS_KEYS, RolloutConfig
 
 __all__ = ["ANCHOR_SOURCES", "D2OConfig"]
 
 ANCHOR_SOURCES = ("offline", "online")
 
 # Keys of GRPO's policy gradient, rewards and tools. D²O has none of these, so a value that is set would do nothing.
-_GRPO_ONLY = (
-    "delta",
-    "entropy_coef",
-    "epsilon",
-    "epsilon_high",
-    "importance_sampling_level",
-    "log_completions",
-    "loss_type",
-    "mask_truncated_completions",
-    "multi_objective_aggregation",
-    "num_generations_eval",
-    "num_iterations",
-    "off_policy_mask_threshold",
-    "reward_weights",
-    "router_aux_loss_coef",
-    "scale_rewards",
-    "sync_ref_model",
-    "top_entropy_quantile",
-    "use_adaptive_entropy",
-)
+_GRPO_ONLY = (*GRPO_LOSS_KEYS, "log_completions", "num_generations_eval", "num_iterations", "router_aux_loss_coef")
 _REASONS = {
     "log_completions": "the anchors stand in the anchor file",
     "num_generations_eval": "a group has num_generations anchors in evaluation too",
@@ -171,12 +152,12 @@ class D2OConfig(RolloutConfig, GRPOConfig):
             if getattr(self, name) != defaults[name]:
                 reason = _REASONS.get(name, "it belongs to GRPO's policy gradient, and D2O has none")
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect in D2O: {reason}. Leave it out")
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+            if name in (self.generation_kwargs or {}):
+                raise ValueError(f"generation_kwargs: set {name!r} as a key of its own, {name}: …")
 
     def _check_ranges(self) -> None:
-        if not self.alpha > 0:
-            raise ValueError(f"alpha={self.alpha}: D2O needs alpha > 0, the weight of the rejected answer")
-        if not self.beta >= 0:
-            raise ValueError(f"beta={self.beta}: D2O needs beta >= 0, the weight of the anchors")
+        check_d2o_weights(self.alpha, self.beta)
         if self.anchor_source not in ANCHOR_SOURCES:
             raise ValueError(f"anchor_source={self.anchor_source!r}: use {' or '.join(ANCHOR_SOURCES)}")
         if self.online_start_step < 0 or (self.online_start_step and self.anchor_source == "offline"):

@@ -119,6 +119,8 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             rollout_func=rollout_func or args.server_rollouts(),
             **kwargs,
         )
+        if self._is_vlm:
+            raise ValueError("f-DPG trains on text: pass a tokenizer as processing_class, not a multimodal processor")
         if attach:
             self._attach_base(base_model)
         self.estimates = PartitionEstimates(args.z_estimate, z_max=args.z_max, z_floor=args.z_floor)

@@ -1,6 +1,6 @@
 """Configuration of f-DPG."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl import GRPOConfig
@@ -9,31 +9,40 @@ from fdiv.alignment.f_dpg_objective import check_f_dpg_divergence
 from fdiv.alignment.partition import Z_MODES
 from fdiv.alignment.targets import Target, build_target
 from fdiv.divergences import Divergence, get_divergence
-from fdiv.rollouts import RolloutConfig
+from fdiv.rollouts import GRPO_LOSS_KEYS, RolloutConfig
 
 __all__ = ["FDPGConfig"]
 
-# TRL options that would change the objective or the sampling distribution: name → (neutral value, reason).
+# Keys of GRPO's loss do nothing here. Why, where there is more to say:
+_GRPO_REASONS = {
+    "entropy_coef": "the target is the objective; an entropy bonus would change its optimum",
+    "importance_sampling_level": "f-DPG weights whole sequences",
+    "mask_truncated_completions": "a truncated completion has its own probability under policy and target",
+    "multi_objective_aggregation": "the target says how scores combine",
+    "off_policy_mask_threshold": "use importance_weight_cap",
+    "reward_weights": "the target says how scores combine",
+    "scale_rewards": "f-DPG has no advantages to scale",
+    "sync_ref_model": "the base model of the target must stay as it is",
+    "top_entropy_quantile": "the gradient is that of the whole sequence",
+    "use_adaptive_entropy": "the target is the objective; an entropy bonus would change its optimum",
+}
+# Further TRL keys that would change the objective or the sampling distribution: name → (neutral value, reason).
 _REFUSED_OPTIONS: dict[str, tuple[Any, str]] = {
     "beta": (1.0, "it only makes TRL keep the base model; the beta of a·exp(r/beta) is `target: {beta: …}`"),
-    "loss_type": ("dapo", "the f-DPG loss is the coefficient times the summed log-probability"),
-    "scale_rewards": ("group", "f-DPG has no advantages to scale"),
-    "reward_weights": (None, "the target says how scores combine"),
-    "multi_objective_aggregation": ("sum_then_normalize", "the target says how scores combine"),
-    "importance_sampling_level": ("token", "f-DPG weights whole sequences"),
-    "off_policy_mask_threshold": (None, "use importance_weight_cap"),
     "vllm_importance_sampling_correction": (False, "f-DPG forms its own weights pi/q from the rollout's log-probs"),
-    "top_entropy_quantile": (1.0, "the gradient is that of the whole sequence"),
-    "entropy_coef": (0.0, "the target is the objective; an entropy bonus would change its optimum"),
-    "use_adaptive_entropy": (False, "the target is the objective; an entropy bonus would change its optimum"),
-    "mask_truncated_completions": (False, "a truncated completion has its own probability under policy and target"),
-    "sync_ref_model": (False, "the base model of the target must stay as it is"),
     "temperature": (1.0, "t = pi/p is that of the untempered model"),
     "top_p": (1.0, "the proposal must cover the policy"),
     "top_k": (0, "the proposal must cover the policy"),
     "min_p": (None, "the proposal must cover the policy"),
     "repetition_penalty": (1.0, "the proposal's probabilities must be those of a model"),
 }
+# Keys of `generation_kwargs` (transformers' and vLLM's) that leave the distribution of the samples as it is.
+_HARMLESS_GENERATION_KEYS = frozenset(
+    {"stop_strings", "stop", "stop_token_ids", "include_stop_str_in_output", "cache_implementation", "cache_config",
+     "use_cache", "max_time", "disable_compile", "compile_config", "prefill_chunk_size", "seed", "low_memory"}
+)  # fmt: skip
+# α-DPG (arXiv:2512.05962) besides divergence and scale: reward min((p/π)^(1−α) − 1, 10), Z from the step's own group.
+_ALPHA_DPG = {"pseudo_reward_clip": 10.0, "z_estimate": "group", "z_max": 1.0, "z_floor": 1e-4, "baseline": "loo"}
 
 
 @dataclass
@@ -43,7 +52,10 @@ class FDPGConfig(RolloutConfig, GRPOConfig):
 
     Args:
         divergence: The f of D_f(π‖p): a registry name or a mapping with its parameters. A hard target needs f′(∞) < ∞.
-        divergence_scale: D_f is multiplied by it. α-DPG's coefficient is that of `alpha` scaled by α.
+        divergence_scale: D_f is multiplied by it.
+        alpha_dpg: Preset of α-DPG (arXiv:2512.05962) with its α in (0, 1), 0 forward KL, 1 reverse KL. Settles
+            `divergence` (`alpha` at 1 − α), `divergence_scale` (1 − α, which its reward leaves out),
+            `pseudo_reward_clip` 10, `z_estimate` group, `z_max` 1, `z_floor` 1e-4 and `baseline` loo.
         target: What p is: `{name: pointwise | filter | reward | distributional | hybrid, …}`, see
             `fdiv.alignment.targets`. May be left out when the trainer is given a target.
         z_estimate: How Z of each prompt is known: `history` (mean over all samples so far), `group` (this step's),
@@ -86,6 +98,10 @@ class FDPGConfig(RolloutConfig, GRPOConfig):
         metadata={"help": "The f of D_f(pi||p): a name, or a mapping with parameters. `fdiv divergences` lists them."},
     )
     divergence_scale: float = field(default=1.0, metadata={"help": "D_f is multiplied by it."})
+    alpha_dpg: float | None = field(
+        default=None,
+        metadata={"help": "alpha-DPG's alpha, in (0, 1): settles divergence, its scale, clip, Z and baseline."},
+    )
     target: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "The target: {name: pointwise | filter | reward | distributional | hybrid, scorers: [...]}"},
@@ -137,11 +153,9 @@ class FDPGConfig(RolloutConfig, GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        self._settle_alpha_dpg()
+        self._refuse_options()  # before TRL fills in what depends on them
         super().__post_init__()
-        for name, (neutral, reason) in _REFUSED_OPTIONS.items():
-            value = getattr(self, name)
-            if value != neutral:
-                raise ValueError(f"{name}={value!r} cannot be honoured by f-DPG: {reason}. Leave it at {neutral!r}")
         for name, choices in {
             "z_estimate": Z_MODES,
             "baseline": ("loo", "history", "none"),
@@ -156,6 +170,8 @@ class FDPGConfig(RolloutConfig, GRPOConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value}: must be above 0")
+        if self.z_max is not None and self.z_floor is not None and self.z_floor > self.z_max:
+            raise ValueError(f"z_floor={self.z_floor} is above z_max={self.z_max}: no estimate is both")
         if self.diversity_samples < 2 or self.proposal_margin < 0:
             raise ValueError(
                 f"diversity_samples={self.diversity_samples} must be at least 2 and "
@@ -168,6 +184,43 @@ class FDPGConfig(RolloutConfig, GRPOConfig):
         if isinstance(self.target, str):
             raise ValueError(f"target={self.target!r}: a mapping is due, {{name: …, scorers: […]}}")
         self.resolve_divergence(None if self.target is None else build_target(self.target))
+
+    def _settle_alpha_dpg(self) -> None:
+        """Set what `alpha_dpg` stands for; a key beside it may only say the same."""
+        alpha = self.alpha_dpg
+        if alpha is None:
+            return
+        if isinstance(alpha, bool) or not 0 < alpha < 1:
+            raise ValueError(f"alpha_dpg={alpha}: must lie strictly between 0 (forward_kl) and 1 (reverse_kl)")
+        ours = 1.0 - alpha
+        settled = {"divergence": {"name": "alpha", "alpha": ours}, "divergence_scale": ours, **_ALPHA_DPG}
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        for name, value in settled.items():
+            given = getattr(self, name)
+            if given not in (defaults[name], value):
+                raise ValueError(
+                    f"{name}={given!r} beside alpha_dpg={alpha}, which sets it to {value!r}: leave one of them "
+                    "out (the preset is these keys: " + ", ".join(settled) + ")"
+                )
+            setattr(self, name, value)
+
+    def _refuse_options(self) -> None:
+        defaults = {entry.name: entry.default for entry in fields(GRPOConfig)}
+        grpo_only = {
+            name: (defaults[name], _GRPO_REASONS.get(name, "it belongs to GRPO's loss, and f-DPG has its own"))
+            for name in GRPO_LOSS_KEYS
+        }
+        for name, (neutral, reason) in {**_REFUSED_OPTIONS, **grpo_only}.items():
+            value = getattr(self, name)
+            if value != neutral:
+                raise ValueError(f"{name}={value!r} cannot be honoured by f-DPG: {reason}. Leave it at {neutral!r}")
+        for name in self.generation_kwargs or {}:
+            if name not in _HARMLESS_GENERATION_KEYS:
+                raise ValueError(
+                    f"generation_kwargs: {name!r} cannot be honoured by f-DPG: it changes what is sampled, and the "
+                    "proposal's probabilities must be those of a model. It takes "
+                    + ", ".join(sorted(_HARMLESS_GENERATION_KEYS))
+                )
 
     def resolve_divergence(self, target: Target | None) -> Divergence:
         """The `Divergence` of the loss, if it (and `proposal_metric`) is lawful with `target`.

@@ -5,6 +5,7 @@ A log-ratio is log π_θ(y|x) − log π_ref(y|x), summed over the completion to
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,14 @@ from fdiv.divergences import get_divergence
 if TYPE_CHECKING:
     from fdiv.divergences import Divergence
 
-__all__ = ["check_f_dpo_divergence", "d2o_experimental_reason", "d2o_loss", "f_dpo_loss", "f_dpo_rewards"]
+__all__ = [
+    "check_d2o_weights",
+    "check_f_dpo_divergence",
+    "d2o_experimental_reason",
+    "d2o_loss",
+    "f_dpo_loss",
+    "f_dpo_rewards",
+]
 
 
 def check_f_dpo_divergence(
@@ -115,6 +123,14 @@ def _lawful(divergence: str | Mapping[str, Any] | Divergence, beta: float) -> Di
     return check_f_dpo_divergence(divergence)
 
 
+def check_d2o_weights(alpha: float, beta: float) -> None:
+    """ValueError unless α > 0 and β ≥ 0, both finite."""
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha={alpha}: D2O needs alpha > 0, the finite weight of the rejected answer")
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta={beta}: D2O needs beta >= 0, the finite weight of the anchors")
+
+
 def d2o_experimental_reason(
     divergence: str | Mapping[str, Any] | Divergence, alpha: float, beta: float, *, one_reference: bool = True
 ) -> str | None:
@@ -181,10 +197,7 @@ def d2o_loss(
 
 
 def _check_d2o_inputs(anchors: Tensor, rejected: Tensor, alpha: float, beta: float) -> None:
-    if not alpha > 0:
-        raise ValueError(f"alpha={alpha}: D2O needs alpha > 0, the weight of the rejected answer")
-    if not beta >= 0:
-        raise ValueError(f"beta={beta}: D2O needs beta >= 0, the weight of the anchors")
+    check_d2o_weights(alpha, beta)
     if anchors.dim() != 2 or rejected.shape != anchors.shape[:1]:
         raise ValueError(
             f"anchor_log_ratio has shape {tuple(anchors.shape)} and rejected_log_ratio {tuple(rejected.shape)}: D2O "

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from fdiv.context_length import check_fits
 from fdiv.errors import FdivError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ GRPO_LOSS_KEYS = (
     "vespo_lambda_neg", "vespo_lambda_pos", "vllm_importance_sampling_cap", "vllm_importance_sampling_clip_max",
     "vllm_importance_sampling_clip_min", "vllm_importance_sampling_mode",
 )  # fmt: skip
-"""Keys of TRL's `GRPOConfig` that shape GRPO's own loss and nothing else: set under another loss, they would be silent."""
+"""Keys of TRL's `GRPOConfig` that shape GRPO's own loss and nothing else: under another loss they would be silent."""
 
 
 class RolloutError(FdivError):
@@ -120,6 +121,19 @@ class RolloutMixin:
 
     def _get_train_sampler(self, dataset=None):
         return _EpochOrder(super()._get_train_sampler(dataset), self)
+
+    def _tokenize_prompts(self, prompts: list):
+        """As TRL's; a prompt that leaves no room for the completion is refused."""
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        longest = max(range(len(prompts)), key=lambda number: len(prompt_ids[number]))
+        room = self.max_completion_length
+        check_fits(
+            len(prompt_ids[longest]) + room,
+            self.model,
+            f"the prompt {str(prompts[longest])[:60]!r} with max_completion_length={room}",
+            "shorten the prompt or leave it out, or lower max_completion_length",
+        )
+        return prompt_ids, images, fields
 
     def save_method_state(self, folder: Path) -> None:
         """The rollouts of this process that later micro-steps still need, and which of them is next."""

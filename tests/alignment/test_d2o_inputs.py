@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -78,6 +79,26 @@ def test_harmfulness_and_the_share_of_harmful_anchors(tiny_model_dir, tmp_path):
     )
     again.train()  # the scores were kept with the anchors: the scorer is not called again
     assert again.state.log_history[0]["harmfulness/harmful_share"] == log["harmfulness/harmful_share"]
+
+
+def test_online_anchors_without_log_probs_are_the_policys(tiny_model_dir, tmp_path):
+    """D_f(π‖π_r) from samples of π: the weights are π_r/π, whether or not the back end says what it sampled with."""
+
+    def rollouts(prompts, trainer):
+        ids = [[7 + n % 50, 9] for n in range(len(prompts))]
+        return {"prompt_ids": None, "completion_ids": ids, "logprobs": None}
+
+    trainer = make_trainer(
+        tiny_model_dir, negative_rows(4), tmp_path, anchor_source="online", rollout_func=rollouts, num_generations=1,
+        per_device_train_batch_size=1, max_steps=3,
+    )  # fmt: skip
+    trainer.train()
+    last = trainer.state.log_history[2]
+    log_ratio = last["log_ratio/anchors_p50"]
+    assert abs(log_ratio) > 0.01
+    for name in ("jeffreys", "reverse_kl"):
+        term = get_divergence(name).generator(torch.tensor(log_ratio, dtype=torch.float64)).item()
+        assert last[f"divergence/{name}"] == pytest.approx(term * math.exp(-log_ratio), rel=1e-3)
 
 
 def test_a_scorer_can_be_named_in_the_config(tiny_model_dir, tmp_path):
@@ -213,8 +234,14 @@ def test_a_scorer_that_fails(tiny_model_dir, tmp_path, scorer, message):
 
 
 def test_no_room_for_anchors_in_the_context(tiny_model_dir, tmp_path):
-    with pytest.raises(DataError, match=r"longest prompt has \d+ tokens and max_completion_length is 510"):
+    with pytest.raises(DataError, match=r"longest prompt .* has \d+ tokens and max_completion_length is 510"):
         make_trainer(tiny_model_dir, GOOD, tmp_path, max_completion_length=510)
+    make_trainer(tiny_model_dir, GOOD, tmp_path, max_completion_length=450)
+    with pytest.raises(DataError, match=r"longest prompt \(with its instruction, if any\) has"):
+        make_trainer(
+            tiny_model_dir, GOOD, tmp_path, max_completion_length=450,
+            anchor_instruction_templates=["{prompt}", "Be kind. " * 30 + "{prompt}"],
+        )  # fmt: skip
 
 
 def test_prompts_that_fill_max_length_leave_nothing(tiny_model_dir, tmp_path):
@@ -258,6 +285,9 @@ def test_refusals_of_the_instruction():
         ({"num_iterations": 2}, "num_iterations=2 has no effect in D2O"),
         ({"sync_ref_model": True}, "set refresh_every"),
         ({"loss_type": "grpo"}, "loss_type='grpo' has no effect in D2O"),
+        ({"entropy_target": 0.5}, "entropy_target=0.5 has no effect in D2O"),
+        ({"generation_kwargs": {"temperature": 0.5}}, "set 'temperature' as a key of its own"),
+        ({"alpha": float("inf")}, "alpha=inf"),
         ({"harmfulness_scorer": "contains_word"}, "did you mean 'contains_words'"),
         ({"rollout_server_url": "http://localhost:1", "use_vllm": True}, "two back ends"),
     ],

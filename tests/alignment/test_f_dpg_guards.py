@@ -10,9 +10,10 @@ from trl import GRPOConfig
 
 from fdiv.alignment import FDPGConfig, FDPGTrainer
 from fdiv.alignment.f_dpg_config import _REFUSED_OPTIONS
+from fdiv.alignment.f_dpg_objective import f_dpg_coefficient
 from fdiv.alignment.moment_matching import MomentError
 from fdiv.alignment.scorers import ScorerError
-from fdiv.rollouts import RolloutError
+from fdiv.rollouts import GRPO_LOSS_KEYS, RolloutError
 from tests.alignment.f_dpg_runs import HARD, SOFT, config, even, flat, load, trainer
 
 
@@ -153,11 +154,59 @@ def test_unlawful_pair_refused_by_the_trainer(tiny_model_dir, tmp_path):
         ("beta", 0.1), ("loss_type", "grpo"), ("temperature", 0.7), ("top_p", 0.9), ("top_k", 20),
         ("repetition_penalty", 1.1), ("entropy_coef", 0.1), ("scale_rewards", "none"), ("sync_ref_model", True),
         ("mask_truncated_completions", True), ("vllm_importance_sampling_correction", True), ("reward_weights", [2.0]),
+        ("epsilon", 0.1), ("epsilon_high", 0.28), ("delta", 2.0), ("sapo_temperature_pos", 2.0), ("entropy_target", 0.5),
+        ("vllm_importance_sampling_clip_max", 9.0), ("use_bias_correction_kl", False),
     ],
 )  # fmt: skip
 def test_options_that_cannot_be_honoured(tmp_path, option, value):
     with pytest.raises(ValueError, match=f"{option}=.* cannot be honoured by f-DPG"):
         config(tmp_path, **{option: value})
+
+
+@pytest.mark.parametrize("key", ["temperature", "no_repeat_ngram_size", "min_new_tokens", "num_beams", "logit_bias"])
+def test_generation_kwargs_may_not_change_the_proposal(tmp_path, key):
+    with pytest.raises(ValueError, match=f"generation_kwargs: '{key}' cannot be honoured"):
+        config(tmp_path, generation_kwargs={key: 2})
+    config(tmp_path, generation_kwargs={"stop_strings": ["\n"]})
+
+
+def test_every_key_of_grpo_is_honoured_or_refused():
+    """A key that a TRL upgrade brings must be put into one list or the other."""
+    from trl.trainer.base_config import _BaseConfig
+
+    honoured = {
+        "model_init_kwargs", "trust_remote_code", "router_aux_loss_coef", "disable_dropout", "cast_lm_head_to_fp32",
+        "num_generations", "num_generations_eval", "max_completion_length", "ds3_gather_for_generation",
+        "shuffle_dataset", "pad_to_multiple_of", "generation_batch_size", "steps_per_generation", "generation_kwargs",
+        "chat_template_kwargs", "cache_implementation", "num_iterations", "max_tool_calling_iterations",
+        "log_completions", "log_multimodal", "num_completions_to_print", "log_unique_prompts",
+        "log_completions_hub_repo", "use_transformers_continuous_batching", "use_transformers_paged",
+        "transformers_continuous_batching_config", "use_vllm", "vllm_mode", "vllm_model_impl",
+        "vllm_enable_sleep_mode", "vllm_structured_outputs_regex", "vllm_server_base_url", "vllm_server_host",
+        "vllm_server_port", "vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization",
+        "vllm_max_model_length", "vllm_tensor_parallel_size",
+    }  # fmt: skip
+    own = set(GRPOConfig.__dataclass_fields__) - set(_BaseConfig.__dataclass_fields__)
+    refused = {*GRPO_LOSS_KEYS, *_REFUSED_OPTIONS}
+    assert own == honoured | refused and not honoured & refused
+
+
+# ---------------------------------------------------------------- alpha-DPG
+@pytest.mark.parametrize("alpha", [0.25, 0.999])
+def test_alpha_dpg_preset_is_the_papers_reward(tmp_path, alpha):
+    """min((p/π)^(1−α) − 1, 10), −1 on what the verifier rejects, for any α; Z of the group, in [1e-4, 1]."""
+    args = config(tmp_path, alpha_dpg=alpha)
+    ratio = torch.tensor([0.0, 0.5, 1.0, 8.0, 1e6, 1e300], dtype=torch.float64)  # p/π
+    coefficient = f_dpg_coefficient(
+        -ratio.log(), args.resolve_divergence(None), baseline="none", clip=args.pseudo_reward_clip
+    )
+    expected = [min(value ** (1 - alpha) - 1, 10.0) for value in ratio.tolist()]
+    assert (-coefficient).tolist() == pytest.approx(expected, rel=1e-9)
+    assert (args.z_estimate, args.z_max, args.z_floor, args.baseline) == ("group", 1.0, 1e-4, "loo")
+    again = config(tmp_path, alpha_dpg=alpha, divergence=args.divergence, pseudo_reward_clip=10.0)
+    assert again.divergence_scale == pytest.approx(1 - alpha)
+    with pytest.raises(ValueError, match="pseudo_reward_clip=5.0 beside alpha_dpg"):
+        config(tmp_path, alpha_dpg=alpha, pseudo_reward_clip=5.0)
 
 
 def test_neutral_values_are_trls_defaults():
@@ -177,6 +226,8 @@ def test_neutral_values_are_trls_defaults():
         ({"baseline": "mean"}, "baseline='mean'"),
         ({"proposal": "frozen"}, "proposal='frozen'"),
         ({"z_max": 0.0}, "z_max=0.0: must be above 0"),
+        ({"z_max": 0.5, "z_floor": 0.6}, "z_floor=0.6 is above z_max=0.5"),
+        ({"alpha_dpg": 1.0}, "alpha_dpg=1.0: must lie strictly between 0"),
         ({"pseudo_reward_clip": -1.0}, "pseudo_reward_clip=-1.0"),
         ({"log_z": 1.0}, "log_z=1.0 is only used with z_estimate: given"),
         ({"max_exponent": 200.0}, "max_exponent"),

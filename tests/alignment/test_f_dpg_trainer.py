@@ -151,6 +151,29 @@ def test_left_padding_on_learned_positions(tiny_gpt2_dir, tmp_path):
     assert made.state.log_history[0]["kl_to_base"] == pytest.approx(0.0, abs=1e-4)
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_models_own_generation_settings_have_no_say(tiny_model_dir, tmp_path, lora):
+    """A model whose generation config forbids tokens: samples would come from another distribution than log q says."""
+    model = load(tiny_model_dir)
+    kept = model.generation_config
+    kept.suppress_tokens, kept.min_new_tokens, kept.no_repeat_ngram_size = list(range(0, 384, 2)), 5, 1
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    drawn = []
+
+    def watching(completion_ids, **_):
+        drawn.extend(token for ids in completion_ids for token in ids)
+        return [0.5] * len(completion_ids)
+
+    made = trainer(
+        model, tmp_path, {"name": "reward", "scorers": [watching], "beta": 1.0}, max_steps=1,
+        processing_class=tokenizer, peft_config=LoraConfig(**LORA) if lora else None,
+        per_device_train_batch_size=64, num_generations=64,
+    )  # fmt: skip
+    made.train()
+    assert 0.3 < sum(token % 2 == 0 for token in drawn) / len(drawn) < 0.7
+    assert model.generation_config is kept
+
+
 # ---------------------------------------------------------------- references
 def test_base_is_the_policy_as_handed_over(tiny_model_dir, tmp_path):
     """A model in memory whose weights are no longer those of its path."""
