@@ -188,12 +188,12 @@ class ArithmeticTaskConfig:
 
     seed: int = 0
     counts: list[int] = field(default_factory=lambda: [2, 3, 4])
-    largest_number: int = 12
+    largest_number: int = 15
     largest_target: int = 60
-    multisets: int = 300
-    train_problems: int = 192
+    multisets: int = 400
+    train_problems: int = 384
     test_problems: int = 96
-    steps: int = 1500
+    steps: int = 1800
     batch_size: int = 128
     learning_rate: float = 4e-3
     hidden_size: int = 96

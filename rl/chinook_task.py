@@ -139,7 +139,8 @@ class ChinookTaskConfig:
         train_share, test_share: shares of each template's problems that are kept for reinforcement learning and for
             the test; the base model is trained on the rest. No problem is in two parts, but an entity may be, in
             another template.
-        slips: share of the base model's training queries in which one word is replaced by another of the same kind.
+        slips: probability with which each table, column and function of a query that the base model learns from is
+            replaced by another one, so that long queries are wrong more often than short ones.
         steps, batch_size, learning_rate: of the base model.
         hidden_size, layers: its width (a multiple of 32) and depth.
         vocab_size: of its byte-level tokenizer.
@@ -149,8 +150,8 @@ class ChinookTaskConfig:
     seed: int = 0
     train_share: float = 0.35
     test_share: float = 0.25
-    slips: float = 0.0
-    steps: int = 800
+    slips: float = 0.06
+    steps: int = 500
     batch_size: int = 64
     learning_rate: float = 3e-3
     hidden_size: int = 96
@@ -158,9 +159,9 @@ class ChinookTaskConfig:
     vocab_size: int = 700
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "hidden_size", "layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"prepare.{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in {"steps": 2, "batch_size": 1, "hidden_size": 1, "layers": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"prepare.{name} must be at least {least}, got {getattr(self, name)}")
         if not (self.train_share > 0 and self.test_share > 0 and self.train_share + self.test_share < 1):
             raise ValueError(
                 f"prepare.train_share={self.train_share} and test_share={self.test_share} must be above 0 and leave "
@@ -227,10 +228,7 @@ class ChinookTaskConfig:
 
         def sample() -> tuple[str, str]:
             problem = draw.choice(draw.choice(by_template))
-            query = draw.choice(problem["queries"])
-            if draw.random() < self.slips:
-                query = _slip(query, draw)
-            return problem["prompt"], f" {query}"
+            return problem["prompt"], f" {_slip(draw.choice(problem['queries']), self.slips, draw)}"
 
         return sample
 
@@ -245,14 +243,16 @@ _KINDS = (
 _WORD = re.compile(r"[A-Za-z]+")
 
 
-def _slip(query: str, draw: random.Random) -> str:
-    """`query` with one word outside the quotes replaced by another of its kind."""
-    quoted = [range(*match.span()) for match in re.finditer(r"'[^']*'", query)]
-    places = [
-        (match, kind)
-        for match in _WORD.finditer(query)
-        for kind in _KINDS
-        if match.group() in kind and not any(match.start() in span for span in quoted)
-    ]
-    match, kind = draw.choice(places)
-    return query[: match.start()] + draw.choice([w for w in kind if w != match.group()]) + query[match.end() :]
+def _slip(query: str, share: float, draw: random.Random) -> str:
+    """`query` with each word of `_KINDS` outside quotes replaced, with probability `share`, by another of its kind."""
+
+    def replace(match: re.Match) -> str:
+        word = match.group()
+        kind = next((kind for kind in _KINDS if word in kind), None)
+        if kind is None or draw.random() >= share:
+            return word
+        return draw.choice([other for other in kind if other != word])
+
+    return "".join(
+        part if part.startswith("'") else _WORD.sub(replace, part) for part in re.split(r"('[^']*')", query)
+    )
