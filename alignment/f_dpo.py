@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
 from fdiv.alignment.losses import check_f_dpo_divergence, f_dpo_loss, f_dpo_rewards
+from fdiv.context_length import check_fits, context_length
 from fdiv.divergences import Divergence, get_divergence
 from fdiv.errors import DataError
 from fdiv.eval.calibration import length_normalised_calibration, margin_calibration
@@ -183,6 +184,7 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
             raise DataError(
                 f"no training row is left: every prompt fills max_length={args.max_length} alone. Raise max_length"
             )
+        _check_lengths(self.train_dataset, self.model, args.max_length)
 
     def objective_settings(self) -> dict[str, Any]:
         """The divergence (as the loss uses it), β and the overflow cap."""
@@ -350,3 +352,14 @@ def _reference_of_instance(model: nn.Module, args: FDPOConfig) -> nn.Module | No
             "reference can be made from it: save it and pass its path, or pass ref_model"
         )
     return None
+
+
+def _check_lengths(dataset: Any, model: Any, max_length: int | None) -> None:
+    """Refuse rows that are longer than the model's context after truncation; streamed rows are checked when scored."""
+    limit = context_length(model)
+    if limit is None or (max_length is not None and max_length <= limit) or not hasattr(dataset, "__len__"):
+        return
+    for number, row in enumerate(dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])):
+        tokens = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        tokens = tokens if max_length is None else min(tokens, max_length)
+        check_fits(tokens, model, f"row {number} of the training data", f"set max_length to at most {limit}")

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from fdiv.context_length import check_fits, context_length
 
 if TYPE_CHECKING:
     from torch import nn
@@ -178,6 +181,7 @@ def token_scores(
     Raises:
         ValueError: an unknown output, masks of another shape than `input_ids`, a temperature ≤ 0, or one that differs
             from the fused head's while the fused path is asked for.
+        DataError: (a ValueError) a text longer than the model's context.
     """
     wanted = _check_outputs(outputs)
     for name, mask in (("attention_mask", attention_mask), ("completion_mask", completion_mask)):
@@ -187,6 +191,9 @@ def token_scores(
             )
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be above 0")
+    if input_ids.size(1) > (context_length(model) or math.inf):  # padding does not count
+        longest = int(attention_mask.sum(-1).max())
+        check_fits(longest, model, "a text of this batch", "set max_length, or leave the longest rows out")
     head = fused_head(model) if fused else None
     if head is not None and temperature not in (None, head.temperature):
         raise ValueError(

@@ -21,6 +21,8 @@ from fdiv.terminal import info
 __all__ = ["ResumableMixin"]
 
 _SAMPLED_ROWS = 64
+# torch.save reports a full disk as a RuntimeError of its file writer, in one of these forms
+_WRITER_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 class ResumableMixin:
@@ -100,8 +102,7 @@ class ResumableMixin:
         try:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:
-            # torch.save reports a full disk as a RuntimeError of its file writer
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in _WRITER_ERRORS):
                 raise
             shutil.rmtree(output_dir / STAGING, ignore_errors=True)
             reason = " ".join(str(error).split())

@@ -40,6 +40,7 @@ __all__ = [
     "RolloutMixin",
     "RolloutRecorder",
     "record_log_probs",
+    "without_generation_defaults",
 ]
 
 
@@ -174,7 +175,7 @@ class RolloutMixin:
             completion_ids, log_probs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         else:
             model = self.accelerator.unwrap_model(self.model_wrapped)
-            with _without_generation_defaults(model), record_log_probs(model, self.temperature) as recorded:
+            with without_generation_defaults(model), record_log_probs(model, self.temperature) as recorded:
                 completion_ids, _ = super()._generate_single_turn(prompt_ids, *args, **kwargs)
             log_probs = recorded.of(completion_ids)
         _check_completions(completion_ids, log_probs, len(prompt_ids), "the generation back end")
@@ -259,8 +260,8 @@ def record_log_probs(model: nn.Module, temperature: float) -> Iterator[_Recorded
 
 
 @contextmanager
-def _without_generation_defaults(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model has a generation config that says nothing."""
+def without_generation_defaults(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model has a generation config that says nothing, so `generate` needs its end tokens given."""
     from transformers import GenerationConfig
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -80,8 +80,18 @@ class RunDirectory:
         """Make the directory, and remove what an earlier run of fdiv wrote (nothing that it did not).
 
         The files that mark it as a run of fdiv stay until they are written again.
+
+        Raises:
+            FdivError: it cannot be made, or not written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write(".writable", "")
+            (self.path / ".writable").unlink()
+        except OSError as error:
+            raise FdivError(
+                f"output_dir {self.path} cannot be written ({error.strerror}); choose another --output_dir"
+            ) from error
         if resume:
             return
         for name in _OUTPUTS:

@@ -1,0 +1,230 @@
+"""Faults end with one clear line and a non-zero exit, and never cost a finished checkpoint."""
+
+import errno
+import json
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fdiv.checkpoints import STAGING, checkpoint_fault, checkpoint_folders, newest_checkpoint
+from fdiv.cli import main
+from fdiv.errors import CheckpointError, DataError, NonFiniteLossError
+from fdiv.rollouts import RolloutError
+from tests.cli.conftest import pairs, write_recipe  # noqa: F401 (fixtures)
+from tests.scale.trainers import TRAINERS, build, flat_weights
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# ---------------------------------------------------------------- disk
+def test_a_disk_that_fills_up_while_saving(tiny_model_dir, tmp_path, monkeypatch):
+    """The second checkpoint meets a file size limit, which fails in the same calls as a full disk."""
+    trainer = build("f_dpo", tiny_model_dir, tmp_path, **SAVING)
+    save = trainer._save_optimizer_and_scheduler
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limited(folder):
+        if trainer.state.global_step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        save(folder)
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", limited)
+    try:
+        with pytest.raises(CheckpointError) as error:
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert re.search(r"checkpoint of step 4 could not be written to .*resume_from_checkpoint", one_line(error))
+    assert newest_checkpoint(tmp_path)[0].name == "checkpoint-2"
+    assert not (tmp_path / STAGING).exists()
+
+
+def test_no_space_left_is_named(tiny_model_dir, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("fdiv.resumable.publish", full)
+    with pytest.raises(CheckpointError, match=r"step 2 could not be written .*No space left on device"):
+        build("flat", tiny_model_dir, tmp_path, **SAVING).train()
+    assert checkpoint_folders(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_an_output_folder_that_cannot_be_written(write_recipe, monkeypatch, capsys, code):  # noqa: F811
+    """Simulated, since root may write anywhere."""
+
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    path = str(write_recipe())
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    assert main(["run", path]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fdiv:")]
+    assert "cannot be written" in line and os.strerror(code) in line and "--output_dir" in line
+
+
+# ---------------------------------------------------------------- numbers
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_gradient_that_is_not_finite_stops_before_the_step(name, tiny_model_dir, tmp_path):
+    """The loss is finite; a hook makes one gradient infinite in the third step."""
+    trainer = build(name, tiny_model_dir, tmp_path)
+    seen = []
+
+    def poison(gradient):
+        seen.append(flat_weights(trainer))
+        return gradient * math.inf if trainer.state.global_step == 2 else gradient
+
+    next(trainer.model.parameters()).register_hook(poison)
+    with pytest.raises(NonFiniteLossError) as error:
+        trainer.train()
+    assert re.match(r"step 3: the gradient norm is (inf|nan) with a finite loss", one_line(error))
+    assert torch.equal(flat_weights(trainer), seen[-1])  # the third step was not made
+    assert not torch.equal(seen[0], seen[-1])
+
+
+# ---------------------------------------------------------------- data
+def test_a_row_far_too_long(tiny_model_dir, tmp_path):
+    from datasets import Dataset
+
+    from tests.alignment.f_dpo_runs import make_trainer, preference_rows
+
+    rows = preference_rows(6)
+    rows[4]["prompt"] = "very " * 5000
+    with pytest.raises(DataError) as error:
+        make_trainer(tiny_model_dir, Dataset.from_list(rows), tmp_path, max_length=None)
+    assert re.match(
+        r"row 4 of the training data has \d{4,} tokens, more than the model's context of 512: set", one_line(error)
+    )
+    make_trainer(tiny_model_dir, Dataset.from_list(rows), tmp_path, max_length=128)  # truncated, as asked for
+
+
+@pytest.mark.parametrize("name", ["f_dpg", "dph"])
+def test_a_prompt_that_leaves_no_room(name, tiny_model_dir, tmp_path):
+    trainer = build(name, tiny_model_dir, tmp_path, prompts=["The", "very " * 1000])
+    with pytest.raises((DataError, RolloutError)) as error:
+        trainer.train()
+    assert re.search(r"the prompt 'very very .* more than the model's context of 512", one_line(error))
+
+
+# ---------------------------------------------------------------- signals and ranks
+def start(*words, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )  # fmt: skip
+
+
+def wait_for_step(process, metrics, step, seconds=240):
+    """Until `metrics.jsonl` has a line of that step."""
+    stop = time.monotonic() + seconds
+    while time.monotonic() < stop and process.poll() is None:
+        if metrics.is_file() and any(
+            json.loads(line).get("step", 0) >= step for line in metrics.read_text().splitlines()
+        ):
+            return
+        time.sleep(0.2)
+    process.kill()
+    raise AssertionError(f"no step {step}: {process.communicate()[1][-2000:]}")
+
+
+@pytest.mark.slow
+def test_sigterm_saves_stops_and_can_be_resumed(write_recipe, tmp_path):  # noqa: F811
+    path = write_recipe(max_steps=40, save_strategy="no", use_cpu=True)
+    output = tmp_path / "out"
+    process = start("fdiv", "run", path)
+    wait_for_step(process, output / "metrics.jsonl", 3)
+    process.terminate()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 143, stderr
+    folder, _ = newest_checkpoint(output)
+    step = int(folder.name.split("-")[1])
+    assert 3 <= step < 40
+    lines = [line for line in stderr.splitlines() if line.startswith("fdiv:")]
+    assert len(lines) == 1 and f"stopped after step {step}" in lines[0]
+    assert main(["run", str(path), "--output_dir", str(tmp_path / "whole")]) == 0
+    assert main(["run", str(path), "--resume_from_checkpoint", "true"]) == 0
+    whole, resumed = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("whole", "out"))
+    assert resumed["steps"] == 40
+    assert resumed["train/loss"] == whole["train/loss"]
+
+
+@pytest.mark.slow
+def test_a_dead_rank_ends_the_run_and_keeps_its_checkpoint(write_recipe, tmp_path):  # noqa: F811
+    path = write_recipe(
+        max_steps=400, save_strategy="steps", save_steps=2, per_device_train_batch_size=1, use_cpu=True
+    )
+    output = tmp_path / "out"
+    launcher = start("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fdiv", "run", path)
+    wait_for_step(launcher, output / "metrics.jsonl", 5)
+    ranks = subprocess.run(
+        ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    launcher.communicate(timeout=120)
+    assert launcher.returncode != 0
+    folder, _ = newest_checkpoint(output)
+    assert int(folder.name.split("-")[1]) >= 4
+    assert checkpoint_fault(folder) is None
+
+
+# ---------------------------------------------------------------- resuming another run
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"divergence": "reverse_kl"}, "divergence is 'reverse_kl' and was 'jensen_shannon'"),
+        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size is 2 and was 4"),
+    ],
+)
+def test_another_run_is_not_resumed_unless_forced(changed, reason, tiny_model_dir, tmp_path):
+    build("f_dpo", tiny_model_dir, tmp_path, **SAVING).train()
+    other = build("f_dpo", tiny_model_dir, tmp_path, **{**SAVING, "max_steps": 6, **changed})
+    with pytest.raises(CheckpointError) as error:
+        other.train(resume_from_checkpoint=True)
+    assert reason in one_line(error) and "force_resume" in one_line(error)
+    other.force_resume = True
+    other.train(resume_from_checkpoint=True)
+    assert other.state.global_step == 6
+
+
+def test_other_data_and_strange_checkpoints_are_refused(tiny_model_dir, tmp_path):
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    from tests.alignment.f_dpo_runs import make_trainer, preference_rows
+
+    rows = preference_rows(12)
+    build("f_dpo", tiny_model_dir, tmp_path / "ours", **SAVING).train()
+    rows[5]["chosen"] = " Another answer."
+    other = make_trainer(
+        tiny_model_dir, Dataset.from_list(rows), tmp_path / "ours", divergence="jensen_shannon", **SAVING
+    )
+    with pytest.raises(CheckpointError, match="train dataset is '12 rows"):
+        other.train(resume_from_checkpoint=True)
+    # A checkpoint of TRL's own holds pickles that we did not write.
+    make_trainer(
+        str(tiny_model_dir), Dataset.from_list(rows), tmp_path / "trl", trainer=DPOTrainer, config=DPOConfig,
+        model=str(tiny_model_dir), **SAVING,
+    ).train()  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"cannot resume from .*checkpoint-2: it has no fdiv_checkpoint.json"):
+        build("f_dpo", tiny_model_dir, tmp_path / "ours", **SAVING).train(
+            resume_from_checkpoint=str(tmp_path / "trl" / "checkpoint-2")
+        )
+    with pytest.raises(CheckpointError, match="no such folder"):
+        build("f_dpo", tiny_model_dir, tmp_path / "ours", **SAVING).train(resume_from_checkpoint="nowhere")
