@@ -64,7 +64,6 @@ class Scorer:
     name: str
     reward: Reward
     answer: Callable[[str], str | None] | None
-    prompt_joined: bool = False
 
     def close(self) -> None:
         """End worker processes, where the reward has some."""
@@ -105,7 +104,7 @@ def make_scorer(name: str, *, databases: str | None = None, allow_code_execution
         reward = made(database=databases, gold="answer", database_column="database", failure_limit=None)
         return Scorer(name, reward, None)
     if name == "code":
-        return Scorer(name, made(failure_limit=None), None, prompt_joined=True)
+        return Scorer(name, made(allow_execution=True, failure_limit=None), None)
     return Scorer(name, made, _stripped if name == "exact" else None)
 
 
@@ -149,10 +148,9 @@ def score_completions(
     def compute(batch: list[_Unit]) -> list[dict[str, Any]]:
         names = {name for unit in batch for name in unit.task.columns}
         columns = {name: [unit.task.columns.get(name) for unit in batch] for name in sorted(names)}
-        completions = [_program(unit) if scorer.prompt_joined else unit.completion for unit in batch]
         scores = scorer.reward(
             prompts=[unit.task.prompt for unit in batch],
-            completions=completions,
+            completions=[unit.completion for unit in batch],
             answer=[unit.task.answer for unit in batch],
             **columns,
         )
@@ -163,11 +161,6 @@ def score_completions(
     units = [_Unit(key, task, text) for key, (task, text) in samples.items()]
     cache = ItemCache(None, "scores", "") if cache is None else cache
     return run_batches(units, compute, batch_size=batch_size, cache=cache, title="scoring", progress=progress)
-
-
-def _program(unit: _Unit) -> str:
-    """The whole program: what the model continued stands before it, unless it wrote a block of its own."""
-    return unit.completion if "```" in unit.completion else f"{unit.task.columns['program']}{unit.completion}"
 
 
 def _verdict(scorer: Scorer, unit: _Unit, score: Any) -> dict[str, Any]:

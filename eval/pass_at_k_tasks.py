@@ -88,7 +88,7 @@ def _olympiad(row: Mapping[str, Any], number: int) -> EvalTask:
 
 def _humaneval(row: Mapping[str, Any], number: int) -> EvalTask:
     columns = {name: row[name] for name in ("test", "entry_point")}
-    return EvalTask(row["task_id"], row["prompt"], row["canonical_solution"], columns | {"program": row["prompt"]})
+    return EvalTask(row["task_id"], row["prompt"], row["canonical_solution"], columns)
 
 
 def _defog(row: Mapping[str, Any], number: int, schemas: Mapping[str, str]) -> EvalTask:
