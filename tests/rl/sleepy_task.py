@@ -9,6 +9,8 @@ import time
 def prepare(settings):
     if settings.get("broken"):
         raise ImportError("no module of that name")
+    if settings.get("stillborn"):
+        os.register_at_fork(after_in_child=lambda: os._exit(1))
 
 
 def answer(item):
