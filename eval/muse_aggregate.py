@@ -53,10 +53,33 @@ def aggregate_muse(log: EvalLog, preset: Preset, retain: EvalLog | None = None, 
     result.attacks()
     result.fluency("forget_ngram_entropy", "forget_verbmem_ROUGE")
     result.classifier("forget_gibberish")
-    result.privleak(aggregate_muse(retain, preset, corpus=corpus) if retain is not None else None, corpus)
+    reference = aggregate_muse(retain, preset, corpus=corpus) if retain is not None else None
+    result.privleak(reference, corpus)
+    _put_memory_gap(result, reference)
     for name in ("sustainability", "scalability"):
         result.put(name, None, f"needs the models of every fold (--{name} MODEL …)")
     for name in REQUIRED_KEYS:
         if name not in result.values:
             result.put(name, None, "a TOFU metric; MUSE has no perturbed answers")
     return result
+
+
+def _put_memory_gap(result: Aggregates, reference: Aggregates | None) -> None:
+    """`memory_gap`: how far VerbMem or KnowMem of the forget set, whichever is further, lies above the retrained
+    model's, in [0, 1].
+
+    Not a metric of MUSE: MUSE stops unlearning at the first epoch at which KnowMem is no longer above the retrained
+    model's, and 0 says that of both. Epochs are selected by it (`fdiv.unlearning.selection`).
+    """
+    if reference is None:
+        result.put("memory_gap", None, "needs the retrained model's log (--retain_logs)")
+        return
+    gaps = []
+    for name in ("forget_verbmem_ROUGE", "forget_knowmem_ROUGE"):
+        own, other = result.values[name], reference.values[name]
+        if own is None or other is None:
+            whose = result.notes[name] if own is None else f"the retain log: {reference.notes[name]}"
+            result.put("memory_gap", None, f"needs {name}: {whose}")
+            return
+        gaps.append((own - other) / result.preset.rouge_scale)
+    result.put("memory_gap", max(0.0, *gaps))

@@ -74,6 +74,15 @@ METHODS: dict[str, Method] = {
         optional_columns=("log_z",),
         check_divergence="fdiv.alignment.f_dpg_objective:check_f_dpg_divergence",
     ),
+    "dph": Method(
+        config="fdiv.rl.dph:DPHConfig",
+        trainer="fdiv.rl.dph:DPHTrainer",
+        family="rl",
+        title="verifiable rewards with rehearsal of reference samples, every f-divergence",
+        paper="arXiv:2509.07430",
+        columns=("prompt",),
+        check_divergence="fdiv.rl.losses:check_rehearsal_divergence",
+    ),
     "flat": Method(
         config="fdiv.unlearning.flat:FLATConfig",
         trainer="fdiv.unlearning.flat:FLATTrainer",
@@ -187,6 +196,8 @@ METHODS: dict[str, Method] = {
 """`method:` of a recipe."""
 
 PREPARE: dict[str, str] = {
+    "arithmetic": "fdiv.rl.arithmetic_task:ArithmeticTaskConfig",
+    "chinook": "fdiv.rl.chinook_task:ChinookTaskConfig",
     "tiny_texts": "fdiv.alignment.tiny_texts:TinyTextsConfig",
     "empty_prompts": "fdiv.alignment.tiny_texts:EmptyPromptsConfig",
     "tiny_preferences": "fdiv.alignment.tiny_world:TinyPreferencesConfig",
@@ -195,6 +206,7 @@ PREPARE: dict[str, str] = {
     "hh_negatives": "fdiv.alignment.hh_negatives:HHNegativesConfig",
     "safe_rlhf_negatives": "fdiv.alignment.safe_rlhf_negatives:SafeRLHFNegativesConfig",
     "tiny_authors": "fdiv.unlearning.tiny_authors:TinyAuthorsConfig",
+    "novels_unlearning": "fdiv.unlearning.novels_unlearning:NovelsUnlearningConfig",
     "tofu_unlearning": "fdiv.unlearning.tofu_unlearning:TofuUnlearningConfig",
 }
 """`prepare: {name: …}`: a dataclass with `build(output_dir) -> dict` of the recipe keys it settles."""

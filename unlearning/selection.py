@@ -13,7 +13,11 @@ from typing import Any
 
 from fdiv.methods import EVALUATIONS, load
 
-__all__ = ["build_evaluation", "evaluate_epoch", "selection_score"]
+__all__ = ["MUSE_TERMS", "TOFU_TERMS", "build_evaluation", "evaluate_epoch", "selection_score"]
+
+TOFU_TERMS = ("forget_quality", "model_utility")
+MUSE_TERMS = ("memory_gap", "retain_knowmem_ROUGE")
+"""What the evaluations give for the choice of an epoch: how well the forget set is forgotten, and what is left."""
 
 
 def build_evaluation(spec: Mapping[str, Any]) -> Any:
@@ -37,9 +41,13 @@ def selection_score(
 ) -> float:
     """The number whose largest value marks the best epoch.
 
-    Forget quality (a p-value, in [0, 1]) where model utility is at least `utility_floor` times what it was before
-    training; elsewhere utility's ratio to that floor minus 1, which is negative, so that no epoch below the floor
-    beats one above it, and among those below the most useful wins. Between equals, the earlier epoch.
+    Forget quality (in [0, 1]) where model utility is at least `utility_floor` times what it was before training;
+    elsewhere utility's ratio to that floor minus 1, which is negative, so that no epoch below the floor beats one
+    above it, and among those below the most useful wins. Between equals, the earlier epoch.
+
+    On TOFU the two are its forget quality (a p-value) and model utility. On MUSE they are 1 − `memory_gap` and
+    KnowMem of the retain set: 1 where neither VerbMem nor KnowMem of the forget set is above the retrained model's, so
+    that the first such epoch wins, at which MUSE's own runs stop.
     """
     floor = utility_floor * utility_at_start
     return forget_quality if model_utility >= floor else model_utility / floor - 1.0
@@ -48,7 +56,7 @@ def selection_score(
 def evaluate_epoch(trainer: Any, evaluation: Any) -> dict[str, float]:
     """Run `evaluation` on the trainer's model → metrics with the prefix `eval_`, `eval_selection` among them.
 
-    Metrics that are not defined are left out; so is `eval_selection` where forget quality or model utility is.
+    Metrics that are not defined are left out; so is `eval_selection` where one of the two it needs is.
 
     Raises:
         ValueError: `metric_for_best_model: selection` needs a metric that the evaluation does not give.
@@ -64,12 +72,14 @@ def evaluate_epoch(trainer: Any, evaluation: Any) -> dict[str, float]:
     values = evaluation.evaluate(model, trainer.processing_class, {}, context)
     model.train(training)
     metrics = {f"eval_{name}": float(value) for name, value in values.items() if isinstance(value, (int, float))}
-    needed = ("eval_forget_quality", "eval_model_utility")
-    if all(name in metrics for name in needed):
-        start = _at_start(trainer, "eval_model_utility", metrics["eval_model_utility"])
-        metrics["eval_selection"] = selection_score(*(metrics[name] for name in needed), start, args.utility_floor)
+    needed = MUSE_TERMS if "memory_gap" in values else TOFU_TERMS
+    if all(f"eval_{name}" in metrics for name in needed):
+        forgotten, useful = (metrics[f"eval_{name}"] for name in needed)
+        forgotten = 1.0 - forgotten if needed == MUSE_TERMS else forgotten
+        start = _at_start(trainer, f"eval_{needed[1]}", useful)
+        metrics["eval_selection"] = selection_score(forgotten, useful, start, args.utility_floor)
     elif args.metric_for_best_model in ("selection", "eval_selection"):
-        missing = [name.removeprefix("eval_") for name in needed if name not in metrics]
+        missing = [name for name in needed if f"eval_{name}" not in metrics]
         raise ValueError(
             f"metric_for_best_model=selection needs {' and '.join(missing)}, which epoch_evaluation does not give: "
             "set its retain_logs (made with the same max_items) and leave generate on"

@@ -131,30 +131,20 @@ class TinyAuthorsConfig:
 
     def _train(self, folder: Path, texts: list[str], rows: list[Row]) -> None:
         """A tiny Llama trained on `rows` until it knows them by heart, in `folder`."""
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        from fdiv.logprobs import token_scores
         from fdiv.tiny_models import build_tiny_model
-        from fdiv.unlearning.data import Answer, UnlearningCollator, encode_answer
+        from fdiv.unlearning.by_heart import learn_by_heart
+        from fdiv.unlearning.data import Answer, encode_answer
 
         build_tiny_model(folder, vocab_texts=texts, vocab_size=640, hidden_size=96, layers=2, seed=self.seed)
-        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.chat_template = CHAT_TEMPLATE
         tokenizer.save_pretrained(folder)
         encoded = [encode_answer(Answer(*_messages(row), row), tokenizer, 128) for row in rows]
-        collator, draw = UnlearningCollator(tokenizer.pad_token_id), random.Random(self.seed)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=self.train_steps, pct_start=0.1)
-        for _ in range(self.train_steps):
-            batch = collator([{"index": 0, "forget": row} for row in draw.sample(encoded, min(32, len(encoded)))])
-            scores = token_scores(model, batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
-            loss = -scores.log_probs.sum() / scores.mask.sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        model.save_pretrained(folder)
+        draw = random.Random(self.seed)
+        batches = [draw.sample(encoded, min(32, len(encoded))) for _ in range(self.train_steps)]
+        learn_by_heart(folder, batches, learning_rate=4e-3)
 
 
 def _author_rows(name: str, draw: random.Random) -> list[Row]:

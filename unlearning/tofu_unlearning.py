@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fdiv.eval.tofu import TofuEvalConfig
+    from fdiv.eval.model_evaluation import ModelEvaluation
+    from fdiv.eval.settings import EvaluationSettings
 
 __all__ = ["TofuUnlearningConfig", "write_retain_log"]
 
 
-def write_retain_log(model_path: str, config: TofuEvalConfig, folder: Path) -> Path:
-    """Evaluate the model at `model_path` and write `TOFU_EVAL.json` into `folder`; returns its path.
+def write_retain_log(
+    model_path: str, config: EvaluationSettings, folder: Path, evaluation: type[ModelEvaluation] | None = None
+) -> Path:
+    """Evaluate the model at `model_path` and write the benchmark's log into `folder`; returns its path.
 
+    `evaluation` is `TofuEvaluation` (None) or `MuseEvaluation`; the log is `TOFU_EVAL.json` or `MUSE_EVAL.json`.
     On the accelerator in bfloat16 where there is one, else in float32.
     """
     import torch
@@ -27,12 +31,12 @@ def write_retain_log(model_path: str, config: TofuEvalConfig, folder: Path) -> P
     from fdiv.eval.eval_log import write_eval_log
     from fdiv.eval.tofu import TofuEvaluation
 
-    evaluation = TofuEvaluation(config, AutoTokenizer.from_pretrained(model_path))
+    run = (evaluation or TofuEvaluation)(config, AutoTokenizer.from_pretrained(model_path))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).to(device).eval()
-    result = evaluation.aggregate(evaluation.run(model))
-    path = folder / "TOFU_EVAL.json"
+    result = run.aggregate(run.run(model))
+    path = folder / f"{run.benchmark.upper()}_EVAL.json"
     write_eval_log(path, result.log)
     return path
 

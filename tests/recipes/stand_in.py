@@ -22,6 +22,10 @@ _CHEAP_PREPARE: dict[str, dict[str, Any]] = {
     "tiny_preferences": {"train_pairs_per_prompt": 2, "test_pairs_per_prompt": 1, "sft_steps": 20},
     "hh_negatives": {"hidden_size": 32, "layers": 1, "vocab_size": 300, "epochs": 1, "test_fraction": 0.3},
     "tiny_texts": {"steps": 20},
+    "novels_unlearning": {
+        **{"forget_passages": 2, "retain_passages": 4, "passage_words": 40, "prompt_words": 5, "epochs": 1},
+        **{"vocab_size": 300, "hidden_size": 32, "layers": 2, "bf16": False},
+    },
     "tiny_authors": {"authors": 4, "forget_authors": 1, "train_steps": 2},
 }
 _CHEAP_EVALUATION = {
@@ -184,6 +188,8 @@ def _prepare(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             for i in range(ROWS)
         ]
         settings["prepare.data"] = _write_rows(folder / "safe_rlhf.jsonl", rows)
+    if block["name"] == "novels_unlearning":
+        settings["prepare.data"] = _write_novels(folder / "novels", block["forget_novels"] + block["retain_novels"])
     if block["name"] == "tofu_unlearning":
         source = folder / "tofu"
         source.mkdir(parents=True, exist_ok=True)
@@ -192,6 +198,15 @@ def _prepare(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             (source / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         settings |= {"prepare.data": str(source), "prepare.retain_model": None}
     return settings
+
+
+def _write_novels(folder: Path, titles: list[str]) -> str:
+    """Novels of one sentence after another, each with the name of somebody in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, title in enumerate(titles):
+        lines = [f"On day {day} the fox of wood {number} met Bruno near the mill and ran away." for day in range(60)]
+        (folder / f"{title}.txt").write_text("\n".join(lines), encoding="utf-8")
+    return str(folder)
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -162,3 +162,20 @@ def _rows(path):
     from fdiv.unlearning.data import load_rows
 
     return load_rows(path)
+
+
+def test_muse_epochs_are_selected_by_the_memory_gap(scripted, tiny_model_dir, tmp_path, monkeypatch):
+    """Gaps .8, .3 (KnowMem of the retain set lost), .1, 0 and 0: the first epoch without a gap is kept."""
+    script = [(0.8, 0.9), (0.3, 0.45), (0.1, 0.85), (0.0, 0.82), (0.0, 0.9)]
+
+    def evaluate(self, model, tokenizer, datasets, context):
+        gap, kept = self.script[len(self.calls)]
+        self.calls.append((gap, kept))
+        return {"memory_gap": gap, "retain_knowmem_ROUGE": kept, "forget_quality": None}
+
+    monkeypatch.setattr(ScriptedEvaluation, "evaluate", evaluate)
+    options = SELECTING | {"epoch_evaluation": scripted | {"script": script}, "num_train_epochs": 4}
+    trainer = make_trainer("GradDiff", str(tiny_model_dir), tmp_path, **options)
+    trainer.train()
+    assert history(trainer, "eval_selection").tolist() == pytest.approx([0.2, 0.45 / 0.81 - 1, 0.9, 1.0, 1.0])
+    assert trainer.state.best_global_step == 9
