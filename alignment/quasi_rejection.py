@@ -85,6 +85,11 @@ def log_beta_for_rate(log_importance: Tensor, rate: float) -> float:
         raise ValueError(f"rate={rate}: an acceptance rate must lie strictly between 0 and 1")
     finite = log_importance.double()[~torch.isneginf(log_importance)]
     reachable = len(finite) / max(1, log_importance.numel())
+    if not len(finite):
+        raise ValueError(
+            f"every one of the {log_importance.numel()} proposal samples has P = 0, so no beta can be chosen: draw "
+            "more (batch_size), take a proposal closer to the target, or set log_beta"
+        )
     if rate >= reachable:
         raise ValueError(f"rate={rate}: only {reachable:.3g} of the proposal samples have P > 0; ask for less")
 
@@ -176,18 +181,21 @@ def _propose(
 ) -> tuple[list[str], Tensor, Tensor]:
     """Texts sampled from `model`, with log q and log a of each."""
     from fdiv.logprobs import sequence_log_prob, token_scores
+    from fdiv.rollouts import without_generation_defaults
 
     ids = tokenizer(prompt)["input_ids"] or [
         tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ]
     inputs = torch.tensor([ids] * batch_size, device=model.device)
     options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    output = model.generate(
-        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id, **options,
-    )  # fmt: skip
+    end_ids = _end_ids(model, tokenizer)
+    with without_generation_defaults(model):  # penalties and forbidden tokens of the model's own would not be in log q
+        output = model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=end_ids or None, **options,
+        )  # fmt: skip
     completion = output[:, inputs.size(1) :]
-    ended = torch.isin(completion, torch.tensor(_end_ids(model, tokenizer), device=output.device))
+    ended = torch.isin(completion, torch.tensor(end_ids, device=output.device))
     inside = (ended.cumsum(1) - ended.long()) == 0  # up to and including the first end token
     mask = torch.cat([torch.zeros_like(inputs), inside.long()], 1)
     attention = torch.cat([torch.ones_like(inputs), inside.long()], 1)

@@ -261,7 +261,7 @@ def record_log_probs(model: nn.Module, temperature: float) -> Iterator[_Recorded
 
 @contextmanager
 def without_generation_defaults(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model has a generation config that says nothing, so `generate` needs its end tokens given."""
+    """Inside the block the model has an empty generation config, so `generate` must be given its end tokens."""
     from transformers import GenerationConfig
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model

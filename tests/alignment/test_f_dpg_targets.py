@@ -357,6 +357,8 @@ def test_beta_for_a_rate():
         assert quasi_rejection_statistics(log_importance, log_beta).acceptance_rate == pytest.approx(rate, rel=1e-6)
     with pytest.raises(ValueError, match="of the proposal samples have P > 0"):
         log_beta_for_rate(log_importance, 0.99)
+    with pytest.raises(ValueError, match="every one of the 4 proposal samples has P = 0, so no beta"):
+        log_beta_for_rate(torch.full((4,), -math.inf), 0.1)
     with pytest.raises(ValueError, match="rate=1.5"):
         log_beta_for_rate(log_importance, 1.5)
     with pytest.raises(ValueError, match="every one of the 3 proposal samples has P = 0"):
@@ -384,6 +386,26 @@ def test_sampling_texts_from_a_target(tiny_model_dir):
         sample_target(model, tokenizer, "", target, 5)
     with pytest.raises(FdivError, match="of 5 texts accepted after 64 proposals"):
         sample_target(model, tokenizer, "", target, 5, log_beta=30.0, max_new_tokens=3, max_proposals=64)
+
+
+def test_proposals_ignore_the_models_own_generation_settings(tiny_model_dir):
+    """With every even token forbidden there, log q of the samples would be that of another distribution."""
+    from transformers import AutoTokenizer
+
+    model, tokenizer = load(tiny_model_dir).eval(), AutoTokenizer.from_pretrained(tiny_model_dir)
+    texts = []
+
+    def watching(prompts, completions):
+        texts.extend(completions)
+        return torch.ones(len(completions), 1)
+
+    target = build_target({"name": "pointwise", "scorers": [constant("a")]})
+    model.generation_config.suppress_tokens = list(range(len(tokenizer)))[::2]
+    torch.manual_seed(0)
+    sample_target(model, tokenizer, "The", target, 60, log_beta=0.0, max_new_tokens=3, score=watching)
+    ids = [token for text in texts for token in tokenizer(text)["input_ids"]]
+    assert sum(token % 2 == 0 for token in ids) > 0.2 * len(ids)
+    assert model.generation_config.suppress_tokens
 
 
 def test_scores_as_columns():
