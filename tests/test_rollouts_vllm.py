@@ -8,17 +8,22 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 
 import pytest
+import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 
-from tests.alignment.f_dpg_runs import SOFT, load, trainer
+from fdiv.rollouts import RolloutError
+from tests.alignment.f_dpg_runs import SOFT, flat, load, trainer
+from tests.rl import dph_runs
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def server(vllm_python, tiny_model_dir, tmp_path_factory):
+def server_process(vllm_python, tiny_model_dir, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -46,10 +51,16 @@ def server(vllm_python, tiny_model_dir, tmp_path_factory):
                 break
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(2)
-        yield url
+        yield url, running
     finally:
         running.terminate()
         running.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(server_process):
+    """URL of a running vLLM server; the last test of this file ends it."""
+    return server_process[0]
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -78,3 +89,59 @@ def test_adaptive_proposal_stays_in_the_server(server, tiny_model_dir, tmp_path)
     assert [path.name for path in (tmp_path / "vllm_weights").iterdir()] == ["version-0"]
     weights = [entry["importance_weight/max"] for entry in made.state.log_history[:-1]]
     assert weights[0] == pytest.approx(1.0, abs=1e-3) and weights[-1] > 1.001
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_dph_over_http(server, tiny_model_dir, tmp_path, lora):
+    """Roll out, update, roll out again: engine and trainer agree on every sampled token before and after each update.
+
+    The server still holds the weights of the test before; the first hand-over replaces them.
+    """
+    extra = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "learning_rate": 0.1} if lora else {}
+    model = str(tiny_model_dir) if lora else load(tiny_model_dir)
+    made = dph_runs.trainer(
+        model, tmp_path, rollout_server_url=server, max_steps=4, rehearsal=dph_runs.cache(tiny_model_dir),
+        rehearsal_batch_size=4, rehearsal_coefficient=0.5, divergence="forward_kl", **extra,
+    )  # fmt: skip
+    start = flat(made.model)
+    made.train()
+    history = made.state.log_history[:-1]
+    assert len(history) == 4 and (flat(made.model) - start).abs().max() > 1e-3
+    for entry in history:
+        assert entry["sampling/sampling_logp_difference/max"] < 1e-5
+    assert history[-1]["divergence/forward_kl"] > 1e-5, "the weights that were handed over had moved"
+    # With the first weights the engine would be off by as much as the policy has moved on its own samples.
+    engine, log_probs = made._buffered_inputs[0], made._buffered_inputs[0]["sampling_per_token_logps"]
+    with made.model.disable_adapter() if lora else restored(made.model, start):
+        first = made._score(made.model, engine)
+    assert ((first - log_probs).abs() * engine["completion_mask"]).max() > 1e-3
+    assert sorted(path.name for path in (tmp_path / "vllm_weights").iterdir()) == ["version-3"]
+
+
+@contextmanager
+def restored(model, weights):
+    """The model with `weights`, a vector of all its parameters, inside the block."""
+    moved = flat(model)
+    torch.nn.utils.vector_to_parameters(weights, model.parameters())
+    try:
+        yield
+    finally:
+        torch.nn.utils.vector_to_parameters(moved, model.parameters())
+
+
+def test_dph_and_a_server_that_dies(server_process, tiny_model_dir, tmp_path):
+    """Last in this file: it ends the server after the first step."""
+    url, running = server_process
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            running.kill()
+            running.wait(30)
+
+    made = dph_runs.trainer(
+        load(tiny_model_dir), tmp_path, rollout_server_url=url, max_steps=3, rehearsal=dph_runs.cache(tiny_model_dir),
+        rehearsal_batch_size=4, callbacks=[Kill()],
+    )  # fmt: skip
+    with pytest.raises(RolloutError, match=f"no vLLM server answers at {url}/"):
+        made.train()
+    assert made.state.global_step == 1
