@@ -63,6 +63,10 @@ def measured(work: Any) -> dict[str, float]:
 
 def run_ours(task: dict[str, Any]) -> None:
     """Evaluate with fdiv and write `ours.json` and `ours_cost.json`."""
+    import rouge_score.rouge_scorer  # noqa: F401 (the peer imports both with its package, we on first use)
+    import scipy.stats  # noqa: F401
+    from accelerate.utils import extract_model_from_parallel
+
     from fdiv.eval.eval_log import write_eval_log
     from fdiv.eval.model_loading import load_model, load_tokenizer
     from fdiv.eval.tofu import TofuEvalConfig, TofuEvaluation
@@ -70,6 +74,7 @@ def run_ours(task: dict[str, Any]) -> None:
     folder = Path(task["folder"])
     model, tokenizer = load_model(task["model"], dtype="float32"), load_tokenizer(task["model"])
     reference = load_model(task["retain_model"], dtype="float32")
+    extract_model_from_parallel(model)  # imports DeepSpeed where it is installed
 
     def work() -> None:
         config = TofuEvalConfig(

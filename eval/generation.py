@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,17 @@ from fdiv.eval.processes import process_state
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["BACKENDS", "GenerationRequest", "VLLMSource", "generate_texts", "generate_with_vllm"]
+    from fdiv.eval.prompting import EncodedText
+
+__all__ = [
+    "BACKENDS",
+    "GenerationRequest",
+    "VLLMSource",
+    "draft_from_scores",
+    "generate_texts",
+    "generate_with_vllm",
+    "generates_plain_argmax",
+]
 
 BACKENDS = ("transformers", "vllm")
 
@@ -27,6 +37,7 @@ class GenerationRequest:
     """One prompt and the bound on its continuation.
 
     `expected_tokens`, the length of the true answer say, only sorts: a batch generates until its longest row ends.
+    `draft` is a beginning of the greedy continuation that is known already, see `draft_from_scores`.
     """
 
     key: str
@@ -35,6 +46,7 @@ class GenerationRequest:
     expected_tokens: int = 0
     rows: int = 1
     group: str = ""
+    draft: tuple[int, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -44,7 +56,38 @@ class GenerationRequest:
     @property
     def length(self) -> int:
         """What batches are sorted by."""
-        return len(self.prompt_ids) + 2 * self.expected_tokens
+        return len(self.prompt_ids) + len(self.draft) + 2 * max(0, self.expected_tokens - len(self.draft))
+
+
+# What a model's generation config may say without changing which token is the greedy one.
+_HARMLESS = {
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("transformers_version", "_from_model_config", "max_length", "max_new_tokens", "use_cache", "repetition_penalty"),
+    *("num_beams", "output_attentions", "output_hidden_states", "return_dict_in_generate"),
+}
+
+
+def generates_plain_argmax(model: PreTrainedModel) -> bool:
+    """Whether the model's generation config leaves the greedy token alone (no suppressed tokens, no n-gram ban …)."""
+    from accelerate.utils import extract_model_from_parallel
+
+    return set(extract_model_from_parallel(model).generation_config.to_diff_dict()) <= _HARMLESS
+
+
+def draft_from_scores(request: GenerationRequest, text: EncodedText, is_top1: Sequence[int]) -> GenerationRequest:
+    """The request with what teacher forcing tells about its greedy continuation: the true answer up to its first
+    token that is not the argmax.
+
+    Args:
+        request: from the prompt of `text`. text: prompt and true answer as scored. is_top1: its argmax hits.
+    Returns:
+        The request with its `draft`; unchanged where the scored prompt has other tokens than the request's.
+    """
+    labels = text.input_ids[text.prompt_length :]
+    if text.input_ids[: text.prompt_length] != request.prompt_ids:
+        return request
+    known = next((i for i, hit in enumerate(is_top1) if not hit), len(labels))
+    return replace(request, draft=labels[: min(known, request.max_new_tokens)])
 
 
 @dataclass(frozen=True)
@@ -98,7 +141,8 @@ def generate_texts(
 ) -> dict[str, dict[str, Any]]:
     """Greedy continuation of every prompt with transformers; call it on all processes.
 
-    Prompts of a batch are padded on the left to the longest; batches hold prompts of like length.
+    Prompts of a batch are padded on the left to the longest; batches hold prompts of like length. A request whose
+    `draft` reaches an end token or the bound is not generated at all.
 
     Returns:
         By key: `generation` (text up to the end token, special tokens removed) and `tokens` (their number).
@@ -116,13 +160,14 @@ def generate_texts(
 
     @torch.no_grad()
     def compute(batch: list[GenerationRequest]) -> list[dict[str, Any]]:
-        width, bound = max(len(r.prompt_ids) for r in batch), max(1, max(r.max_new_tokens for r in batch))
+        contexts = [request.prompt_ids + request.draft for request in batch]
+        width = max(map(len, contexts))
+        bound = max(1, max(request.max_new_tokens - len(request.draft) for request in batch))
         ids = torch.full((len(batch), width), pad_id)
         mask = torch.zeros_like(ids)
-        for row, request in enumerate(batch):
-            start = width - len(request.prompt_ids)
-            ids[row, start:] = torch.tensor(request.prompt_ids)
-            mask[row, start:] = 1
+        for row, context in enumerate(contexts):
+            ids[row, width - len(context) :] = torch.tensor(context)
+            mask[row, width - len(context) :] = 1
         settings = GenerationConfig(
             do_sample=False,
             num_beams=1,
@@ -134,12 +179,18 @@ def generate_texts(
         )
         output = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=settings)
         new = output[:, width:].tolist()
-        return [_record(request, row, stop_ids, tokenizer) for request, row in zip(batch, new, strict=True)]
+        return [
+            _record(request, [*request.draft, *row], stop_ids, tokenizer)
+            for request, row in zip(batch, new, strict=True)
+        ]
 
     texts = [[r.key, list(r.prompt_ids), r.max_new_tokens] for r in requests]
     digest = fingerprint(model_digest, texts, "transformers", str(next(model.parameters()).dtype))
     cache = ItemCache(cache_dir, "generations", digest, process_state().process_index)
-    return run_batches(requests, compute, batch_size=batch_size, cache=cache, title=title, progress=progress)
+    known = [r for r in requests if r.draft and (len(r.draft) >= r.max_new_tokens or stop_ids & {*r.draft})]
+    records = {request.key: _record(request, request.draft, stop_ids, tokenizer) for request in known}
+    pending = [request for request in requests if request.key not in records]
+    return records | run_batches(pending, compute, batch_size=batch_size, cache=cache, title=title, progress=progress)
 
 
 def generate_with_vllm(

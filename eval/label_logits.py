@@ -121,7 +121,9 @@ class SharedPrompts:
         """Logits that predict every label of every text; every text has a label."""
         counts = [text.label_count for text in texts]
         owner = [self._row[text.input_ids[: text.prompt_length - 1]] for text in texts]
-        cache = copy.deepcopy(self._cache)
+        # Selecting makes new tensors, so the layers are copied without theirs.
+        cache = copy.copy(self._cache)
+        cache.layers = [copy.copy(layer) for layer in self._cache.layers]
         cache.batch_select_indices(torch.tensor(owner, device=self._device))
         # The prompt's last token is fed again with the answer, because its logits predict the first label.
         rows = [text.input_ids[text.prompt_length - 1 : -1] for text in texts]

@@ -14,7 +14,7 @@ import numpy as np
 from fdiv.errors import DataError
 from fdiv.eval.aggregation import Aggregates, check_retain_log
 from fdiv.eval.eval_log import EvalLog, read_eval_log
-from fdiv.eval.generation import GenerationRequest, generate_texts
+from fdiv.eval.generation import GenerationRequest, draft_from_scores, generate_texts, generates_plain_argmax
 from fdiv.eval.gradient_norms import gradient_norms
 from fdiv.eval.presets import get_preset
 from fdiv.eval.scoring import ScoringRequest, score_texts
@@ -37,6 +37,7 @@ class _Plan(Protocol):
     def attacked(self) -> list[ScoringRequest]: ...
     def likelihoods(self) -> list[ScoringRequest]: ...
     def empty_log(self) -> EvalLog: ...
+    def scored_answer(self, key: str) -> str | None: ...
 
 
 def selected_rows(count: int, max_rows: int | None, max_items: int | None) -> list[int]:
@@ -172,8 +173,10 @@ class ModelEvaluation(ABC):
             records = self._score(model, plan.likelihoods() if likelihood_only else plan.scoring, f"{title}: scoring")
             if not likelihood_only:
                 if self.config.generate:
-                    asked = plan.generation
-                    generations = generator(asked) if generator else self._generate(model, title, asked)
+                    if generator:
+                        generations = generator(plan.generation)
+                    else:
+                        generations = self._generate(model, title, self._drafted(model, records))
                 gradnorms = self._gradnorms(model, missing, title)
         if "holdout" in self.missing:
             attacks = ("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "gradnorm")
@@ -210,6 +213,19 @@ class ModelEvaluation(ABC):
         size, title = self.config.generation_batch_size, f"{title}: generating"
         cache = self._cache(model)
         return generate_texts(model, self.tokenizer, requests, batch_size=size, title=title, **cache)
+
+    def _drafted(self, model: PreTrainedModel, records: Records) -> list[GenerationRequest]:
+        """The plan's generations, with as much of each as scoring the true answer already told."""
+        if not generates_plain_argmax(model):
+            return self.plan.generation
+        scored = {request.key: request.text for request in self.plan.scoring}
+        sources = {request.key: self.plan.scored_answer(request.key) for request in self.plan.generation}
+        return [
+            draft_from_scores(request, scored[source], records[source]["is_top1"])
+            if (source := sources[request.key]) in scored
+            else request
+            for request in self.plan.generation
+        ]
 
     def _gradnorms(self, model: PreTrainedModel, missing: dict[str, str], title: str) -> Records | None:
         from transformers.integrations import is_deepspeed_zero3_enabled

@@ -88,6 +88,11 @@ class MusePlan:
         """What a retain log needs: the attacked texts, for PrivLeak."""
         return self.attacked()
 
+    def scored_answer(self, key: str) -> str | None:
+        """Key of the scored continuation of a verbatim prompt; None for a question, whose answer is not scored."""
+        name, index = key.split("/")
+        return f"verbatim/{index}" if name == "forget_verbmem_ROUGE" else None
+
     def empty_log(self) -> EvalLog:
         """A log of the forget questions without values, to check a retain log before any model is loaded."""
         rows = {

@@ -36,14 +36,16 @@ _FORWARDS = 8  # forwards of one unit of work: enough answers to sort by length,
 class ScoringRequest:
     """One text to score.
 
-    `token_level` keeps per-token values, which extraction strength and Min-K need. Texts of different `group`s never
-    share a forward, so that scoring one group alone gives the same bits as scoring everything.
+    `token_level` keeps per-token values, which extraction strength and Min-K need; `hits` keeps the argmax hits alone,
+    from which a generation can start. Texts of different `group`s never share a forward, so that scoring one group
+    alone gives the same bits as scoring everything.
     """
 
     key: str
     text: EncodedText
     token_level: bool = False
     group: str = ""
+    hits: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,12 @@ def _score_batch(
 def _records(requests: Sequence[ScoringRequest], found: LabelLogits) -> list[dict[str, Any]]:
     if not any(request.token_level for request in requests):
         # One reduction for all: the common case, and the fast one.
-        log_probs = label_statistics(found.logits, found.labels, moments=False).log_prob.split(found.counts)
-        return [_record(request, values) for request, values in zip(requests, log_probs, strict=True)]
+        statistics = label_statistics(found.logits, found.labels, moments=False)
+        columns = zip(statistics.log_prob.split(found.counts), statistics.is_top1.split(found.counts), strict=True)
+        return [
+            _record(request, values) | ({"is_top1": hits.int().tolist()} if request.hits else {})
+            for request, (values, hits) in zip(requests, columns, strict=True)
+        ]
     records = []
     pairs = zip(found.logits.split(found.counts), found.labels.split(found.counts), strict=True)
     for request, (logits, labels) in zip(requests, pairs, strict=True):
@@ -134,6 +140,8 @@ def _records(requests: Sequence[ScoringRequest], found: LabelLogits) -> list[dic
         if request.token_level:
             log_prob, hits, mean, variance = (value.tolist() for value in statistics)
             record |= {"log_probs": log_prob, "is_top1": [int(h) for h in hits], "mean": mean, "variance": variance}
+        elif request.hits:
+            record["is_top1"] = statistics.is_top1.int().tolist()
         records.append(record)
     return records
 
@@ -147,12 +155,13 @@ def _record(request: ScoringRequest, log_probs: Tensor) -> dict[str, Any]:
 
 def _without_labels(request: ScoringRequest) -> dict[str, Any]:
     lists: dict[str, Any] = {"log_probs": [], "is_top1": [], "mean": [], "variance": []}
-    return {"key": request.key, "avg_loss": None, "labels": 0} | (lists if request.token_level else {})
+    kept = lists if request.token_level else {"is_top1": []} if request.hits else {}
+    return {"key": request.key, "avg_loss": None, "labels": 0} | kept
 
 
 def scoring_digest(model_digest: str, requests: Sequence[ScoringRequest], *settings: Any) -> str:
     """Fingerprint of a scoring pass: the weights, the texts and the settings."""
-    texts = [[r.key, list(r.text.input_ids), r.text.prompt_length, r.token_level, r.group] for r in requests]
+    texts = [[r.key, list(r.text.input_ids), r.text.prompt_length, r.token_level, r.group, r.hits] for r in requests]
     return fingerprint(model_digest, texts, *settings)
 
 
@@ -194,7 +203,7 @@ def score_texts(
         title, progress: the progress bar.
     Returns:
         By key: `avg_loss` (nats per label token; None without labels), `labels` (their number), and for `token_level`
-        requests the lists `log_probs`, `is_top1`, `mean`, `variance`.
+        requests the lists `log_probs`, `is_top1`, `mean`, `variance`; for `hits` requests `is_top1`.
     Raises:
         DataError: a text longer than the model's context, or NaN log-probabilities.
     """

@@ -51,6 +51,10 @@ class TofuPlan:
         """What forget quality and PrivLeak need: truth ratios of the forget rows and the attacked texts."""
         return [r for r in self.scoring if r.token_level or r.key.startswith("forget_")]
 
+    def scored_answer(self, key: str) -> str | None:
+        """Key of the scored true answer to a generation's question."""
+        return key.replace("_Q_A_ROUGE/", "_Q_A_Prob/")
+
     def empty_log(self) -> EvalLog:
         """A log of the forget rows without values, to check a retain log before any model is loaded."""
         indices = [request.key.split("/")[1] for request in self.scoring if request.key.startswith("forget_Q_A_PARA")]
@@ -77,7 +81,8 @@ def plan_tofu(
     def score(key: str, question: str, answer: str, token_level: bool = False) -> None:
         text = prompt.encode(tokenizer, question, answer)
         group = "attacked" if token_level else key.split("_")[0]
-        plan.scoring.append(ScoringRequest(key, text, token_level, group))
+        # The true answers' argmax hits tell how the greedy answers begin.
+        plan.scoring.append(ScoringRequest(key, text, token_level, group, hits="_Q_A_Prob" in key))
         if token_level:
             labels = list(text.input_ids[text.prompt_length :])
             plan.answer_texts[key] = tokenizer.decode(labels, skip_special_tokens=True)

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from fdiv.errors import DataError
-from fdiv.eval.generation import GenerationRequest, VLLMSource, generate_texts, generate_with_vllm
+from fdiv.eval.generation import (
+    GenerationRequest,
+    VLLMSource,
+    draft_from_scores,
+    generate_texts,
+    generate_with_vllm,
+    generates_plain_argmax,
+)
 from fdiv.eval.gradient_norms import gradient_norms
 from fdiv.eval.item_cache import ItemCache, fingerprint
 from fdiv.eval.label_logits import shares_prompts
@@ -168,6 +175,58 @@ def test_generation_does_not_depend_on_batches(loaded):
         )[0, len(request.prompt_ids) :]
         assert together[request.key]["generation"] == tokenizer.decode(output, skip_special_tokens=True)
         assert together[request.key]["tokens"] <= request.max_new_tokens
+
+
+def greedy_answers(model, requests):
+    """Greedy token ids of every request, by transformers alone."""
+    return {
+        r.key: model.generate(torch.tensor([r.prompt_ids]), do_sample=False, max_new_tokens=r.max_new_tokens)[
+            0, len(r.prompt_ids) :
+        ].tolist()
+        for r in requests
+    }
+
+
+def test_scoring_the_true_answer_tells_how_generation_begins(loaded, monkeypatch):
+    """A true answer that follows the model for n tokens gives a draft of n, and the same text as without."""
+    model, tokenizer = loaded
+    requests = generation_requests(tokenizer)
+    plain = generate_texts(model, tokenizer, requests, progress=False)
+    followed, drafted = {"g/0": 5, "g/1": 0, "g/2": 4}, []
+    for request, answer in zip(requests, greedy_answers(model, requests).values(), strict=True):
+        n = followed[request.key]
+        wrong = [(token + 1) % len(tokenizer) for token in answer[n:]]
+        text = EncodedText((*request.prompt_ids, *answer[:n], *wrong), len(request.prompt_ids))
+        for token_level in (False, True):  # a scored neighbour with per-token values changes the path, not the hits
+            asked = [ScoringRequest("a", text, hits=True), ScoringRequest("b", text, token_level=token_level)]
+            hits = score_texts(model, asked, pad_id=0, progress=False)["a"]["is_top1"]
+            assert hits[:n] == [1] * n and (n == len(answer) or hits[n] == 0)
+        drafted.append(draft_from_scores(request, text, hits))
+        assert drafted[-1].draft == tuple(answer[:n])
+        other = EncodedText((1, *request.prompt_ids, *answer), len(request.prompt_ids) + 1)
+        assert draft_from_scores(request, other, hits) is request  # the answer to another prompt tells nothing
+    assert generate_texts(model, tokenizer, drafted, batch_size=2, progress=False) == plain
+    monkeypatch.setattr(type(model), "generate", None)  # the whole of g/2 is known: nothing is left to generate
+    assert generate_texts(model, tokenizer, drafted[2:], progress=False) == {"g/2": plain["g/2"]}
+
+
+def test_a_known_end_ends_the_generation(loaded):
+    model, tokenizer = loaded
+    hello = tokenizer("Paris", add_special_tokens=False)["input_ids"]
+    request = GenerationRequest("g", (5, 6), 50, draft=(*hello, tokenizer.eos_token_id))
+    found = generate_texts(model, tokenizer, [request], progress=False)
+    assert found == {"g": {"key": "g", "generation": "Paris", "tokens": len(hello)}}
+
+
+def test_models_with_a_generation_rule_of_their_own_get_no_draft(loaded):
+    model, _ = loaded
+    assert generates_plain_argmax(model)
+    model.generation_config.no_repeat_ngram_size = 3
+    try:
+        assert not generates_plain_argmax(model)
+    finally:
+        model.generation_config.no_repeat_ngram_size = None
+    assert generates_plain_argmax(model)
 
 
 def test_generation_bounds(loaded):
