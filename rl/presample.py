@@ -6,7 +6,9 @@ What was drawn is kept in `OUTPUT/cache/` as it comes, so a run that was killed 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,9 +54,12 @@ def presample(config: PresampleConfig, output_dir: str | Path, *, repartition: b
             or none is left to explore, without `allow_empty`.
         RolloutError: the server fails, serves another model, or returns no tokens.
     """
-    output_dir = Path(output_dir)
+    with closing(load_reward(config.reward)) as reward:
+        return _presample(config, Path(output_dir), repartition, reward)
+
+
+def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, reward: Any) -> dict[str, Any]:
     rows = load_prompts(config)
-    reward = load_reward(config.reward)
     tokenizer = load_tokenizer(config.model, config.adapter)
     prompt_ids = tokenize_prompts(tokenizer, rows["prompt"], config.chat_template_kwargs)
     model: PreTrainedModel | None = load_model(config.model, config.adapter, config.dtype)
@@ -178,6 +183,9 @@ class _Run:
         ]
         columns["completion_ids"] = [list(unit.ids) for unit in batch]
         rewards = self.reward(prompts=prompts, completions=completions, **columns)
+        for unit, value in zip(batch, rewards, strict=True):
+            if value is not None and not math.isfinite(value):
+                raise DataError(f"the reward of sample {unit.key} is {value}: a number is due, or None for no score")
         return [
             {"key": unit.key, "reward": None if value is None else float(value)}
             for unit, value in zip(batch, rewards, strict=True)

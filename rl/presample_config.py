@@ -28,8 +28,8 @@ class PresampleConfig:
         model: Reference: directory or hub name.
         dataset: Rows with `prompt` (text or messages) and the columns the reward reads: a file (json, jsonl, parquet,
             csv), a directory, or a hub name.
-        reward: What scores completions, as in a recipe: a name, `{name: …}`, or `module:function` with TRL's
-            signature. 1 is correct, 0 is not; None is "not scored" and is counted.
+        reward: What scores completions, as in a recipe: a name, `{name: …}`, `module:function` with TRL's signature,
+            or (in Python) such a function. 1 is correct, 0 is not; None is "not scored" and is counted.
         split: Split of the dataset.
         adapter: PEFT adapter on the model.
         dtype: `auto` is float32 on a CPU and the checkpoint's own type elsewhere; give the type of the training.
@@ -116,7 +116,10 @@ class PresampleConfig:
     def drawing(self) -> dict[str, Any]:
         """The settings that the samples and their rewards depend on, JSON-ready."""
         names = [entry.name for entry in fields(PresampleConfig) if entry.name not in (*DECISIONS, *_MACHINE)]
-        return {name: asdict(self)[name] for name in names}
+        settings = {name: asdict(self)[name] for name in names}
+        if callable(self.reward):
+            settings["reward"] = f"{self.reward.__module__}:{self.reward.__qualname__}"
+        return settings
 
     def decisions(self) -> dict[str, Any]:
         """The settings that the partition and the cache depend on, given the samples; JSON-ready."""

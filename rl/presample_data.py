@@ -82,25 +82,24 @@ def tokenize_prompts(
     return [list(row) for row in ids]
 
 
-def load_reward(spec: Mapping[str, Any] | str | None) -> Any:
-    """The reward function of a spec, with its faults named (see `fdiv.alignment.scorers.checked_scorer`).
+def load_reward(spec: Any) -> Any:
+    """The reward function of a spec (see `fdiv.rl.rewards.build_reward`), with its faults named; `close()` ends its
+    worker processes, where it has any.
 
     Raises:
         DataError: no spec; an unknown reward, an argument it refuses, or an asynchronous function.
     """
-    from fdiv.alignment.scorers import build_scorer, checked_scorer
+    from fdiv.alignment.scorers import checked_scorer
+    from fdiv.rl.rewards import build_reward
 
     if spec is None:
         raise DataError("no reward: say what scores a completion, by name, as {name: …}, or as module:function")
     try:
-        if isinstance(spec, str) and ":" in spec:
-            reward = build_scorer(spec)
-        else:
-            from fdiv.rl.rewards import build_reward
-
-            reward = build_reward(spec)
+        reward = build_reward(spec)
     except (ValueError, TypeError) as error:
         raise DataError(f"reward: {error}") from error
     if inspect.iscoroutinefunction(reward):
         raise DataError(f"reward {spec}: pre-sampling calls plain functions only, and this one is asynchronous")
-    return checked_scorer(reward, finite=False)
+    checked = checked_scorer(reward, finite=False)
+    checked.close = reward.close if hasattr(reward, "close") else lambda: None
+    return checked

@@ -56,8 +56,8 @@ class RehearsalConfig(PresampleConfig):
 
         Returns:
             The recipe keys it settles: those of the task; `dataset_name`, the explore set as split `train` and, where
-            the data has a test split, that as `test`; `rehearsal_cache`; and `temperature`, that of its
-            log-probabilities.
+            the data has a test split, that as `test`; `rehearsal_cache`; `temperature`, that of its
+            log-probabilities; and `reward`.
 
         Raises:
             ValueError: the task settles no model or dataset, and none is given; there is no reward.
@@ -83,6 +83,7 @@ class RehearsalConfig(PresampleConfig):
             "dataset_train_split": "train",
             "dataset_test_split": "test",
             "rehearsal_cache": str(folder / REHEARSAL),
+            "reward": settings.reward,
             "temperature": self.scoring_temperature,
         }
 

@@ -1,0 +1,66 @@
+"""Pre-sampling that is killed, or shared by two processes, gives what one undisturbed process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from fdiv.rl.presample import presample
+from fdiv.rl.rehearsal import RehearsalCache
+from tests.rl.presample_runs import config, read_lines, settings, write_rows
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model_dir, tmp_path_factory):
+    rows = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    presample(config(tiny_model_dir, rows), output)
+    return rows, output
+
+
+def same(one, other) -> None:
+    for name in ("samples.jsonl", "verification.jsonl"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    first, second = (RehearsalCache.load(folder / "rehearsal.safetensors") for folder in (one, other))
+    assert first.rows == second.rows and first.header == second.header
+    contents = [json.loads((folder / "partition.json").read_text()) for folder in (one, other)]
+    assert contents[0]["counts"] == contents[1]["counts"] and contents[0]["prompts"] == contents[1]["prompts"]
+
+
+def start(repository, model, rows, output, kill_after: int, *launcher: str) -> subprocess.CompletedProcess:
+    words = [json.dumps(settings(model, rows)), str(output), str(kill_after)]
+    command = [sys.executable, *launcher, "-m", "tests.rl.run_presample", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_killed_in_the_middle_of_a_line_and_continued(repository, tiny_model_dir, undisturbed, tmp_path):
+    rows, expected = undisturbed
+    output = tmp_path / "out"
+    # 40 samples in 5 batches, then as many of rewards: killed while it writes the third, then the seventh.
+    for kill_after, stored in ((2, {"samples": 16}), (4, {"samples": 40, "rewards": 8})):
+        ended = start(repository, tiny_model_dir, rows, output, kill_after)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+        for kind, count in stored.items():
+            (file,) = output.glob(f"cache/{kind}-*/rank0.jsonl")
+            whole, _, rest = file.read_text().rpartition("\n")
+            assert len(whole.splitlines()) == count
+        assert rest == '{"key": "0/0", "id'
+        assert not (output / "partition.json").exists()
+    presample(config(tiny_model_dir, rows), output)
+    same(output, expected)
+    assert len(read_lines(output / "samples.jsonl")) == 40
+
+
+def test_two_processes_give_the_same(repository, tiny_model_dir, undisturbed, tmp_path):
+    rows, expected = undisturbed
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+    ended = start(repository, tiny_model_dir, rows, tmp_path / "out", -1, *launcher)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    same(tmp_path / "out", expected)
+    assert {file.name for file in tmp_path.glob("out/cache/samples-*/*")} == {"rank0.jsonl", "rank1.jsonl"}
