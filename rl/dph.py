@@ -280,7 +280,8 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
                 "rehearsal_loss": losses, **rehearsal_columns(detached, mask, self.divergence, args.level)
             }  # fmt: skip
             token_level = args.level == "token"
-            self._log_ratios.append(detached[mask.bool()] if token_level else (detached * mask).sum(-1))
+            values = detached[mask.bool()] if token_level else (detached * mask).sum(-1)
+            self._log_ratios.append(values.cpu())  # tokens of many steps: not where memory is scarce
         if self.reference is not None and args.rehearsal_form == "definition":
             on_policy = js_on_policy(
                 log_policy - inputs["ref_per_token_logps"], _mask(inputs), args.level,
@@ -323,9 +324,9 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         """See `fdiv.rl.dph_metrics.dph_metrics`."""
         if self.rehearsal is None:
             return dph_metrics(examples, torch.empty(0), self.divergence, self.args)
-        parts = self._log_ratios or [torch.empty(0, device=self.accelerator.device)]
+        log_ratio = gathered_log_ratios(self.accelerator, self._log_ratios)
         self._log_ratios = []
-        return dph_metrics(examples, gathered_log_ratios(self.accelerator, parts), self.divergence, self.args)
+        return dph_metrics(examples, log_ratio, self.divergence, self.args)
 
 
 def _mask(batch: dict[str, Any]) -> Tensor:

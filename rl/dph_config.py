@@ -12,6 +12,7 @@ from fdiv.rl.advantages import Advantage, resolve_advantage
 from fdiv.rl.kl_estimators import KLEstimator, list_kl_estimators, resolve_kl
 from fdiv.rl.losses import REHEARSAL_LEVELS, check_rehearsal_divergence
 from fdiv.rollouts import RolloutConfig
+from fdiv.step_shape import StepShape, rollout_tokens, sampled_at_once
 
 __all__ = ["DPHConfig"]
 
@@ -139,9 +140,9 @@ class DPHConfig(RolloutConfig, GRPOConfig):
         check_max_exponent(self.max_exponent)
         if isinstance(self.divergence, Divergence):
             raise ValueError("a config holds names of divergences, so that it can be written beside the result")
-        self._check_reference()
         self.resolve_divergence()
         self.resolve_kl()
+        self._check_reference()
         self._check_advantage()
 
     def _check_reference(self) -> None:
@@ -151,7 +152,9 @@ class DPHConfig(RolloutConfig, GRPOConfig):
                 "For GRPO's penalty set kl: k3_loss and kl_coefficient, and leave these two out"
             )
         if self.rehearsal_form == "definition" and (
-            self.divergence != "jensen_shannon" or self.coefficient_clip is not None or self.max_exponent is not None
+            self.resolve_divergence().name != "jensen_shannon"
+            or self.coefficient_clip is not None
+            or self.max_exponent is not None
         ):
             raise ValueError(
                 "rehearsal_form: definition is that of jensen_shannon, without coefficient_clip and max_exponent "
@@ -214,3 +217,15 @@ class DPHConfig(RolloutConfig, GRPOConfig):
                 f"set it to at most {available}, or pre-sample more prompts"
             )
         return self.rehearsal_batch_size
+
+    def step_shape(self, *, peft: bool, processes: int, prompt_tokens: int | None = None) -> StepShape:
+        """Completions and this micro-step's rehearsal rows; a reference for a KL penalty or the definition form."""
+        tokens, note = rollout_tokens(self, prompt_tokens)
+        rows = self.per_device_train_batch_size
+        slots = processes * self.gradient_accumulation_steps
+        if self.rehearsal_cache is not None:
+            available = max(rows * slots, self.rehearsal_batch_size or 0)  # the cache is not read
+            rows += -(-self.rehearsal_rows(available, rows * slots) // slots)
+        live = self.kl is not None or (self.rehearsal_form == "definition" and self.rehearsal_cache is not None)
+        drawn = sampled_at_once(self, self.per_device_train_batch_size * self.steps_per_generation)
+        return StepShape(rows, tokens, note, int(live and not peft), sampled_rows=drawn, sampled_tokens=tokens)

@@ -33,7 +33,7 @@ def rehearsal_columns(log_ratio: Tensor, mask: Tensor, divergence: Divergence, l
 
 def gathered_log_ratios(accelerator: Any, parts: list[Tensor]) -> Tensor:
     """`[N]` float64 on the host: the log-ratios of all processes, each with as many as it has."""
-    local = torch.cat(parts).float()
+    local = torch.cat([torch.empty(0), *parts]).float().to(accelerator.device)
     padded = accelerator.pad_across_processes(local, dim=0, pad_index=math.nan)
     values = accelerator.gather(padded).cpu().double()
     return values[~values.isnan()]
