@@ -44,10 +44,15 @@ class PassKCommand:
             "--allow_code_execution", action="store_true", help="run programs the model wrote (humaneval)"
         )
         how.add_argument("--seed", type=int, default=0, help="of the samples and the bootstrap (0)")
-        kinds = {"n": int, "max_new_tokens": int, "batch_size": int, "max_tasks": int, "resamples": int}
+        # Launchers such as torchrun take --n for a beginning of an option of their own, wherever it stands.
+        size = PassKEvalConfig.n
+        how.add_argument(
+            "--n", "--samples_per_task", type=int, default=size, dest="n", help=f"samples per task ({size})"
+        )
+        kinds = {"max_new_tokens": int, "batch_size": int, "max_tasks": int, "resamples": int}
         kinds |= {"temperature": float, "top_p": float}
         for field in dataclasses.fields(PassKEvalConfig):
-            if field.name not in _OWN:
+            if field.name not in _OWN and field.name != "n":
                 shown = "" if field.default is None else f"({field.default})"
                 kind = kinds.get(field.name, str)
                 how.add_argument(f"--{field.name}", type=kind, default=field.default, help=shown or None)
@@ -118,7 +123,7 @@ def _sampled(args: argparse.Namespace) -> int:
             "model": args.model,
             "settings": settings,
         }
-        _write(args, counts, found, config.k, about, f"{args.dataset} · {args.model}")
+        _write(args, counts, found, config.k, about, f"{Path(args.dataset).name} · {Path(args.model).name}")
     state.wait_for_everyone()
     return 0
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -166,3 +169,24 @@ def test_completion_record_cuts_at_end_token_and_stop_text(tiny_model_dir):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         PassKEvalConfig(**options)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_samples_of_one(tiny_model_dir, tasks, tmp_path):
+    """torchrun with two CPU processes: the same completions and scores, whoever drew them."""
+    assert _command(tiny_model_dir, tasks, tmp_path / "one", "--greedy") == 0
+    fixed = [
+        "--samples_per_task", "6", "--k", "1,2", "--max_new_tokens", "5", "--batch_size", "4", "--unscored", "wrong", "--greedy",
+        "--scorer", "luck_of_length:even_length",
+    ]  # fmt: skip
+    two = tmp_path / "two"
+    words = ["eval", "passk", "--model", str(tiny_model_dir), "--dataset", str(tasks), "--output", str(two), *fixed]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fdiv"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path / "scorers")}
+    done = subprocess.run(
+        [*launcher, *words], env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list((two / "cache").glob("samples-*/rank*.jsonl"))) == 2
+    for name in ("samples.jsonl", "greedy.jsonl"):
+        assert (two / name).read_text() == (tmp_path / "one" / name).read_text()
