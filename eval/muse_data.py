@@ -74,6 +74,8 @@ def load_muse_rows(corpus: str = "News", source: str | None = None) -> MuseRows:
             continue
         rows = [{"text": row} if isinstance(row, str) else row for row in rows]
         for index, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise DataError(f"{name}/{split}, row {index} is {repr(row)[:60]}, not an object with columns")
             for column in columns:
                 if not isinstance(row.get(column), str):
                     raise DataError(f"{name}/{split}, row {index}: no text column {column!r}, only {', '.join(row)}")

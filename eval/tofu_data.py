@@ -86,9 +86,13 @@ def _check_columns(rows: Sequence[Row], name: str, columns: Sequence[str]) -> No
     if not rows:
         raise DataError(f"{name}: no rows")
     for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{name}, row {index} is {repr(row)[:60]}, not an object with the columns of a row")
         for column in columns:
             value = row.get(column)
-            wrong_list = column == "perturbed_answer" and not (isinstance(value, list) and value and all(value))
+            wrong_list = column == "perturbed_answer" and not (
+                isinstance(value, list) and value and all(isinstance(one, str) and one for one in value)
+            )
             if wrong_list or (column != "perturbed_answer" and not isinstance(value, str)):
                 found = "missing" if value is None else repr(value)[:60]
                 raise DataError(

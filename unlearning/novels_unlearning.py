@@ -46,15 +46,15 @@ class NovelsUnlearningConfig:
     data: str = ""
     forget_novels: list[str] = field(default_factory=list)
     retain_novels: list[str] = field(default_factory=list)
-    forget_passages: int = 80
-    retain_passages: int = 160
+    forget_passages: int = 48
+    retain_passages: int = 96
     passage_words: int = 70
     prompt_words: int = 25
     vocab_size: int = 4096
     hidden_size: int = 192
     layers: int = 4
-    epochs: int = 20
-    learning_rate: float = 3e-3
+    epochs: int = 56
+    learning_rate: float = 5e-3
     bf16: bool = False
     seed: int = 0
 
@@ -188,7 +188,7 @@ class NovelsUnlearningConfig:
         for _ in range(self.epochs):
             epoch = _batches(passages, _TEXT_BATCH, draw) + _batches(answers, _QUESTION_BATCH, draw)
             batches += draw.sample(epoch, len(epoch))
-        learn_by_heart(folder, batches, self.learning_rate, self.bf16)
+        learn_by_heart(folder, batches, self.learning_rate, betas=(0.9, 0.95), bf16=self.bf16)
 
 
 def _add_beginning(tokenizer: PreTrainedTokenizerBase) -> None:

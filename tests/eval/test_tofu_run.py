@@ -184,6 +184,12 @@ FORGET = "forget10_perturbed.json"
         (FORGET, without("paraphrased_answer"), "row 0: column 'paraphrased_answer' is missing"),
         (FORGET, lambda rows: [], "forget10_perturbed: no rows"),
         (FORGET, lambda rows: [*rows[:-1], rows[-1] | {"perturbed_answer": []}], "row 6: column 'perturbed_answer'"),
+        (
+            FORGET,
+            lambda rows: [*rows[:-1], rows[-1] | {"perturbed_answer": [3] * 5}],
+            "row 6: column 'perturbed_answer'",
+        ),
+        (FORGET, lambda rows: [*rows[:-1], "text"], "row 6 is 'text', not an object"),
         (FORGET, lambda rows: [*rows[:-1], rows[-1] | {"perturbed_answer": ["x"]}], "1, 5 perturbed answers"),
         ("retain_perturbed.json", with_a_forget_row, "1 forget rows of forget10 stand in the retain set"),
         ("holdout10.json", with_a_forget_row, "stand in the holdout set"),
