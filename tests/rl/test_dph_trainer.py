@@ -73,7 +73,7 @@ def test_without_rehearsal_it_is_grpo_step_for_step(tiny_model_dir, tmp_path, re
     assert (weights - expected).abs().max() < 1e-6 and (weights - flat(load(tiny_model_dir))).abs().max() > 1e-4
     for mine, other in zip(ours.state.log_history[:-1], theirs.state.log_history[:-1], strict=True):
         shared = [key for key in other if key not in ("step_time", "epoch")]
-        assert len(shared) > 10
+        assert len(shared) >= 10
         for key in shared:
             assert mine[key] == pytest.approx(other[key], abs=1e-6, rel=1e-5), key
     assert type(theirs) is GRPOTrainer
