@@ -15,6 +15,7 @@ from fdiv.alignment.losses import check_d2o_weights, check_f_dpo_divergence, d2o
 from fdiv.alignment.scorers import build_scorer
 from fdiv.divergences import Divergence, get_divergence
 from fdiv.rollouts import GRPO_LOSS_KEYS, RolloutConfig
+from fdiv.step_shape import StepShape, rollout_tokens, sampled_at_once
 
 __all__ = ["ANCHOR_SOURCES", "D2OConfig"]
 
@@ -195,3 +196,18 @@ class D2OConfig(RolloutConfig, GRPOConfig):
         """What the offline anchors depend on besides the model and the prompts."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length")
         return {name: getattr(self, name) for name in (*names, "anchor_instruction_templates", "generation_kwargs")}
+
+    def step_shape(self, *, peft: bool, prompt_tokens: int | None = None, **_: Any) -> StepShape:
+        """K anchors and the rejected answer of every row; the start model, and what replaces it on either side."""
+        sampled, note = rollout_tokens(self, prompt_tokens)
+        tokens = sampled if self.max_length is None else max(sampled, self.max_length)
+        note = note if self.max_length is None else f"the longer of max_length={self.max_length} and {note}"
+        given = (self.ref_pos is not None) + (self.ref_neg is not None)
+        drawn = self.per_device_train_batch_size * self.num_generations
+        if self.anchor_source == "offline" or self.online_start_step > 0:
+            drawn = max(drawn if self.anchor_source == "online" else 0, self.anchor_batch_size)
+        rows = self.per_device_train_batch_size * (self.num_generations + 1)
+        references = given + int(given < 2 and not peft)
+        return StepShape(
+            rows, tokens, note, references, sampled_rows=sampled_at_once(self, drawn), sampled_tokens=sampled
+        )

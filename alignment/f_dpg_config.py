@@ -10,6 +10,7 @@ from fdiv.alignment.partition import Z_MODES
 from fdiv.alignment.targets import Target, build_target
 from fdiv.divergences import Divergence, get_divergence
 from fdiv.rollouts import GRPO_LOSS_KEYS, RolloutConfig
+from fdiv.step_shape import StepShape, rollout_tokens, sampled_at_once
 
 __all__ = ["FDPGConfig"]
 
@@ -238,3 +239,12 @@ class FDPGConfig(RolloutConfig, GRPOConfig):
         if self.proposal == "adaptive":
             check_f_dpg_divergence(self.proposal_metric, hard_target=hard)
         return divergence if self.divergence_scale == 1.0 else get_divergence(divergence).scaled(self.divergence_scale)
+
+    def step_shape(self, *, peft: bool, prompt_tokens: int | None = None, **_: Any) -> StepShape:
+        """The completions; the base model, and the weights of an adaptive proposal that no engine holds."""
+        tokens, note = rollout_tokens(self, prompt_tokens)
+        drawn = sampled_at_once(self, self.per_device_train_batch_size * self.steps_per_generation)
+        references = 0 if peft else 1 + int(self.proposal == "adaptive" and drawn > 0)
+        return StepShape(
+            self.per_device_train_batch_size, tokens, note, references, sampled_rows=drawn, sampled_tokens=tokens
+        )

@@ -19,6 +19,7 @@ from fdiv.divergences import Divergence, get_divergence
 from fdiv.errors import DataError
 from fdiv.eval.calibration import length_normalised_calibration, margin_calibration
 from fdiv.preference_data import check_pad_token, check_preference_dataset
+from fdiv.step_shape import StepShape
 from fdiv.training import ObjectiveTrainerMixin, divergence_estimate, frozen_copy, log_ratio_quantiles
 
 __all__ = ["FDPOConfig", "FDPOTrainer"]
@@ -106,6 +107,12 @@ class FDPOConfig(DPOConfig):
         """The `Divergence` the loss uses: `divergence`, scaled to f″(1) = 1 where `normalized` is set."""
         divergence = check_f_dpo_divergence(get_divergence(self.divergence))
         return divergence.normalized() if self.normalized else divergence
+
+    def step_shape(self, *, peft: bool, **_: Any) -> StepShape:
+        """Chosen and rejected rows; a reference unless its scores are precomputed or the adapter switched off."""
+        references = int(not (peft or self.precompute_ref_log_probs))
+        rows = 2 * self.per_device_train_batch_size
+        return StepShape(rows, self.max_length, f"max_length={self.max_length}", references)
 
 
 class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):

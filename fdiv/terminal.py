@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["complain", "info", "is_main_process", "number", "print_table", "run_table"]
+__all__ = ["binary_size", "complain", "info", "is_main_process", "number", "print_table", "run_table"]
 
 
 def is_main_process() -> bool:
@@ -42,14 +42,26 @@ def number(value: Any) -> str:
     return f"{value:.3g}"
 
 
+def binary_size(size: int | None) -> str:
+    """A number of bytes in KiB, MiB or GiB; `not modelled` for a missing one."""
+    if size is None:
+        return "not modelled"
+    unit = next((unit for unit in (3, 2) if size >= 1024**unit), 1)
+    return f"{size / 1024**unit:.2f} {('KiB', 'MiB', 'GiB')[unit - 1]}"
+
+
 def print_table(
     title: str,
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
     notes: Sequence[str] = (),
     text_columns: Sequence[int] = (0,),
+    on_stderr: bool = False,
 ) -> None:
-    """A table on stdout, with lines of notes below; `text_columns` are left-aligned, the others right-aligned."""
+    """A table on stdout, with lines of notes below; `text_columns` are left-aligned, the others right-aligned.
+
+    `on_stderr`: there instead, where stdout carries a document.
+    """
     if not is_main_process():
         return
     from rich.console import Console
@@ -60,7 +72,8 @@ def print_table(
         table.add_column(column, justify="left" if index in text_columns else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    stream = sys.stderr if on_stderr else sys.stdout
+    console = Console(width=None if stream.isatty() else 160, file=stream)
     console.print(table)
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fdiv.divergences import Divergence
+    from fdiv.step_shape import StepShape
 
 __all__ = ["ObjectiveTrainerMixin", "divergence_estimate", "frozen_copy", "log_ratio_quantiles"]
 
@@ -83,6 +84,20 @@ class ObjectiveTrainerMixin(ResumableMixin):
     def objective_settings(self) -> dict[str, Any]:
         """The settings that define the objective (divergence, β, …), for error messages and the model card."""
         return {}
+
+    @classmethod
+    def step_shape(cls, args: Any, *, peft: bool, processes: int, prompt_tokens: int | None = None) -> StepShape:
+        """One micro-batch under `args`, for the memory plan.
+
+        Args:
+            args: the trainer's config. peft: whether an adapter is trained. processes: how many share the work.
+            prompt_tokens: length of the prompts of rollouts, where it is known.
+        """
+        return args.step_shape(peft=peft, processes=processes, prompt_tokens=prompt_tokens)
+
+    @classmethod
+    def freeze_untrained(cls, args: Any, model: torch.nn.Module) -> None:
+        """Freeze the parameters of `model` that the method does not train; most train what they are given."""
 
     # ---------------------------------------------------------------- metrics
     def record_examples(self, columns: dict[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from trl import SFTTrainer
 from fdiv.divergences import Divergence, get_divergence
 from fdiv.frozen_reference import FrozenReference
 from fdiv.preference_data import check_pad_token
+from fdiv.step_shape import StepShape
 from fdiv.training import ObjectiveTrainerMixin, log_ratio_quantiles
 from fdiv.unlearning.assembly import build_forget_dataset, read_retain_rows
 from fdiv.unlearning.config import TemplateConfig, UnlearningConfig
@@ -156,11 +157,25 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
     @property
     def needs_logits(self) -> bool:
         """Whether vocabulary-sized scores are needed."""
-        return self.forget_needs_logits or self._retain_over_vocabulary
+        return self._looks_at_logits(self.args)
 
-    @property
-    def _retain_over_vocabulary(self) -> bool:
-        return self.args.retain_term == "divergence" and self.args.retain_level == "vocabulary"
+    @classmethod
+    def _looks_at_logits(cls, args: UnlearningConfig) -> bool:
+        return cls.forget_needs_logits or (args.retain_term == "divergence" and args.retain_level == "vocabulary")
+
+    @classmethod
+    def _uses_reference(cls, args: UnlearningConfig) -> bool:
+        return cls.forget_needs_reference or args.retain_term in ("divergence", "activations")
+
+    @classmethod
+    def step_shape(cls, args: UnlearningConfig, *, peft: bool, **_: Any) -> StepShape:
+        """Forget rows, template and retain rows where there are any; the reference where the loss needs one."""
+        roles = 1 + isinstance(args, TemplateConfig) + (args.retain_term != "none")
+        references = int(cls._uses_reference(args) and not (peft or args.precompute_reference))
+        # A method that looks at a layer's activations takes the logits as well, for its log.
+        vocabulary = cls._looks_at_logits(args) or hasattr(args, "layer")
+        rows = roles * args.per_device_train_batch_size
+        return StepShape(rows, args.max_length, f"max_length={args.max_length}", references, vocabulary)
 
     # ---------------------------------------------------------------- data
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
@@ -191,7 +206,7 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
     # ---------------------------------------------------------------- reference
     def _make_reference(self, ref_model, starting_adapter: bool) -> FrozenReference | PrecomputedReference | None:
         args = self.args
-        if not (self.forget_needs_reference or args.retain_term in ("divergence", "activations")):
+        if not self._uses_reference(args):
             if ref_model is not None:
                 raise ValueError(f"ref_model is given, but {self._name} with this retain_term uses no reference")
             return None

@@ -6,11 +6,11 @@ import argparse
 import sys
 
 from fdiv.cli.launch import launch
-from fdiv.errors import RequirementError
+from fdiv.errors import FdivError, RecipeError, RequirementError
 from fdiv.provenance import command_line
-from fdiv.recipe import Recipe, load_recipe
+from fdiv.recipe import Configs, Recipe, load_recipe, one_line
 from fdiv.recipe_yaml import parse_value
-from fdiv.terminal import complain, info, is_main_process, run_table
+from fdiv.terminal import binary_size, complain, info, is_main_process, print_table, run_table
 
 __all__ = ["run", "sweep"]
 
@@ -19,7 +19,7 @@ def run(args: argparse.Namespace, overrides: list[str], words: list[str]) -> int
     """`fdiv run RECIPE …`."""
     recipe = load_recipe(args.recipe, overrides)
     if args.dry_run:
-        return _dry_run(recipe)
+        return _dry_run(recipe, args.accelerate, args.num_processes)
     if args.accelerate:
         return launch(args.accelerate, words, args.num_processes)
     from fdiv.run import run_recipe
@@ -31,8 +31,11 @@ def run(args: argparse.Namespace, overrides: list[str], words: list[str]) -> int
     return 0
 
 
-def _dry_run(recipe: Recipe) -> int:
-    """Print the resolved recipe. A `${NAME}` that is not set is left standing: the check needs no data."""
+def _dry_run(recipe: Recipe, accelerate: str | None, num_processes: int | None) -> int:
+    """The resolved recipe on stdout and the memory plan on stderr.
+
+    A `${NAME}` that is not set is left standing: the check needs no data.
+    """
     from fdiv.recipe_dump import resolved_yaml
     from fdiv.run import check_blocks
 
@@ -41,11 +44,35 @@ def _dry_run(recipe: Recipe) -> int:
         recipe.variables[name] = f"${{{name}}}"
     if recipe.prepare:
         recipe.variables["prepare"] = "${prepare}"
-    recipe.configs()
+    configs = recipe.configs()
     check_blocks(recipe)
     if is_main_process():
         sys.stdout.write(resolved_yaml(recipe))
+        sys.stdout.flush()
+        _memory_plan(recipe, configs, accelerate, num_processes)
     return 0
+
+
+def _memory_plan(recipe: Recipe, configs: Configs, accelerate: str | None, num_processes: int | None) -> None:
+    """The plan as a table on stderr, or one line that says why there is none."""
+    from fdiv.memory_plan import plan_memory
+    from fdiv.placement import read_placement
+
+    try:
+        placement = read_placement(configs.training, accelerate, num_processes)
+        plan = plan_memory(recipe, configs, placement)
+    except RecipeError:
+        raise
+    except FdivError as error:
+        info(f"memory plan: unknown: {one_line(error)}")
+        return
+    rows = [(part, binary_size(size), "") for part, size in plan.device.items()]
+    rows += [(part, "", binary_size(size)) for part, size in plan.host.items()]
+    rows.append(("sum", binary_size(plan.total), binary_size(sum(plan.host.values())) if plan.host else ""))
+    processes = f"{placement.processes} process{'es' if placement.processes > 1 else ''}"
+    title = f"memory plan, each device: {placement.name}, {processes}"
+    apart = [f"not in the sum: {name}: {binary_size(size)}" for name, size in plan.apart.items()]
+    print_table(title, ("part", "device", "host"), rows, [*plan.assumptions, *apart], on_stderr=True)
 
 
 def sweep(args: argparse.Namespace, overrides: list[str], words: list[str]) -> int:

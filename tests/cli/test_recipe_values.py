@@ -158,13 +158,16 @@ def test_dry_run_prints_the_resolved_recipe_and_loads_no_model(write_recipe, cap
 
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "AutoConfig"):
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", refuse)
-    path = write_recipe("prepare: {name: tofu_preferences, data: '${FDIV_UNSET_FOLDER}/tofu'}\n", dataset_name=None)
+    block = "prepare: {name: tofu_preferences, data: '${FDIV_UNSET_FOLDER}/tofu'}\n"
+    path = write_recipe(block, dataset_name=None, model_name_or_path=None)
     assert main(["run", str(path), "--dry_run", "--beta", "0.3"]) == 0
     captured = capsys.readouterr()
     values = yaml.safe_load(captured.out)
     assert values["beta"] == 0.3
     assert values["prepare"]["data"] == "${FDIV_UNSET_FOLDER}/tofu"
-    assert captured.err == "note: the environment variable FDIV_UNSET_FOLDER is not set; the run needs it\n"
+    note, plan = captured.err.splitlines()
+    assert note == "note: the environment variable FDIV_UNSET_FOLDER is not set; the run needs it"
+    assert plan.startswith("memory plan: unknown: the model is built by the `prepare` block (tofu_preferences)")
     assert not (tmp_path / "out").exists()
 
 

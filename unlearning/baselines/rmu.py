@@ -66,10 +66,15 @@ class RMUTrainer(UnlearningTrainer):
                 f"layer={self.args.layer}: the model has {config.num_hidden_layers} layers and the last one's output "
                 f"is not seen before the final norm; use 0 … {config.num_hidden_layers - 2}"
             )
-        _freeze_outside(self.model, self.args.layer, self.args.trainable)
+        self.freeze_untrained(self.args, self.model)
         generator = torch.Generator().manual_seed(self.args.seed)
         direction = torch.rand(config.hidden_size, generator=generator)
         self.target = self.args.steering_coefficient * direction / direction.norm()
+
+    @classmethod
+    def freeze_untrained(cls, args: RMUConfig, model: torch.nn.Module) -> None:
+        """Everything above the steered layer, and what does not match `trainable`."""
+        _freeze_outside(model, args.layer, args.trainable)
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
         """Mean squared error to c·u over the forget answer's tokens."""
