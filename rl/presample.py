@@ -85,7 +85,7 @@ def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, rew
     model = load_model(config.model, config.adapter, config.dtype) if model is None else model
     log_probs = reference_log_probs(
         model,
-        {index: (prompt_ids[index], sample.completion_ids) for index, sample in kept.items()},
+        {f"{i}/{sample.number}": (prompt_ids[i], sample.completion_ids) for i, sample in kept.items()},
         temperature=config.scoring_temperature,
         batch_size=config.batch_size,
         cache=run.cache(f"log_probs_at_{config.scoring_temperature}"),
@@ -100,8 +100,10 @@ def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, rew
     cache = RehearsalCache(
         header,
         [
-            RehearsalRow(rows[i]["prompt"], prompt_ids[i], list(kept[i].completion_ids), log_probs[i], i)
-            for i in sorted(kept)
+            RehearsalRow(
+                rows[i]["prompt"], prompt_ids[i], list(sample.completion_ids), log_probs[f"{i}/{sample.number}"], i
+            )
+            for i, sample in sorted(kept.items())
         ],
     )
     content = write_outputs(output_dir, config, drawing, rows, samples, verification, partition, cache)
@@ -290,25 +292,25 @@ class _Completion:
 
 def reference_log_probs(
     model: PreTrainedModel,
-    pairs: Mapping[int, tuple[Sequence[int], Sequence[int]]],
+    pairs: Mapping[str, tuple[Sequence[int], Sequence[int]]],
     *,
     temperature: float,
     batch_size: int,
     cache: ItemCache | None = None,
-) -> dict[int, list[float]]:
+) -> dict[str, list[float]]:
     """log π_ref(y_t | x, y_<t) at `temperature` of every completion token, nats, float32; call it on all processes.
 
     No truncation to a nucleus: this is the policy that is trained, not the distribution that was sampled from.
 
     Args:
         model: the reference, on its device.
-        pairs: number → (prompt ids, completion ids).
+        pairs: key → (prompt ids, completion ids).
         temperature: the logits are divided by it before the log-softmax.
         batch_size: rows per forward pass.
-        cache: where finished rows are looked up and stored; None: nowhere.
+        cache: where finished rows are looked up and stored, by key; None: nowhere.
     """
     device = next(model.parameters()).device
-    units = [_Completion(str(number), (number,), (*prompt, *ids)) for number, (prompt, ids) in pairs.items()]
+    units = [_Completion(key, (), (*prompt, *ids)) for key, (prompt, ids) in pairs.items()]
 
     @torch.no_grad()
     def compute(batch: list[_Completion]) -> list[dict[str, Any]]:
@@ -318,7 +320,7 @@ def reference_log_probs(
         for row, unit in enumerate(batch):
             ids[row, : unit.length] = torch.tensor(unit.ids)
             mask[row, : unit.length] = 1
-            completion_mask[row, len(pairs[unit.stream[0]][0]) : unit.length] = 1
+            completion_mask[row, len(pairs[unit.key][0]) : unit.length] = 1
         scores = token_scores(
             model, ids.to(device), mask.to(device), completion_mask.to(device), fused=False, temperature=temperature
         )
@@ -329,4 +331,4 @@ def reference_log_probs(
 
     cache = ItemCache(None, "log_probs", "") if cache is None else cache
     records = run_batches(units, compute, batch_size=batch_size, cache=cache, title="reference log-probabilities")
-    return {number: records[str(number)]["log_probs"] for number in pairs}
+    return {key: records[key]["log_probs"] for key in pairs}

@@ -13,11 +13,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
+from fdiv.rl.presample import presample
 from fdiv.rollouts import RolloutError
 from tests.alignment.f_dpg_runs import SOFT, flat, load, trainer
 from tests.rl import dph_runs
+from tests.rl.presample_runs import config, read_lines, write_rows
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -61,6 +63,26 @@ def server_process(vllm_python, tiny_model_dir, tmp_path_factory):
 def server(server_process):
     """URL of a running vLLM server; the last test of this file ends it."""
     return server_process[0]
+
+
+def test_presample_over_http(server, tiny_model_dir, tmp_path):
+    """Seeded draws come again; every token lies in the nucleus of the training engine. First: no weights were moved."""
+    rows = write_rows(tmp_path / "rows.jsonl")
+    settings = config(tiny_model_dir, rows, backend="server", server_url=server, num_samples=8, top_p=0.7)
+    for name in ("one", "two"):
+        presample(settings, tmp_path / name)
+    one, two = (read_lines(tmp_path / name / "samples.jsonl") for name in ("one", "two"))
+    assert one == two and len(one) == 80
+    assert len({tuple(sample["completion_ids"]) for sample in one if sample["task_id"] == 0}) > 1
+    model, tokenizer = load(tiny_model_dir), AutoTokenizer.from_pretrained(tiny_model_dir)
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in read_lines(rows)]
+    for sample in one:
+        prompt, ids = prompts[sample["task_id"]], sample["completion_ids"]
+        with torch.no_grad():
+            probs = torch.softmax(model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double(), -1)
+        drawn = probs[range(len(ids)), ids]
+        more_likely = probs.masked_fill(probs <= drawn[:, None], 0.0).sum(-1)
+        assert (more_likely < 0.7 + 1e-4).all()
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

@@ -20,3 +20,8 @@ def graded(prompts, completions, kind, **_):
 def broken(prompts, completions, kind, **_):
     """NaN."""
     return [float("nan")] * len(kind)
+
+
+def by_first_token(prompts, completions, completion_ids, **_):
+    """0, 1/4, 1/2 or 3/4, as the first token says."""
+    return [ids[0] % 4 / 4 for ids in completion_ids]

@@ -158,6 +158,20 @@ def test_a_finished_directory_is_found_and_split_again_only_when_told(finished, 
     assert (output / "samples.jsonl").read_bytes() == before
 
 
+def test_splitting_again_is_the_same_as_having_split_so_at_first(tiny_model_dir, rows, tmp_path):
+    """At the higher reward threshold some prompts keep a later verification sample than at the lower one."""
+    caches = {}
+    for name, thresholds in (("twice", (0.25, 0.5)), ("once", (0.5,))):
+        for threshold in thresholds:
+            more = {"reward_threshold": threshold, "tries": 4, "allow_empty": True}
+            more["reward"] = "tests.rl.presample_rewards:by_first_token"
+            presample(config(tiny_model_dir, rows, **more), tmp_path / name, repartition=True)
+            caches[name, threshold] = RehearsalCache.load(tmp_path / name / "rehearsal.safetensors").rows
+    assert caches["twice", 0.5] == caches["once", 0.5]
+    low, high = ({row.index: row for row in caches["twice", threshold]} for threshold in (0.25, 0.5))
+    assert any(low[index].completion_ids != high[index].completion_ids for index in low.keys() & high.keys())
+
+
 def test_nothing_near_perfect_is_an_error_and_its_samples_are_used_again(tiny_model_dir, tmp_path, monkeypatch):
     rows = write_rows(tmp_path / "rows.jsonl", ["half", "never"])
     output = tmp_path / "out"
