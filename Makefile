@@ -38,6 +38,7 @@ demo: setup ## train and compare on the built-in tiny world, in minutes; results
 		$(BIN)/fdiv sweep "$$recipe" --output_dir "runs/demo/$$(basename "$$recipe" .yaml)" || exit $$?; \
 	done
 	$(BIN)/fdiv sweep recipes/tiny/f_dpg.yaml --divergences jensen_shannon total_variation --output_dir runs/demo/f_dpg
+	$(BIN)/fdiv sweep recipes/tiny/dph.yaml --divergences jensen_shannon forward_kl --output_dir runs/demo/dph
 
 test: setup ## run the tests (offline, CPU)
 	$(BIN)/pytest -m "not slow and not gpu and not vllm" $(PYTEST_ARGS)

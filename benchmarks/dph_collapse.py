@@ -232,10 +232,21 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         "screening": {
             r: {name: cell.get(name) for name in ("train_reward", "pass@1", "pass@64")} for r, cell in screened.items()
         },
-        "partition": json.loads(partition[0].read_text()) if partition else None,
-        "base": read(Path(args.runs) / "base"),
-        "methods": runs,
+        "partition": _without(json.loads(partition[0].read_text()), "prompts", "environment") if partition else None,
+        "base": _compact(read(Path(args.runs) / "base")),
+        "methods": {label: {seed: _compact(cell) for seed, cell in seeds.items()} for label, seeds in runs.items()},
     }
+
+
+def _without(content: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key not in names}
+
+
+def _compact(cell: dict[str, Any]) -> dict[str, Any]:
+    """Without G-Pass@k; counts as a list in the order of the test problems (task ids are their numbers)."""
+    kept = {key: value for key, value in cell.items() if "g_pass@" not in key}
+    kept["standard_errors"] = {key: value for key, value in cell["standard_errors"].items() if "g_pass@" not in key}
+    return kept | {"num_correct": [cell["num_correct"][key] for key in sorted(cell["num_correct"], key=int)]}
 
 
 # ---------------------------------------------------------------- shown
@@ -315,7 +326,7 @@ def main() -> None:
     run(args)
     results, output = collect(args), Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (output / "results.json").write_text(json.dumps(results, separators=(",", ":")) + "\n")
     (output / "table.md").write_text(table(results))
     plot(results, output / "pass_at_k.png")
     print(table(results))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdiv.reporting.comparison import before_after_run, before_after_sweep, frontier
 from fdiv.reporting.curves import training_curves
+from fdiv.reporting.pass_at_k_curves import pass_at_k_curves
 from fdiv.reporting.records import RunRecord, SweepRecord, read_records
 from fdiv.run_directory import read_json
 from fdiv.terminal import divergence_label, number
@@ -133,6 +134,7 @@ class _Page:
             self.plot(figure, f"{prefix}frontier", "Reward against divergence, one point per setting")
         self.add("<h2>Before and after</h2>")
         self.plot(before_after_sweep(results), f"{prefix}before_after", "Summary metrics by setting")
+        self.plot(pass_at_k_curves(sweep.runs), f"{prefix}pass_at_k", "Pass@k before training and after it")
         if sweep.runs:
             self.add("<h2>Training curves</h2>")
             self.add('<p class="sub">Mean over seeds; bands are ± one standard error over seeds.</p>')
@@ -146,6 +148,7 @@ class _Page:
             self.add(f'<p class="sub">{html.escape(_headline(run))}</p>')
             self.run_table(run)
             self.plot(before_after_run(run), _file("before_after", run, runs), "Metrics before and after training")
+        self.plot(pass_at_k_curves(runs), "pass_at_k", "Pass@k before training and after it")
         self.add("<h2>Training curves</h2>")
         single = "Bands: standard errors, and 5–95 % quantiles of log-ratios." if len(runs) == 1 else ""
         self.add(f'<p class="sub">{single}</p>')
