@@ -7,6 +7,7 @@ by the nearest thing that is there; sizes that only cost time are cut.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,19 @@ _CHEAP_PREPARE: dict[str, dict[str, Any]] = {
         **{"vocab_size": 300, "hidden_size": 32, "layers": 2, "bf16": False},
     },
     "tiny_authors": {"authors": 4, "forget_authors": 1, "train_steps": 2},
+    "rehearsal": {"num_samples": 2, "threshold": "1", "tries": 8, "max_completion_length": 4, "seed": 1},
+}
+# The same for the builder that `prepare: {name: rehearsal}` runs first.
+_CHEAP_TASK: dict[str, dict[str, Any]] = {
+    "arithmetic": {
+        "train_problems": 12,
+        "test_problems": 6,
+        "multisets": 20,
+        "steps": 2,
+        "hidden_size": 32,
+        "layers": 1,
+    },
+    "chinook": {"steps": 2, "batch_size": 4, "hidden_size": 32, "layers": 1, "vocab_size": 300},
 }
 _CHEAP_EVALUATION = {
     "max_rows": 2,
@@ -35,9 +49,13 @@ _CHEAP_EVALUATION = {
     "max_new_tokens": 2,
     "max_items": 2,
     "num_prompts": 1,
+    "n": 2,
+    "k": [1, 2],
+    "max_tasks": 2,
 }
 # Evaluations that need data of a hub or of FDIV_SHARED; they have tests of their own.
 _LEFT_OUT_EVALUATIONS = ("tofu", "muse")
+_HUB_BENCHMARKS = ("aime24",)
 
 
 def preference_rows() -> list[dict[str, str]]:
@@ -58,7 +76,12 @@ def question_rows() -> list[dict[str, Any]]:
     ]
 
 
-_ROWS = {"alignment": preference_rows, "unlearning": question_rows}
+def prompt_rows() -> list[dict[str, str]]:
+    """Prompts, with the columns of the rewards."""
+    return [{"prompt": f"Ask {i}:", "answer": str(i), "solution": str(i), "database": "db"} for i in range(ROWS)]
+
+
+_ROWS = {"alignment": preference_rows, "unlearning": question_rows, "rl": prompt_rows}
 
 
 def stand_in_recipe(path: Path, model: Path, folder: Path) -> Recipe:
@@ -86,8 +109,9 @@ def stand_in_recipe(path: Path, model: Path, folder: Path) -> Recipe:
         settings["model_name_or_path"] = str(model)
     if "pad_token" in values:
         settings["pad_token"] = _pad_token(model)
-    settings |= _data(values, folder) | _prepare(values, folder) | _evaluations(values) | _unlearning(values, folder)
-    settings |= _rollouts(values)
+    settings |= _data(values, folder) | _prepare(values, folder) | _unlearning(values, folder)
+    settings |= _evaluations(values, folder)
+    settings |= _rollouts(values) | _rehearsal(values, model, folder)
     return load_recipe(path, (), settings)
 
 
@@ -107,6 +131,41 @@ def _rollouts(values: Mapping[str, Any]) -> dict[str, Any]:
             target[key] = [scorer] * len(target[key])
     small = {"num_generations": 2, "max_completion_length": 4, "moment_samples": 64}
     return {**small, "target": target}
+
+
+def _rehearsal(values: Mapping[str, Any], model: Path, folder: Path) -> dict[str, Any]:
+    """DPH: short rollouts in pairs by transformers, a reward that needs no data, a cache made with the stand-in."""
+    if values["method"] != "dph":
+        return {}
+    settings: dict[str, Any] = {"num_generations": 2, "max_completion_length": 4, "reward": f"{__name__}:odd_sum"}
+    for key, value in (("use_vllm", False), ("rehearsal_batch_size", 2), ("steps_per_generation", 2)):
+        if key in values:
+            settings[key] = value
+    if "rehearsal_cache" in values:
+        settings["rehearsal_cache"] = str(_write_cache(model, folder / "rehearsal.safetensors"))
+    return settings
+
+
+def _write_cache(model: Path, path: Path) -> Path:
+    """Four rows of the stand-in's own, which it says with equal probability for every token (it is not asked)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fdiv.rl.fingerprints import tokenizer_fingerprint, weights_fingerprint
+    from fdiv.rl.rehearsal import RehearsalCache, RehearsalHeader, RehearsalRow
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    header = RehearsalHeader(
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        model=weights_fingerprint(AutoModelForCausalLM.from_pretrained(model)),
+        temperature=1.0,
+    )
+    rows = []
+    for index in range(4):
+        prompt, answer = f"Ask {index}:", tokenizer(f" {index}")["input_ids"]
+        level = -math.log(len(tokenizer))
+        rows.append(RehearsalRow(prompt, tokenizer(prompt)["input_ids"], answer, [level] * len(answer), index))
+    RehearsalCache(header, rows).save(path)
+    return path
 
 
 def _pad_token(model: Path) -> str:
@@ -188,6 +247,11 @@ def _prepare(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             for i in range(ROWS)
         ]
         settings["prepare.data"] = _write_rows(folder / "safe_rlhf.jsonl", rows)
+    if block["name"] == "rehearsal":
+        task = {**block["task"], **_CHEAP_TASK[block["task"]["name"]]}
+        if "database" in task:
+            task["database"] = str(_write_chinook(folder / "chinook.sqlite"))
+        settings |= {"prepare.task": task, "prepare.reward": f"{__name__}:odd_sum"}
     if block["name"] == "novels_unlearning":
         settings["prepare.data"] = _write_novels(folder / "novels", block["forget_novels"] + block["retain_novels"])
     if block["name"] == "tofu_unlearning":
@@ -209,19 +273,44 @@ def _write_novels(folder: Path, titles: list[str]) -> str:
     return str(folder)
 
 
+def _write_chinook(path: Path) -> Path:
+    """A database with Chinook's tables, in which eight genres have a track each and all else is empty."""
+    import sqlite3
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with sqlite3.connect(path) as connection:
+        connection.executescript(
+            """
+            CREATE TABLE Genre (GenreId, Name); CREATE TABLE MediaType (MediaTypeId, Name);
+            CREATE TABLE Artist (ArtistId, Name); CREATE TABLE Album (AlbumId, ArtistId, Title);
+            CREATE TABLE Track (TrackId, GenreId, MediaTypeId, AlbumId, Milliseconds);
+            CREATE TABLE Customer (LastName, City, Country);
+            CREATE TABLE Invoice (BillingCountry, BillingCity, Total);
+            """
+        )
+        for number in range(ROWS):
+            connection.execute("INSERT INTO Genre VALUES (?, ?)", (number, f"Genre {number}"))
+            connection.execute("INSERT INTO Track VALUES (?, ?, 1, 1, ?)", (number, number, 100 * number))
+    connection.close()
+    return path
+
+
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
-def _evaluations(values: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluations(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The evaluations at the smallest size, without `require:` (two steps need not improve anything)."""
     blocks = values.get("eval") or []
     blocks = blocks if isinstance(blocks, list) else [blocks]
     kept = []
     for block in blocks:
-        if block["name"] in _LEFT_OUT_EVALUATIONS:
+        if block["name"] in _LEFT_OUT_EVALUATIONS or block.get("dataset") in _HUB_BENCHMARKS:
             continue
+        if "databases" in block:
+            block = {**block, "databases": str(folder / "chinook.sqlite")}
         block = {**block, **{key: value for key, value in _CHEAP_EVALUATION.items() if key in block}}
         block.pop("require", None)
         kept.append(block)
