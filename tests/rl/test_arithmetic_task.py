@@ -148,3 +148,17 @@ def test_too_few_problems_are_refused(tmp_path):
     config = ArithmeticTaskConfig(**(QUICK | {"largest_number": 2}))
     with pytest.raises(ValueError, match="problems of 2 numbers do not suffice for 6 in the train and 4 in the test"):
         config.build(tmp_path)
+
+
+@pytest.mark.slow
+def test_tiny_recipe_raises_pass_at_1_and_draws_its_curve(tmp_path):
+    """The packaged recipe, whole: build, pre-sample, train, Pass@k of held-out problems, report."""
+    from fdiv.recipe import load_recipe
+    from fdiv.run import run_recipe
+
+    result = run_recipe(load_recipe("tiny/dph", ["--output_dir", str(tmp_path)]))
+    assert not result["unmet_requirements"]
+    assert 0.1 < result["before/pass@1"] < result["after/pass@1"] < 0.5
+    assert result["before/pass@64"] > 0.9
+    assert 0 < result["after/keep_rate@64"] <= 1
+    assert (tmp_path / "plots" / "pass_at_k.png").is_file()
