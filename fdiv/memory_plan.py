@@ -169,10 +169,14 @@ def plan_memory(recipe: Any, configs: Any, placement: Placement, prompt_tokens: 
     kwargs = args.model_init_kwargs or {}
     dtype = _dtype(kwargs.get("dtype", model.dtype), config)
     bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else None
-    if placement.deepspeed and placement.mixed is not None:
-        computed, mixed = placement.mixed, None  # the engine's weights are 16 bits wide themselves
+    if (placement.deepspeed or placement.fsdp) and placement.mixed is not None:
+        computed, mixed = placement.mixed, None  # the weights of the forward are 16 bits wide themselves
     else:
         computed, mixed = dtype, placement.mixed
+    checkpointing_kwargs = args.gradient_checkpointing_kwargs or {}
+    for key in ("offload", "selective"):
+        if checkpointing_kwargs.get(key):
+            raise FdivError(f"`{key}` of gradient_checkpointing_kwargs is not modelled")
     count = count_model(
         config,
         shape,
@@ -181,11 +185,13 @@ def plan_memory(recipe: Any, configs: Any, placement: Placement, prompt_tokens: 
         mixed=mixed,
         peft_config=peft_config,
         checkpointing=args.gradient_checkpointing,
-        checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        checkpointing_kwargs=checkpointing_kwargs,
         disable_dropout=getattr(args, "disable_dropout", False),
         bits=bits,
         freeze=lambda built: trainer.freeze_untrained(args, built),
     )
+    if placement.fsdp and bits is None:
+        count = count.held_in(dtype.itemsize)  # what is narrow is only what it gathers
     plan = device_bytes(count, placement, str(getattr(args.optim, "value", args.optim)), shape.references)
     plan.assumptions = [
         f"{shape.rows} rows of {shape.tokens} tokens in a micro-batch ({note})",

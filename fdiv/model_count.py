@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -52,6 +52,12 @@ class ModelCount:
     cache: int = 0
     layers: int = 1
     reason: str = ""
+
+    def held_in(self, itemsize: int) -> ModelCount:
+        """The same activations with the weights held in `itemsize` bytes each."""
+        more = sum(weight.size * (itemsize - weight.itemsize) for weight in self.weights)
+        weights = [weight._replace(itemsize=itemsize) for weight in self.weights]
+        return replace(self, weights=weights, stored=self.stored + more)
 
     @property
     def trained(self) -> list[Weight]:
@@ -121,9 +127,7 @@ def count_model(
             plain = count_saved(model, lambda: _forward(model, config, shape, mixed))
             count.activations = plain
             if checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing_kwargs)
-                if peft_config is not None:
-                    model.enable_input_require_grads()
+                _enable_checkpointing(model, checkpointing_kwargs)
                 count.activations = count_saved(model, lambda: _forward(model, config, shape, mixed))
                 count.recomputed = max(0, plain - count.activations) // layers
         except RuntimeError as error:  # an operation whose shape depends on the data, as in a mixture of experts
@@ -166,7 +170,7 @@ def _place(model: nn.Module) -> None:
             tensors.update({name: exchange(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
-_FLASH = "fdiv_flash_shapes"
+_UNMASKED = "fdiv_unmasked"  # transformers takes a name with "flash" in it for a kernel to fetch
 
 
 def _traceable(attention: str) -> str:
@@ -182,8 +186,18 @@ def _traceable(attention: str) -> str:
         )
         return output.transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register(_FLASH, flash)
-    return _FLASH
+    AttentionInterface.register(_UNMASKED, flash)
+    return _UNMASKED
+
+
+def _enable_checkpointing(model: Any, options: Mapping[str, Any] | None) -> None:
+    """As Trainer does it, before transformers 5.23 and since."""
+    options = dict(options or {})
+    every = {"every_n_layers": options.pop("every_n_layers")} if "every_n_layers" in options else {}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **every)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options or None, **every)
 
 
 def _forward(model: Any, config: Any, shape: StepShape, mixed: torch.dtype | None) -> Any:

@@ -214,6 +214,12 @@ def test_an_adapter_under_deepspeed_is_narrowed_too():
     }  # fmt: skip
 
 
+def test_weights_that_are_narrow_only_while_they_are_gathered():
+    count = model(2).held_in(4)
+    assert (count.stored, count.activations) == (420_400, 777)
+    assert count == model(4)
+
+
 def test_offloaded_parts_are_host_memory():
     args = torch.nn.Module()  # anything with these two attributes
     args.bf16, args.fp16 = False, False
