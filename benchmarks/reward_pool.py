@@ -1,6 +1,6 @@
 """1,000 mathematics answers through `MathReward`, 1 % of them hanging: time, counts, and what was lost.
 
-    python benchmarks/reward_pool.py --data FOLDER [--workers 2] [--time_limit 5] [--output FILE]
+    python benchmarks/reward_pool.py --data FOLDER [--workers 2] [--time_limit 10] [--output FILE]
 
 FOLDER holds `passk_artifacts/qwen_math_cot_100.jsonl` (800 recorded answers) and `gsm8k/test.jsonl` (200 worked
 solutions, every fourth with a wrong number). They are scored twice in one run by fresh pools: as they are, and with
@@ -64,7 +64,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--time_limit", type=float, default=5.0, help="seconds for one answer")
+    parser.add_argument("--time_limit", type=float, default=10.0, help="seconds of processor time for one answer")
     parser.add_argument("--batch", type=int, default=250, help="answers per call")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -85,17 +85,19 @@ def main() -> int:
         "hanging": len(hanging),
         "hanging_not_scored": sum(scores[row] is None for row in hanging),
         "lost": len(lost),
+        "lost_rows": lost,
         "workers": options.workers,
         "time_limit": options.time_limit,
         "without_hanging": clean,
         "with_hanging": hung,
-        "seconds_waiting_for_hanging": len(hanging) * options.time_limit / options.workers,
+        "processor_seconds_of_hanging": len(hanging) * options.time_limit,
         "environment": environment(shlex.join(["python", *sys.argv])),
     }
     # The folder is this machine's own.
     report["environment"]["command"] = report["environment"]["command"].replace(str(options.data), "FOLDER")
     text = json.dumps(report, indent=1, ensure_ascii=False)
     print(text)
+    print(f"lost: {[pairs[row] for row in lost]}", file=sys.stderr)
     if options.output:
         options.output.write_text(text + "\n", encoding="utf-8")
     return 1 if lost or len(pairs) != 1000 else 0

@@ -77,7 +77,8 @@ class CodeReward(PooledReward):
             raise ValueError(f"code reward: time_limit={time_limit}, memory_limit={memory_limit} must be positive")
         pool = WorkerPool(
             Path(__file__).with_name("python_runner.py"), {"program_time": time_limit, "memory": memory_limit},
-            workers=workers, time_limit=time_limit + 10, writes_files=True,
+            workers=workers, time_limit=time_limit + 10,
+            wall_limit=time_limit + 10, writes_files=True,
         )  # fmt: skip
         super().__init__(name, pool, failure_score=failure_score, failure_limit=failure_limit)
         self.test, self.entry_point = test, entry_point

@@ -26,7 +26,7 @@ class MathReward(PooledReward):
     Args:
         gold: Column of the gold answers: an answer, a text with a boxed one, or GSM8K's `… #### 18`.
         answers: `boxed` or `any`, see above.
-        time_limit: Seconds of wall time for one answer.
+        time_limit: Seconds of processor time for one answer; five times that by the clock.
         memory_limit: Bytes of resident memory for a worker (SymPy alone takes 100 MB).
         workers: Worker processes; None: the processors of this rank, at most 8.
         failure_score: Score of an answer that was lost.

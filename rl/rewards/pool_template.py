@@ -60,7 +60,7 @@ def serve(channel: socket.socket, task: ModuleType, settings: dict[str, Any]) ->
         for line in lines:
             # A worker whose trainer is gone ends itself, even inside one C call: the kernel delivers this. The pool's
             # own limit comes first.
-            signal.setitimer(signal.ITIMER_REAL, settings["time_limit"] + 5.0)
+            signal.setitimer(signal.ITIMER_REAL, settings["wall_limit"] + 5.0)
             reply = _answered(task, json.loads(line))
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             channel.sendall(json.dumps(reply).encode() + b"\n")

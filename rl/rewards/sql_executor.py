@@ -85,7 +85,7 @@ class Guard:
 
     def interrupt(self) -> bool:
         """True once the time is over."""
-        self.expired = time.monotonic() > self.deadline
+        self.expired = time.process_time() > self.deadline
         return self.expired
 
 
@@ -114,7 +114,7 @@ def run(connection: sqlite3.Connection, query: str, most: int) -> tuple[list[tup
     Raises:
         sqlite3.Error: what SQLite says about the query; `TimeoutError`: out of time; `MemoryError`: out of heap.
     """
-    guard = Guard(_tables(connection), time.monotonic() + _settings["query_time"])
+    guard = Guard(_tables(connection), time.process_time() + _settings["query_time"])
     for limit, value in LIMITS.items():
         connection.setlimit(limit, value)
     connection.set_authorizer(guard.authorize)
@@ -125,7 +125,7 @@ def run(connection: sqlite3.Connection, query: str, most: int) -> tuple[list[tup
         cursor.close()
     except sqlite3.Error as error:
         if guard.expired:
-            raise TimeoutError(f"more than {_settings['query_time']} s") from error
+            raise TimeoutError(f"more than {_settings['query_time']} s of processor time") from error
         if guard.denied:
             raise PermissionError(guard.denied) from error
         raise

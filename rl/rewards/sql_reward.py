@@ -46,8 +46,8 @@ class SQLReward(PooledReward):
             right only by coincidence.
         tolerance: Relative tolerance of numbers.
         max_rows: Most rows of a gold query.
-        time_limit: Seconds for one query, by SQLite's progress handler. The worker is killed after
-            4 · time_limit + 1 seconds with one answer.
+        time_limit: Seconds of processor time for one query, by SQLite's progress handler. The worker is killed after
+            4 · time_limit + 1 of them, or five times that by the clock, with one answer.
         memory_limit: Bytes of resident memory for a worker; half of it is SQLite's heap limit.
         workers: Worker processes; None: the processors of this rank, at most 8.
         failure_score: Score of an answer that was lost.

@@ -1,8 +1,8 @@
 """A pool of killable worker processes: an item that hangs or crashes its worker costs exactly one answer.
 
 The trainer starts one template process (`pool_template.py`), which loads the task and forks the workers. Items and
-answers are JSON over a socket per worker, never pickles. A worker has one item at a time; when that passes its time
-limit or its memory limit, or the worker ends, that item's outcome says so, the worker is killed and another is forked,
+answers are JSON over a socket per worker, never pickles. A worker has one item at a time; when that passes its
+limits of time or memory, or the worker ends, that item's outcome says so, the worker is killed and another is forked,
 and every other item goes on. Nothing relies on signals in the trainer, so the pool works in any of its threads.
 """
 
@@ -22,11 +22,12 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fdiv.errors import FdivError
+from fdiv.rl.rewards.worker_process import Processes, Worker, has_ended, usage
 
 __all__ = ["Outcome", "WorkerError", "WorkerPool", "default_workers"]
 
@@ -36,7 +37,8 @@ PASSED_ON = (
 )  # fmt: skip
 """The environment variables a worker sees. Tokens and keys of the trainer are not among them."""
 
-MEMORY_CHECK = 0.05  # seconds between looks at the workers' resident memory
+LOOK = 0.05  # seconds between looks at the workers' processor time and memory
+WALL_FACTOR = 5.0
 START_FAILURES = 5  # workers in a row that end before they are ready
 LONGEST_REPLY = 1 << 20
 
@@ -70,42 +72,6 @@ def default_workers() -> int:
     return max(1, min(8, available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
 
 
-@dataclass(eq=False)
-class _Worker:
-    channel: socket.socket
-    pid: int = 0  # 0 until it says that it is ready
-    item: int | None = None  # index of the item it works on
-    deadline: float = 0.0
-    outgoing: memoryview = field(default_factory=lambda: memoryview(b""))
-    incoming: bytearray = field(default_factory=bytearray)
-
-
-@dataclass(eq=False)
-class _Processes:
-    """The template and the workers of one trainer process."""
-
-    template: subprocess.Popen
-    control: socket.socket
-    owner: int
-    workers: list[_Worker] = field(default_factory=list)
-
-    def close(self) -> None:
-        ours = os.getpid() == self.owner  # else a forked copy: the processes are the original's
-        if ours:
-            with contextlib.suppress(OSError):
-                self.control.shutdown(socket.SHUT_RDWR)  # reaches the template even if a forked copy is open elsewhere
-        self.control.close()
-        for worker in self.workers:
-            worker.channel.close()
-        if not ours:
-            return
-        try:
-            self.template.wait(5)
-        except subprocess.TimeoutExpired:
-            self.template.kill()
-            self.template.wait()
-
-
 class WorkerPool:
     """Worker processes for one task, started on first use and kept until `close()`, interpreter exit or collection.
 
@@ -117,10 +83,12 @@ class WorkerPool:
             `answer(item) -> dict`, run in the workers; both sides of it are JSON.
         settings: What `prepare` is given; JSON.
         workers: Number of worker processes; None for `default_workers()`.
-        time_limit: Seconds of wall time for one item.
-        memory_limit: Bytes a worker may hold resident (looked at every 50 ms where there is a `/proc`).
+        time_limit: Seconds of processor time of the worker for one item. Wall time would take answers from a machine
+            that is only busy.
+        memory_limit: Bytes a worker may hold resident; like the processor time it is looked at every 50 ms.
         address_space: Bytes of address space a worker may reserve, a limit of the kernel; None for 4 × memory_limit.
         writes_files: The task has to write files: no limits of the kernel, `address_space` included.
+        wall_limit: Seconds of wall time for one item, however little the worker computes; None for 5 × time_limit.
         start_limit: Seconds in which the template must have prepared the task.
 
     Raises:
@@ -137,12 +105,15 @@ class WorkerPool:
         memory_limit: int = 1 << 30,
         address_space: int | None = None,
         writes_files: bool = False,
+        wall_limit: float | None = None,
         start_limit: float = 300.0,
     ) -> None:
         self.workers = default_workers() if workers is None else workers
+        self.wall_limit = WALL_FACTOR * time_limit if wall_limit is None else wall_limit
         for name, value in (
             ("workers", self.workers), ("time_limit", time_limit), ("memory_limit", memory_limit),
             ("start_limit", start_limit),
+            ("wall_limit", self.wall_limit),
         ):  # fmt: skip
             if value <= 0:
                 raise ValueError(f"WorkerPool: {name}={value} must be positive")
@@ -150,7 +121,7 @@ class WorkerPool:
         self.time_limit, self.memory_limit, self.start_limit = time_limit, memory_limit, start_limit
         self.address_space = 4 * memory_limit if address_space is None else address_space
         self.writes_files, self.restarts = writes_files, 0
-        self._processes: _Processes | None = None
+        self._processes: Processes | None = None
         self._finalizer: weakref.finalize | None = None
         self._lock, self._lock_owner = threading.Lock(), os.getpid()
 
@@ -214,10 +185,10 @@ class WorkerPool:
             self._processes = self._new_processes()
             self._finalizer = weakref.finalize(self, self._processes.close)
 
-    def _new_processes(self) -> _Processes:
+    def _new_processes(self) -> Processes:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         limit = None if self.writes_files else self.address_space
-        settings = {**self.settings, "time_limit": self.time_limit, "address_space": limit}
+        settings = {**self.settings, "wall_limit": self.wall_limit, "address_space": limit}
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
         with theirs, tempfile.TemporaryFile() as complaints:
@@ -228,7 +199,7 @@ class WorkerPool:
                 stderr=complaints, env=environment, pass_fds=(theirs.fileno(),), process_group=0,
             )  # fmt: skip
             theirs.close()
-            processes = _Processes(template, ours, os.getpid())
+            processes = Processes(template, ours, os.getpid())
             ours.settimeout(self.start_limit)
             try:
                 ready = ours.recv(16) == b"ready"
@@ -254,15 +225,15 @@ class _Run:
         self.waiting: deque[int] = deque()
         self.results: dict[int, Outcome] = {}
         self.start_failures = 0
-        self.next_memory_check = 0.0
+        self.next_look = 0.0
 
-    def outcomes(self, processes: _Processes) -> list[Outcome]:
+    def outcomes(self, processes: Processes) -> list[Outcome]:
         self.processes = processes
         unanswered = set(range(len(self.encoded))) - self.results.keys()
         self.waiting = deque(sorted(unanswered))
         with selectors.DefaultSelector() as self.selector:
             for worker in list(self.processes.workers):
-                if _has_ended(worker):
+                if has_ended(worker):
                     self._replace(worker)
                 else:
                     self.selector.register(worker.channel, selectors.EVENT_READ, worker)
@@ -276,31 +247,38 @@ class _Run:
         for worker in self.processes.workers:
             if worker.pid and worker.item is None and self.waiting:
                 self._assign(worker)
-        for key, events in self.selector.select(MEMORY_CHECK):
+        for key, events in self.selector.select(LOOK):
             worker = key.data
             if events & selectors.EVENT_WRITE:
                 self._send(worker)
             if events & selectors.EVENT_READ:
                 self._receive(worker)
-        now = time.monotonic()
-        look_at_memory = now >= self.next_memory_check
-        if look_at_memory:
-            self.next_memory_check = now + MEMORY_CHECK
-        for worker in list(self.processes.workers):
-            if worker.item is not None and now > worker.deadline:
-                self._receive(worker)  # the answer may be here, if this process was the one that was late
-                if worker.item is not None and now > worker.deadline and worker in self.processes.workers:
-                    self._lost(worker, Outcome("timeout", detail=f"no answer within {self.pool.time_limit} s"))
-            elif worker.item is not None and look_at_memory and _resident(worker.pid) > self.pool.memory_limit:
-                self._lost(worker, Outcome("memory", detail=f"more than {self.pool.memory_limit} bytes resident"))
+        if time.monotonic() >= self.next_look:
+            self.next_look = time.monotonic() + LOOK
+            for worker in list(self.processes.workers):
+                if worker.item is not None and (outcome := self._beyond_limits(worker)):
+                    self._receive(worker)  # the answer may be here, if this process was the one that was late
+                    if worker.item is not None:
+                        self._lost(worker, outcome)
 
-    def _assign(self, worker: _Worker) -> None:
+    def _beyond_limits(self, worker: Worker) -> Outcome | None:
+        seconds, resident = usage(worker.pid)
+        if seconds > worker.processor_end:
+            return Outcome("timeout", detail=f"no answer within {self.pool.time_limit} s of processor time")
+        if time.monotonic() > worker.wall_end:
+            return Outcome("timeout", detail=f"no answer within {self.pool.wall_limit} s")
+        if resident > self.pool.memory_limit:
+            return Outcome("memory", detail=f"more than {self.pool.memory_limit} bytes resident")
+        return None
+
+    def _assign(self, worker: Worker) -> None:
         worker.item = self.waiting.popleft()
-        worker.deadline = time.monotonic() + self.pool.time_limit
+        worker.wall_end = time.monotonic() + self.pool.wall_limit
+        worker.processor_end = usage(worker.pid)[0] + self.pool.time_limit
         worker.outgoing = memoryview(self.encoded[worker.item])
         self._send(worker)
 
-    def _send(self, worker: _Worker) -> None:
+    def _send(self, worker: Worker) -> None:
         try:
             worker.outgoing = worker.outgoing[worker.channel.send(worker.outgoing) :]
         except BlockingIOError:
@@ -310,7 +288,7 @@ class _Run:
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.outgoing else 0)
         self.selector.modify(worker.channel, wanted, worker)
 
-    def _receive(self, worker: _Worker) -> None:
+    def _receive(self, worker: Worker) -> None:
         try:
             data = worker.channel.recv(1 << 16)
         except BlockingIOError:
@@ -325,7 +303,7 @@ class _Run:
         if not data or len(worker.incoming) > LONGEST_REPLY:
             self._lost(worker, Outcome("crash", detail="the worker process ended" if not data else "endless reply"))
 
-    def _handle(self, worker: _Worker, reply: dict[str, Any]) -> None:
+    def _handle(self, worker: Worker, reply: dict[str, Any]) -> None:
         if "ready" in reply:
             worker.pid, self.start_failures = reply["ready"], 0
             return
@@ -337,7 +315,7 @@ class _Run:
         if reply.get("error") == "memory":
             self._lost(worker, None)  # what filled its memory may still be there
 
-    def _lost(self, worker: _Worker, outcome: Outcome | None) -> None:
+    def _lost(self, worker: Worker, outcome: Outcome | None) -> None:
         """The worker is gone, or has to go: its item gets `outcome`, and another worker its place."""
         if worker not in self.processes.workers:
             return
@@ -353,7 +331,7 @@ class _Run:
         self.selector.unregister(worker.channel)
         self._replace(worker)
 
-    def _replace(self, worker: _Worker) -> None:
+    def _replace(self, worker: Worker) -> None:
         if worker.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.pid, signal.SIGKILL)  # the number is still its own: the template has not reaped it
@@ -373,23 +351,6 @@ class _Run:
                     f"the template process of {self.pool.task.name} was killed again and again: is memory short?"
                 ) from error
         ours.setblocking(False)
-        worker = _Worker(ours)
+        worker = Worker(ours)
         self.processes.workers.append(worker)
         self.selector.register(ours, selectors.EVENT_READ, worker)
-
-
-def _has_ended(worker: _Worker) -> bool:
-    try:
-        return not worker.channel.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except ConnectionResetError:
-        return True
-
-
-def _resident(pid: int) -> int:
-    """Bytes of resident memory; 0 where there is no such process, or no /proc."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (FileNotFoundError, ProcessLookupError):
-        return 0

@@ -17,7 +17,10 @@ def answer(item):
     match item:
         case {"hang": True}:
             while True:
-                time.sleep(1)
+                pass
+        case {"sleep": seconds}:
+            time.sleep(seconds)
+            return {"slept": seconds}
         case {"exit": status}:
             os._exit(status)
         case {"kill": number}:

@@ -90,7 +90,7 @@ def test_the_wrong_gold_column_stops_the_run():
 
 
 def test_hanging_answers_cost_themselves_alone():
-    reward = MathReward(workers=2, time_limit=5.0, failure_limit=None)
+    reward = MathReward(workers=2, time_limit=2.0, failure_limit=None)
     completions = [rf"\boxed{{{number}}}" for number in range(12)]
     completions[3] = completions[7] = HANGING
     scores = reward(["?"] * 12, completions, solution=[str(number) for number in range(12)])

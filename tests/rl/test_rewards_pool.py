@@ -27,7 +27,7 @@ BAD = [
 
 @pytest.fixture(scope="module")
 def pool():
-    with WorkerPool(TASK, workers=2, time_limit=5.0) as pool:
+    with WorkerPool(TASK, workers=2, time_limit=0.5, wall_limit=300.0) as pool:
         yield pool
 
 
@@ -66,6 +66,15 @@ def test_a_worker_that_outgrows_its_memory_is_killed():
         outcomes = pool.map([{"allocate": 10}, {"allocate": 100_000}, {"number": 2}])
     assert [outcome.status for outcome in outcomes] == ["ok", "memory", "ok"]
     assert outcomes[1].detail == "more than 104857600 bytes resident"
+
+
+def test_waiting_is_limited_by_the_clock_and_computing_by_the_processor():
+    with WorkerPool(TASK, workers=1, time_limit=0.2, wall_limit=60.0) as pool:
+        assert pool.map([{"sleep": 1.0}])[0] == Outcome("ok", {"slept": 1.0})
+        assert "0.2 s of processor time" in pool.map([{"hang": True}])[0].detail
+    with WorkerPool(TASK, workers=1, time_limit=60.0, wall_limit=0.5) as pool:
+        outcome = pool.map([{"sleep": 60.0}])[0]
+        assert outcome.status == "timeout" and outcome.detail == "no answer within 0.5 s"
 
 
 def test_workers_are_kept_between_calls_and_order_is_kept(pool):
@@ -196,7 +205,7 @@ def test_workers_that_never_start_are_an_error_not_a_loop():
         WorkerPool(TASK, {"stillborn": True}, workers=1).map([{"number": 1}])
 
 
-@pytest.mark.parametrize("key", ["workers", "time_limit", "memory_limit", "start_limit"])
+@pytest.mark.parametrize("key", ["workers", "time_limit", "wall_limit", "memory_limit", "start_limit"])
 def test_limits_must_be_positive(key):
     with pytest.raises(ValueError, match=f"{key}=0 must be positive"):
         WorkerPool(TASK, **{key: 0})
