@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -123,6 +124,9 @@ def count_model(
         weights, stored = _weights(model, bits)
         layers = config.get_text_config().num_hidden_layers
         count = ModelCount(weights, stored, None, cache=_cache_bytes(config, shape, mixed or dtype), layers=layers)
+        log = logging.getLogger("torch._subclasses.fake_tensor")  # prints a traceback of what is reported here
+        level = log.level
+        log.setLevel(logging.CRITICAL)
         try:
             plain = count_saved(model, lambda: _forward(model, config, shape, mixed))
             count.activations = plain
@@ -132,6 +136,8 @@ def count_model(
                 count.recomputed = max(0, plain - count.activations) // layers
         except RuntimeError as error:  # an operation whose shape depends on the data, as in a mixture of experts
             count.activations, count.reason = None, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        finally:
+            log.setLevel(level)
     return count
 
 
@@ -211,7 +217,7 @@ def _forward(model: Any, config: Any, shape: StepShape, mixed: torch.dtype | Non
     if takes_position_ids(model):
         inputs["position_ids"] = torch.zeros(rows, tokens, dtype=torch.long)
     autocast = contextlib.nullcontext() if mixed is None else torch.autocast("cpu", dtype=mixed)
-    if not shape.vocabulary:
+    if shape.on_logits is None:
         enable_fused_head(model, outputs=("log_probs", "entropy"))
         with autocast:
             return model(**inputs, labels=ids, use_cache=False, fused_lm_head=True)
@@ -219,13 +225,7 @@ def _forward(model: Any, config: Any, shape: StepShape, mixed: torch.dtype | Non
         logits = model(**inputs, use_cache=False).logits[:, :-1]
     scores = logits.reshape(-1, logits.size(-1)).float()
     chosen = scores.gather(-1, ids[:, 1:].reshape(-1, 1)) - scores.logsumexp(-1, keepdim=True)
-    # The method's own look at the distribution; it holds the logits, too, until the step is over.
-    return chosen, scores.log_softmax(-1), _keep(logits)
-
-
-def _keep(tensor: Tensor) -> Tensor:
-    """Something that saves `tensor` itself for its backward pass."""
-    return tensor.exp() if tensor.grad_fn is None else tensor * tensor
+    return chosen, shape.on_logits(scores)
 
 
 def _weights(model: nn.Module, bits: int | None) -> tuple[list[Weight], int]:

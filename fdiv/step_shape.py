@@ -6,7 +6,11 @@ into bytes.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["PROMPT_TOKENS", "StepShape", "rollout_tokens", "sampled_at_once"]
 
@@ -22,7 +26,8 @@ class StepShape(NamedTuple):
         tokens: length of the longest; None: no key bounds it, so the model's context does.
         tokens_from: where that number comes from, for the reader.
         references: frozen models of the policy's size that are held besides it.
-        vocabulary: whether the loss looks at the logits `[rows, tokens, V]`, which the fused head never forms.
+        on_logits: what the loss makes of float32 logits `[rows · tokens, V]`, rows in the batch's order, where it
+            looks at the whole distribution; None: it takes the fused head, which never forms them.
         sampled_rows: completions that transformers samples at once; 0 without sampling, or where vLLM does it.
         sampled_tokens: their longest length, prompt included.
     """
@@ -31,7 +36,7 @@ class StepShape(NamedTuple):
     tokens: int | None
     tokens_from: str
     references: int = 0
-    vocabulary: bool = False
+    on_logits: Callable[[Tensor], Any] | None = None
     sampled_rows: int = 0
     sampled_tokens: int = 0
 

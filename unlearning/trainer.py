@@ -173,9 +173,22 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
         roles = 1 + isinstance(args, TemplateConfig) + (args.retain_term != "none")
         references = int(cls._uses_reference(args) and not (peft or args.precompute_reference))
         # A method that looks at a layer's activations takes the logits as well, for its log.
-        vocabulary = cls._looks_at_logits(args) or hasattr(args, "layer")
-        rows = roles * args.per_device_train_batch_size
-        return StepShape(rows, args.max_length, f"max_length={args.max_length}", references, vocabulary)
+        logits = cls._looks_at_logits(args) or hasattr(args, "layer")
+        rows, note = roles * args.per_device_train_batch_size, f"max_length={args.max_length}"
+        on_logits = (lambda scores: cls._on_logits(args, scores.chunk(roles))) if logits else None
+        return StepShape(rows, args.max_length, note, references, on_logits)
+
+    @classmethod
+    def _on_logits(cls, args: UnlearningConfig, roles: tuple[Tensor, ...]) -> list[Tensor]:
+        """Terms that save of float32 logits `[N, V]` what the loss does; the forget term stands as a cross-entropy."""
+        terms = []
+        if cls.forget_needs_logits:
+            forget = roles[-2] if args.retain_term != "none" else roles[-1]
+            terms.append((torch.ones_like(forget) * forget.log_softmax(-1)).sum(-1))
+        if args.retain_term == "divergence" and args.retain_level == "vocabulary":
+            log_p = roles[-1].log_softmax(-1)
+            terms.append(get_divergence(args.retain_divergence).exact(log_p, log_p.detach().clone()))
+        return terms
 
     # ---------------------------------------------------------------- data
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
