@@ -240,8 +240,10 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _without(content: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {key: value for key, value in content.items() if key not in names}
+def _partition(path: Path) -> dict[str, Any]:
+    """What pre-sampling found, without the prompts one by one and the paths."""
+    content = json.loads(path.read_text())
+    return {key: value for key, value in content.items() if key not in ("prompts", "environment", "drawing")}
 
 
 def _compact(cell: dict[str, Any]) -> dict[str, Any]:
