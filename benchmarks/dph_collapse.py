@@ -232,9 +232,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         "screening": {
             r: {name: cell.get(name) for name in ("train_reward", "pass@1", "pass@64")} for r, cell in screened.items()
         },
-        "partition": _without(json.loads(partition[0].read_text()), "prompts", "environment", "drawing")
-        if partition
-        else None,
+        "partition": _partition(partition[0]) if partition else None,
         "base": _compact(read(Path(args.runs) / "base")),
         "methods": {label: {seed: _compact(cell) for seed, cell in seeds.items()} for label, seeds in runs.items()},
     }
