@@ -76,6 +76,6 @@ def _gathered(parameter: nn.Parameter) -> AbstractContextManager:
     """Under ZeRO-3 a parameter is a shard until it is gathered."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed  # `deepspeed.zero` is an attribute of it, not a module
 
-    return GatheredParameters([parameter])
+    return deepspeed.zero.GatheredParameters([parameter])

@@ -42,8 +42,9 @@ def _f_dpg(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
 def _d2o(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
     from tests.alignment.d2o_runs import make_trainer, negative_rows
 
-    online = {"anchor_source": "online", "online_start_step": 0} if "rollout_func" not in options else {}
-    return make_trainer(model_dir, negative_rows(), output, **{**online, **options})
+    anchors = options.pop("given_anchors", 0)
+    sampled = {} if anchors else {"anchor_source": "online"}
+    return make_trainer(model_dir, negative_rows(anchors=anchors), output, **{**sampled, **options})
 
 
 def _flat(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
@@ -55,8 +56,9 @@ def _flat(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
 def _dph(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
     from tests.rl.dph_runs import cache, load, trainer
 
-    options = {"rehearsal_coefficient": 0.1, "per_device_train_batch_size": 8, **options}
-    options.setdefault("rehearsal", cache(model_dir))
+    options = {"rehearsal_coefficient": 1.0, "per_device_train_batch_size": 8, **options}
+    if "rehearsal_cache" not in options:
+        options.setdefault("rehearsal", cache(model_dir, shift=0.5))
     return trainer(load(model_dir), output, **options)
 
 

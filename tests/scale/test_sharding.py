@@ -1,0 +1,77 @@
+"""Two processes under DDP, ZeRO-2 and ZeRO-3 (DeepSpeed's CPU backend) train all five methods as one process does."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fdiv.cli.launch import accelerate_config
+from fdiv.tiny_models import build_tiny_model
+from tests.alignment.f_dpg_runs import recorded
+from tests.rl.dph_runs import cache
+from tests.scale.run_trainers import STEPS
+from tests.scale.trainers import TRAINERS
+
+SCRIPT = "tests.scale.run_trainers"
+LAUNCHERS = {
+    "one": [sys.executable],
+    "ddp": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    **{
+        name: [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config(f"cpu_{name}")),
+            "--main_process_port", "0",
+        ]
+        for name in ("zero2", "zero3")
+    },
+}  # fmt: skip
+
+
+def launch(launcher, model_dir, folder, repository, *names):
+    """What `run_trainers` reports of the trainers `names`, run one after the other under the launcher."""
+    output = folder / f"{launcher}.json"
+    words = ["-m", SCRIPT, model_dir, folder, output, *names]
+    done = subprocess.run(
+        [*LAUNCHERS[launcher], *map(str, words)], capture_output=True, text=True, timeout=900, check=False,
+        cwd=repository, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model_dir, tmp_path_factory, repository):
+    """Launcher → trainer → what `run_trainers` reports; each launcher runs all five once."""
+    folder = tmp_path_factory.mktemp("sharding")
+    cache(tiny_model_dir, shift=0.5).save(folder / "rehearsal.safetensors")
+    records = recorded(tiny_model_dir, 4 * STEPS)
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    results = {}
+
+    def run(launcher):
+        if launcher not in results:
+            results[launcher] = launch(launcher, tiny_model_dir, folder, repository, *TRAINERS)
+        return results[launcher]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])
+def test_losses_are_those_of_one_process(runs, launcher):
+    one, two = runs("one"), runs(launcher)
+    for name in TRAINERS:
+        assert (one[name]["processes"], two[name]["processes"]) == (1, 2)
+        assert ("DEEPSPEED" in two[name]["distributed"]) == launcher.startswith("zero")
+        assert len(one[name]["losses"]) == STEPS
+        assert two[name]["losses"] == pytest.approx(one[name]["losses"], abs=1e-4, rel=0), name
+        assert max(one[name]["losses"]) - min(one[name]["losses"]) > 1e-3, f"{name}: nothing was trained"
+
+
+@pytest.mark.slow
+def test_zero3_holds_half_of_the_parameters_per_process(tmp_path, repository):
+    """DeepSpeed keeps tensors of up to 100,000 elements whole on every process, so this model has larger ones."""
+    model = build_tiny_model(tmp_path / "model", hidden_size=512, layers=1)
+    shares = launch("zero3", model, tmp_path, repository, "f_dpo")["f_dpo"]["parameter_share"]
+    assert shares == pytest.approx([0.5, 0.5], abs=0.05)
