@@ -75,6 +75,8 @@ class Comparison(ABC):
     epochs: ClassVar[int]
     """Defaults of `--rates` and `--epochs`."""
     figure: ClassVar[str]
+    trajectory: ClassVar[tuple[str, str]]
+    """Two metrics of the evaluation after each epoch: what is to be kept (x) and what is to be forgotten (y)."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -202,7 +204,10 @@ class Comparison(ABC):
                         "train_seconds": read(folder / "result.json")["train_seconds"],
                         **{name: full.get(name) for name in (*self.columns, *self.also_kept)},
                     }
-            methods[label] = {"learning_rate": rate, "screened": screened, "seeds": runs}
+            paths = {
+                r: [[row.get(f"eval_{m}") for m in self.trajectory] for row in epochs(first[r])] for r in screened
+            }
+            methods[label] = {"learning_rate": rate, "screened": screened, "trajectory": paths, "seeds": runs}
         models = {name: read(self.runs / f"model_{name}" / "full" / "out.json") for name in self.reference_models()}
         models = {name: {key: log.get(key) for key in self.columns} for name, log in models.items() if log}
         record: dict[str, Any] = {"command": " ".join(["python", *sys.argv])}
@@ -240,6 +245,29 @@ class Comparison(ABC):
         self.draw(axes, results, {label: runs for label, runs in points.items() if runs})
         axes.legend(fontsize=7)
         figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+    def plot_trajectories(self, results: dict[str, Any], path: Path) -> None:
+        """The path of each method from epoch to epoch (first seed, selection rows), a panel per learning rate."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        rates = results["rates"]
+        figure, panels = plt.subplots(
+            1, len(rates), figsize=(5 * len(rates), 4.5), layout="constrained", sharex=True, sharey=True, squeeze=False
+        )
+        for axes, rate in zip(panels[0], rates, strict=True):
+            for number, (label, method) in enumerate(results["methods"].items()):
+                if method["trajectory"].get(rate):
+                    x, y = zip(*method["trajectory"][rate], strict=True)
+                    axes.plot(x, y, marker=MARKERS[number % len(MARKERS)], label=label, alpha=0.8)
+            axes.set(title=f"learning rate {rate}", xlabel=self.trajectory[0].replace("_", " "))
+        panels[0][0].set_ylabel(self.trajectory[1].replace("_", " "))
+        panels[0][-1].legend(fontsize=7)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
 
 
 MARKERS = "osD^v<>Ph*"
@@ -267,4 +295,5 @@ def compare(kind: type[Comparison]) -> None:
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (output / "table.md").write_text(comparison.table(results))
     comparison.plot(results, output / kind.figure)
+    comparison.plot_trajectories(results, output / "trajectories.png")
     print(comparison.table(results))

@@ -50,6 +50,7 @@ class NovelsComparison(Comparison):
     rates = ["1e-4", "3e-4"]
     epochs = 5
     figure = "verbmem_knowmem.png"
+    trajectory = ("retain_knowmem_ROUGE", "forget_verbmem_ROUGE")
 
     @property
     def task(self) -> Path:

@@ -52,6 +52,7 @@ class TofuComparison(Comparison):
     rates = ["1e-4", "3e-4"]
     epochs = 3
     figure = "forget_quality_utility.png"
+    trajectory = ("model_utility", "forget_Q_A_ROUGE")
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
