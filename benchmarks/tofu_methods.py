@@ -77,7 +77,7 @@ class TofuComparison(Comparison):
     def draw(self, axes: Any, results: dict[str, Any], points: dict[str, list[dict[str, Any]]]) -> None:
         """Forget quality (log scale) against model utility."""
         for number, (label, runs) in enumerate(points.items()):
-            quality = [max(run["forget_quality"], 1e-30) for run in runs if run["forget_quality"] is not None]
+            quality = [max(run["forget_quality"], 1e-60) for run in runs if run["forget_quality"] is not None]
             utility = [run["model_utility"] for run in runs if run["forget_quality"] is not None]
             axes.scatter(utility, quality, label=label, marker=MARKERS[number % len(MARKERS)], alpha=0.8)
         axes.axhline(0.05, color="grey", linewidth=0.8, linestyle="--")

@@ -73,7 +73,7 @@ def print_table(
     for row in rows:
         table.add_row(*row)
     stream = sys.stderr if on_stderr else sys.stdout
-    console = Console(width=None if stream.isatty() else 160, file=stream)
+    console = Console(width=None if stream.isatty() else 200, file=stream)
     console.print(table)
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)

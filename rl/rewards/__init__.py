@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fdiv.methods import load
+from fdiv import methods
 from fdiv.rl.rewards.code_reward import CodeReward
 from fdiv.rl.rewards.completions import completion_text, extract_python, extract_sql
 from fdiv.rl.rewards.math_reward import MathReward
@@ -63,7 +63,7 @@ def build_reward(spec: str | Mapping[str, Any] | Callable[..., Any]) -> Callable
     if "as" in settings:
         settings["name"] = settings.pop("as")
     try:
-        factory = load(REWARDS.get(kind, kind))
+        factory = methods.load(REWARDS.get(kind, kind))
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward {kind!r}: {error}") from error
     if not inspect.isclass(factory):

@@ -17,6 +17,7 @@ from fdiv.recipe import Recipe, load_recipe
 from fdiv.recipe_yaml import read_document
 
 ROWS = 8
+STAND_IN_CONTEXT = 512  # tokens, of the models of `fdiv.tiny_models`
 
 # Per builder: keys that make its build cheap. A builder that reads files gets them written by `_write_sources`.
 _CHEAP_PREPARE: dict[str, dict[str, Any]] = {
@@ -100,6 +101,8 @@ def stand_in_recipe(path: Path, model: Path, folder: Path) -> Recipe:
         "report": None,
         "sweep": None,
     }
+    if (values.get("max_length") or 0) > STAND_IN_CONTEXT:
+        settings["max_length"] = STAND_IN_CONTEXT
     if values.get("gradient_accumulation_steps", 1) > 2:
         settings["gradient_accumulation_steps"] = 2
     for key, value in (("attn_implementation", "sdpa"), ("load_in_4bit", False), ("load_in_8bit", False)):
