@@ -4,8 +4,8 @@
 
 FOLDER holds `passk_artifacts/qwen_math_cot_100.jsonl` (800 recorded answers) and `gsm8k/test.jsonl` (200 worked
 solutions, every fourth with a wrong number). They are scored twice in one run by fresh pools: as they are, and with
-every hundredth replaced by an answer that keeps SymPy busy for ever. Lost is whatever is not hanging and has another
-score than in the first pass.
+every hundredth replaced by an answer that keeps SymPy busy for ever. Lost is an answer that does not hang, whose gold
+can be read, and that has no score; or, in the second pass, another one than in the first.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def scored(golds: list[str], completions: list[str], options: argparse.Namespace
     """Scores, and what the pass took."""
     from fdiv.rl.rewards import MathReward
 
-    reward = MathReward(workers=options.workers, time_limit=options.time_limit, failure_limit=None)
+    reward = MathReward(
+        workers=options.workers, time_limit=options.time_limit, wall_limit=options.wall_limit, failure_limit=None
+    )
     reward(["warm up"], [r"\boxed{1}"], solution=["1"])
     reward.counts.clear()
     started = time.perf_counter()
@@ -65,6 +67,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--time_limit", type=float, default=10.0, help="seconds of processor time for one answer")
+    parser.add_argument("--wall_limit", type=float, help="seconds by the clock for one answer")
     parser.add_argument("--batch", type=int, default=250, help="answers per call")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -79,13 +82,19 @@ def main() -> int:
     for row in hanging:
         golds[row], with_hanging[row] = "1", HANGING  # a gold that can be read, so that it comes to the answer
     scores, hung = scored(golds, with_hanging, options)
-    lost = [row for row in range(len(pairs)) if row not in hanging and scores[row] != clean_scores[row]]
+    others = sorted(set(range(len(pairs))) - set(hanging))
+    lost_rows = [
+        row
+        for row in others
+        if (scores[row] is None and golds[row] not in hung["unusable_golds"])
+        or (None not in (scores[row], clean_scores[row]) and scores[row] != clean_scores[row])
+    ]
     report = {
         "answers": len(pairs),
         "hanging": len(hanging),
         "hanging_not_scored": sum(scores[row] is None for row in hanging),
-        "lost": len(lost),
-        "lost_rows": lost,
+        "lost": len(lost_rows),
+        "lost_without_hanging": clean["timeout"] + clean["memory"] + clean["crash"],
         "workers": options.workers,
         "time_limit": options.time_limit,
         "without_hanging": clean,
@@ -97,10 +106,9 @@ def main() -> int:
     report["environment"]["command"] = report["environment"]["command"].replace(str(options.data), "FOLDER")
     text = json.dumps(report, indent=1, ensure_ascii=False)
     print(text)
-    print(f"lost: {[pairs[row] for row in lost]}", file=sys.stderr)
     if options.output:
         options.output.write_text(text + "\n", encoding="utf-8")
-    return 1 if lost or len(pairs) != 1000 else 0
+    return 1 if lost_rows or len(pairs) != 1000 else 0
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ class MathReward(PooledReward):
     Args:
         gold: Column of the gold answers: an answer, a text with a boxed one, or GSM8K's `… #### 18`.
         answers: `boxed` or `any`, see above.
-        time_limit: Seconds of processor time for one answer; five times that by the clock.
+        time_limit: Seconds of processor time for one answer.
+        wall_limit: Seconds by the clock for one answer; None: 5 × time_limit.
         memory_limit: Bytes of resident memory for a worker (SymPy alone takes 100 MB).
         workers: Worker processes; None: the processors of this rank, at most 8.
         failure_score: Score of an answer that was lost.
@@ -50,6 +51,7 @@ class MathReward(PooledReward):
         *,
         answers: Literal["boxed", "any"] = "boxed",
         time_limit: float = 10.0,
+        wall_limit: float | None = None,
         memory_limit: int = 1 << 30,
         workers: int | None = None,
         failure_score: float | None = None,
@@ -60,7 +62,7 @@ class MathReward(PooledReward):
             raise ValueError(f"math reward: answers={answers!r} must be 'boxed' or 'any'")
         pool = WorkerPool(
             Path(__file__).with_name("math_verifier.py"), {"answers": answers}, workers=workers,
-            time_limit=time_limit, memory_limit=memory_limit,
+            time_limit=time_limit, wall_limit=wall_limit, memory_limit=memory_limit,
         )  # fmt: skip
         super().__init__(name, pool, failure_score=failure_score, failure_limit=failure_limit)
         self.gold = gold

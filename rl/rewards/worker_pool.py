@@ -167,7 +167,8 @@ class WorkerPool:
                         finished = True
                         return outcomes
                     except _TemplateLostError:
-                        if attempt == START_FAILURES - 1:
+                        closed = self._finalizer is None or not self._finalizer.alive  # by the interpreter's exit
+                        if closed or attempt == START_FAILURES - 1:
                             raise
                         self.close()
                         self._start()

@@ -189,7 +189,7 @@ def test_no_orphans_when_the_trainer_ends(ending):
         "threading.Thread(target=pool.map, args=([{'hang': True}],), daemon=True).start()\n"
         f"import time; time.sleep(0.5)\n{ending}\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=500)
     pids = [int(word) for word in result.stdout.split()]
     assert len(pids) >= 2
     assert wait_for_the_end(pids) == []
