@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 from fdiv.alignment.f_dpg_objective import f_dpg_coefficient, log_partition
+from fdiv.errors import CheckpointError
 from fdiv.logprobs import sequence_log_prob, token_scores
 from fdiv.rollouts import RecordedRollouts
 from tests.alignment.f_dpg_runs import HARD, PROMPTS, SOFT, even, flat, length_reward, load, recorded, trainer
@@ -312,7 +313,7 @@ def test_foreign_checkpoint_refused(tiny_model_dir, tmp_path):
     made.train()
     (tmp_path / "checkpoint-1" / "f_dpg_state.json").unlink()
     again = trainer(load(tiny_model_dir), tmp_path, max_steps=2)
-    with pytest.raises(ValueError, match="not a checkpoint of f-DPG"):
+    with pytest.raises(CheckpointError, match="f_dpg_state.json is missing"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
