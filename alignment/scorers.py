@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fdiv.completion_text import completion_text
 from fdiv.errors import FdivError
 
 __all__ = [
@@ -39,13 +40,6 @@ Scorer = Callable[..., Sequence[float]]
 
 class ScorerError(FdivError, ValueError):
     """A scorer raised, or returned the wrong number of scores, or something that is not a finite number."""
-
-
-def completion_text(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion, plain or conversational (the contents of its messages, joined by newlines)."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(message["content"] for message in completion)
 
 
 def _named(name: str, score: Callable[[str], float]) -> Scorer:

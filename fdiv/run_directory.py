@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from fdiv.checkpoints import checkpoint_folders
 from fdiv.errors import FdivError
 
 __all__ = ["RunDirectory", "read_json", "write_json"]
@@ -39,8 +40,7 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Path]:
         """The training checkpoints, oldest first."""
-        found = [folder for folder in self.path.glob("checkpoint-*") if folder.name.partition("-")[2].isdigit()]
-        return sorted(found, key=lambda folder: int(folder.name.partition("-")[2]))
+        return checkpoint_folders(self.path)
 
     def check(self, overwrite: bool, resume: bool | str | None) -> None:
         """Refuse to write where that would touch an earlier result. Reads only.

@@ -48,8 +48,14 @@ class StopOnSigterm(TrainerCallback):
         self._training = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """From here on it cannot."""
+        """From here on it cannot. A signal that came after the last step ended is answered here.
+
+        Raises:
+            TerminatedError: SIGTERM came too late for `on_step_end`.
+        """
         self._training = False
+        if self.requested and self.stopped_at is None:
+            raise TerminatedError("terminated (SIGTERM) after the last optimizer step; finished checkpoints stand")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save and stop, on all processes in the same step, once one of them was asked to."""

@@ -18,7 +18,7 @@ from itertools import combinations, combinations_with_replacement
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fdiv.rl.rewards.completions import completion_text
+from fdiv.completion_text import completion_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

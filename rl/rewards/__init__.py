@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fdiv import methods
+from fdiv.completion_text import completion_text
 from fdiv.rl.rewards.code_reward import CodeReward
-from fdiv.rl.rewards.completions import completion_text, extract_python, extract_sql
+from fdiv.rl.rewards.completions import extract_python, extract_sql
 from fdiv.rl.rewards.math_reward import MathReward
 from fdiv.rl.rewards.pooled_reward import PooledReward, RewardError
 from fdiv.rl.rewards.sql_reward import SQLReward

@@ -1,22 +1,14 @@
-"""What a completion says: its text, the SQL in it, the Python in it."""
+"""What a completion says: the SQL in it, the Python in it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-__all__ = ["completion_text", "extract_python", "extract_sql"]
+__all__ = ["extract_python", "extract_sql"]
 
 FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-
-
-def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text of a completion, plain or conversational (the contents of its messages, joined by newlines)."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(message["content"] or "" for message in completion)
 
 
 def _fenced(text: str, languages: Sequence[str]) -> str | None:

@@ -7,8 +7,8 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from fdiv.completion_text import completion_text
 from fdiv.errors import DataError, FdivError
-from fdiv.rl.rewards.completions import completion_text
 from fdiv.rl.rewards.worker_pool import WorkerPool
 
 __all__ = ["PooledReward", "RewardError"]
