@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from fdiv.eval.batched_pass import run_batches
 from fdiv.eval.item_cache import ItemCache
+from fdiv.eval.label_logits import plain_label_logits
 from fdiv.eval.membership import gradnorm_score
 from fdiv.eval.processes import process_state
 from fdiv.eval.scoring import ScoringRequest, scoring_digest
@@ -54,23 +56,16 @@ def gradient_norms(
     Returns:
         By key: `score`, or None for a text without labels.
     """
-    from fdiv.logprobs import token_scores
-
-    device = next(model.parameters()).device
 
     def compute(batch: list[_One]) -> list[dict[str, Any]]:
         request = batch[0].request
-        ids = torch.tensor([request.text.input_ids], device=device)
-        labels = torch.ones_like(ids)
-        labels[:, : request.text.prompt_length] = 0
-        if drop_last_label:
-            labels[:, -1] = 0
-        if not labels.any():
+        count = request.text.label_count - int(drop_last_label)
+        if count < 1:
             return [{"key": request.key, "score": None}]
         model.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            scores = token_scores(model, ids, torch.ones_like(ids), labels, fused=False)
-            (-scores.log_probs.sum() / scores.mask.sum()).backward()
+            found = plain_label_logits(model, [request.text], pad_id=0)  # no padding in a batch of one
+            cross_entropy(found.logits[:count].float(), found.labels[:count]).backward()
         norms = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
         model.zero_grad(set_to_none=True)
         return [{"key": request.key, "score": gradnorm_score(norms)}]
