@@ -29,9 +29,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from f_dpg_step_time import FixedRollouts, reward, step
+from paired_timing import FixedRollouts, in_turns, ratio, ready, reward, step, write_result
 
 TIME_GOAL = 0.85
 KINDS = ("cached", "live", "live_rehearsal")
@@ -90,11 +89,7 @@ def build(kind: str, model_dir: str, options: argparse.Namespace, folder: str) -
     )  # fmt: skip
     if kind != "cached":
         trainer.live_reference = trainer.reference or FrozenReference(trainer)
-    trainer.callback_handler.callbacks = []  # nothing but the trainer's own work
-    trainer.create_optimizer_and_scheduler(num_training_steps=1000)
-    trainer.model.to(trainer.args.device)
-    trainer.model.train()
-    return trainer
+    return ready(trainer)
 
 
 def rows_of(count: int) -> list[dict[str, str]]:
@@ -107,28 +102,10 @@ def measure_time(model_dir: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainers = {kind: build(kind, model_dir, options, folder) for kind in KINDS}
         rows = rows_of(options.completions)
-        for trainer in trainers.values():
-            for _ in range(2):  # the first steps allocate the optimizer states and warm the caches
-                step(trainer, rows, True)
-        seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        for turn in range(options.pairs):
-            order = [*KINDS[turn % 3 :], *KINDS[: turn % 3]]
-            for kind in order if turn % 2 else reversed(order):
-                seconds[kind].append(step(trainers[kind], rows, turn % options.log_every == 0))
+        seconds = in_turns(trainers, dict.fromkeys(trainers, rows), options.pairs, options.log_every)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
-    ratios = {f"cached_to_{kind}": _ratio(seconds["cached"], seconds[kind]) for kind in KINDS[1:]}
+    ratios = {f"cached_to_{kind}": ratio(seconds["cached"], seconds[kind]) for kind in KINDS[1:]}
     return {"step_seconds": medians, **ratios}
-
-
-def _ratio(ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    ratios = np.array(ours) / np.array(theirs)
-    resampled = np.random.default_rng(0).choice(ratios, size=(10_000, len(ratios)))
-    low, high = np.quantile(np.median(resampled, axis=1), [0.025, 0.975])
-    return {
-        "time_ratio": float(np.median(ratios)),
-        "time_ratio_interval": [float(low), float(high)],
-        "ratios": [round(float(ratio), 5) for ratio in ratios],
-    }
 
 
 # ---------------------------------------------------------------- memory
@@ -137,7 +114,7 @@ def peak_memory(kind: str, model_dir: str, options: argparse.Namespace) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(kind, model_dir, options, folder)
         for _ in range(3):
-            step(trainer, rows_of(options.completions), True)
+            step(trainer, rows_of(options.completions))
     models = [trainer.model] if kind == "cached" else [trainer.model, trainer.live_reference.model]
     held = [sum(p.numel() * p.element_size() for p in model.parameters()) for model in models]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -218,10 +195,7 @@ def main() -> None:
         "memory": memory,
         "environment": environment(shlex.join(["python", *sys.argv]), seed=0),
     }
-    output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {output}")
+    write_result(options.output, content)
 
 
 if __name__ == "__main__":

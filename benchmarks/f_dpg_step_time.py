@@ -17,12 +17,10 @@ import shlex
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from paired_timing import FixedRollouts, in_turns, ratio, ready, reward, write_result
 
 LAWFUL: list[Any] = [
     "reverse_kl", "forward_kl", "jensen_shannon", {"name": "skew_jensen_shannon", "weight": 0.3}, "jeffreys",
@@ -30,24 +28,6 @@ LAWFUL: list[Any] = [
     "total_variation",
 ]  # fmt: skip
 TIME_GOAL = 1.05
-
-
-def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Cheap, and different for every completion."""
-    return [sum(ids) % 97 / 97 for ids in completion_ids]
-
-
-class FixedRollouts:
-    """A `rollout_func` that always answers with the same random completions."""
-
-    def __init__(self, count: int, length: int, vocabulary: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.prompts = torch.randint(4, vocabulary, (count, length // 2), generator=generator).tolist()
-        self.completions = torch.randint(4, vocabulary, (count, length), generator=generator).tolist()
-        self.log_probs = [[-float(np.log(vocabulary))] * length] * count
-
-    def __call__(self, prompts: list, trainer: Any) -> dict[str, Any]:
-        return {"prompt_ids": self.prompts, "completion_ids": self.completions, "logprobs": self.log_probs}
 
 
 def build(kind: str, model_dir: str, rollouts: FixedRollouts, length: int, folder: str, **options: Any) -> Any:
@@ -71,27 +51,7 @@ def build(kind: str, model_dir: str, rollouts: FixedRollouts, length: int, folde
         args = FDPGConfig(**common, **options)
         target = {"name": "reward", "scorers": [reward], "beta": 1.0}
         trainer = FDPGTrainer(model_dir, args, data, target=target, rollout_func=rollouts)
-    trainer.callback_handler.callbacks = []  # nothing but the trainer's own work
-    trainer.create_optimizer_and_scheduler(num_training_steps=1000)
-    trainer.model.to(trainer.args.device)
-    trainer.model.train()
-    return trainer
-
-
-def step(trainer: Any, rows: list[dict[str, str]], log: bool) -> float:
-    """One optimizer step, in seconds."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    synchronize()
-    started = time.perf_counter()
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.training_step(trainer.model, [dict(row) for row in rows], None)
-    trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
-    trainer.optimizer.step()
-    trainer.model.zero_grad()
-    if log:
-        trainer.log({})
-    synchronize()
-    return time.perf_counter() - started
+    return ready(trainer)
 
 
 def compare(divergence: Any, model_dir: str, rollouts: FixedRollouts, options: argparse.Namespace) -> dict[str, Any]:
@@ -101,27 +61,19 @@ def compare(divergence: Any, model_dir: str, rollouts: FixedRollouts, options: a
         theirs = build("trl", model_dir, rollouts, options.length, folder)
         count = len(rollouts.completions)
         rows = [{"prompt": "a"}] * (count // 2) + [{"prompt": "b"}] * (count // 2)
-        for trainer in (ours, theirs):
-            for _ in range(2):  # the first steps allocate the optimizer states and warm the caches
-                step(trainer, rows, True)
-        times: dict[str, list[float]] = {"fdiv": [], "trl": []}
-        for pair in range(options.pairs):
-            order = [("fdiv", ours), ("trl", theirs)]
-            for name, trainer in order if pair % 2 else reversed(order):
-                times[name].append(step(trainer, rows, pair % options.log_every == 0))
-    ratios = np.array(times["fdiv"]) / np.array(times["trl"])
-    resampled = np.random.default_rng(0).choice(ratios, size=(10_000, len(ratios)))
-    low, high = np.quantile(np.median(resampled, axis=1), [0.025, 0.975])
+        trainers = {"fdiv": ours, "trl": theirs}
+        times = in_turns(trainers, dict.fromkeys(trainers, rows), options.pairs, options.log_every)
+    found = ratio(times["fdiv"], times["trl"])
     total = sum(times["fdiv"]) / sum(times["trl"])  # with the steps that log at their full weight
     return {
         "divergence": divergence,
-        "time_ratio": float(np.median(ratios)),
-        "time_ratio_interval": [float(low), float(high)],
+        "time_ratio": found["time_ratio"],
+        "time_ratio_interval": found["time_ratio_interval"],
         "total_time_ratio": float(total),
         "step_seconds": {name: statistics.median(values) for name, values in times.items()},
         "pairs": options.pairs,
-        "ratios": [round(float(ratio), 5) for ratio in ratios],
-        "meets_goal": bool(np.median(ratios) <= TIME_GOAL),
+        "ratios": found["ratios"],
+        "meets_goal": found["time_ratio"] <= TIME_GOAL,
     }
 
 
@@ -167,10 +119,7 @@ def main() -> None:
         "results": results,
         "environment": environment(shlex.join(["python", *sys.argv]), seed=0),
     }
-    output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {output}")
+    write_result(options.output, content)
 
 
 if __name__ == "__main__":

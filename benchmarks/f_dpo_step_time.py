@@ -18,12 +18,10 @@ import shlex
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from paired_timing import first_batch, in_turns, peak_bytes, ratio, ready, step, write_result
 
 LAWFUL: list[Any] = [
     "reverse_kl",
@@ -73,50 +71,7 @@ def build(kind: str, model_dir: str, pairs: int, length: int, output_dir: str, *
         max_length=None,
         **options,
     )
-    trainer = trainer_class(model_dir, args=args, train_dataset=rows(pairs * 4, length))
-    trainer.callback_handler.callbacks = []  # nothing but the trainer's own work
-    trainer.create_optimizer_and_scheduler(num_training_steps=1000)
-    trainer.model.to(trainer.args.device)
-    return trainer
-
-
-def step(trainer: Any, batch: dict[str, torch.Tensor]) -> float:
-    """One optimizer step with its log, in seconds."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    synchronize()
-    started = time.perf_counter()
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.training_step(trainer.model, dict(batch))
-    trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
-    trainer.optimizer.step()
-    trainer.model.zero_grad()
-    trainer.log({})
-    synchronize()
-    return time.perf_counter() - started
-
-
-def peak_bytes(trainer: Any, batch: dict[str, torch.Tensor]) -> int:
-    """Peak tensor memory during one step, with everything that lies there before it."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(trainer, batch)
-        return torch.cuda.max_memory_allocated() - before + resident_bytes(trainer)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(trainer, batch)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    if not events:
-        raise RuntimeError("the profiler reported no allocations: this torch build cannot measure CPU memory")
-    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return int(held.max()) + resident_bytes(trainer)
-
-
-def resident_bytes(trainer: Any) -> int:
-    """Weights of policy and reference and optimizer states."""
-    tensors = [*trainer.model.parameters(), *trainer.ref_model.parameters()]
-    for state in trainer.optimizer.state.values():
-        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return ready(trainer_class(model_dir, args=args, train_dataset=rows(pairs * 4, length)))
 
 
 def compare(divergence: Any, pairs: int, model_dir: str, batch_pairs: int, length: int) -> dict[str, Any]:
@@ -124,29 +79,21 @@ def compare(divergence: Any, pairs: int, model_dir: str, batch_pairs: int, lengt
     with tempfile.TemporaryDirectory() as folder:
         ours = build("fdiv", model_dir, batch_pairs, length, folder, divergence=divergence)
         theirs = build("trl", model_dir, batch_pairs, length, folder)
-        batch = ours._prepare_inputs(next(iter(ours.get_train_dataloader())))
-        for trainer in (ours, theirs):
-            for _ in range(2):
-                step(trainer, batch)
-        times: dict[str, list[float]] = {"fdiv": [], "trl": []}
-        for pair in range(pairs):
-            order = [("fdiv", ours), ("trl", theirs)]
-            for name, trainer in order if pair % 2 else reversed(order):
-                times[name].append(step(trainer, batch))
-        memory = {name: peak_bytes(trainer, batch) for name, trainer in (("fdiv", ours), ("trl", theirs))}
-    ratios = np.array(times["fdiv"]) / np.array(times["trl"])
-    resampled = np.random.default_rng(0).choice(ratios, size=(10_000, len(ratios)))
-    low, high = np.quantile(np.median(resampled, axis=1), [0.025, 0.975])
+        trainers = {"fdiv": ours, "trl": theirs}
+        batch = first_batch(ours)
+        times = in_turns(trainers, dict.fromkeys(trainers, batch), pairs)
+        memory = {name: peak_bytes(trainer, batch) for name, trainer in trainers.items()}
+    found = ratio(times["fdiv"], times["trl"])
     return {
         "divergence": divergence,
-        "time_ratio": float(np.median(ratios)),
-        "time_ratio_interval": [float(low), float(high)],
+        "time_ratio": found["time_ratio"],
+        "time_ratio_interval": found["time_ratio_interval"],
         "memory_ratio": memory["fdiv"] / memory["trl"],
         "step_seconds": {name: statistics.median(values) for name, values in times.items()},
         "peak_bytes": memory,
         "pairs": pairs,
-        "ratios": [round(float(ratio), 5) for ratio in ratios],
-        "meets_goal": bool(np.median(ratios) <= TIME_GOAL and memory["fdiv"] <= MEMORY_GOAL * memory["trl"]),
+        "ratios": found["ratios"],
+        "meets_goal": found["time_ratio"] <= TIME_GOAL and memory["fdiv"] <= MEMORY_GOAL * memory["trl"],
     }
 
 
@@ -156,7 +103,7 @@ def batch_for(seconds: float, model_dir: str, length: int) -> int:
     while True:
         with tempfile.TemporaryDirectory() as folder:
             trainer = build("trl", model_dir, pairs, length, folder)
-            batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+            batch = first_batch(trainer)
             for _ in range(2):  # the first steps allocate the optimizer states and warm the caches
                 step(trainer, batch)
             if min(step(trainer, batch) for _ in range(4)) >= seconds:
@@ -204,10 +151,7 @@ def main() -> None:
         "results": results,
         "environment": environment(shlex.join(["python", *sys.argv]), seed=0),
     }
-    output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {output}")
+    write_result(options.output, content)
 
 
 if __name__ == "__main__":
