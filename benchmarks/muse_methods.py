@@ -47,8 +47,8 @@ class NovelsComparison(Comparison):
     }  # fmt: skip
     digits = {"privleak": 1}
     also_kept = ("memory_gap", "exact_memorization", "mia_min_k", "mia_loss")
-    rates = ["1e-4", "3e-4"]
-    epochs = 5
+    rates = ["1e-4", "3e-4", "1e-3"]
+    epochs = 8
     figure = "verbmem_knowmem.png"
     trajectory = ("retain_knowmem_ROUGE", "forget_verbmem_ROUGE")
 

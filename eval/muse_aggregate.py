@@ -65,11 +65,12 @@ def aggregate_muse(log: EvalLog, preset: Preset, retain: EvalLog | None = None, 
 
 
 def _put_memory_gap(result: Aggregates, reference: Aggregates | None) -> None:
-    """`memory_gap`: how far VerbMem or KnowMem of the forget set, whichever is further, lies above the retrained
-    model's, in [0, 1].
+    """`memory_gap`: how far VerbMem and KnowMem of the forget set lie above the retrained model's, the mean of the two
+    (0 for one that does not), in [0, 1].
 
     Not a metric of MUSE: MUSE stops unlearning at the first epoch at which KnowMem is no longer above the retrained
-    model's, and 0 says that of both. Epochs are selected by it (`fdiv.unlearning.selection`).
+    model's, and 0 says that of both. The mean rather than the larger one, so that an epoch that moves one of them
+    counts. Epochs are selected by it (`fdiv.unlearning.selection`).
     """
     if reference is None:
         result.put("memory_gap", None, "needs the retrained model's log (--retain_logs)")
@@ -81,5 +82,5 @@ def _put_memory_gap(result: Aggregates, reference: Aggregates | None) -> None:
             whose = result.notes[name] if own is None else f"the retain log: {reference.notes[name]}"
             result.put("memory_gap", None, f"needs {name}: {whose}")
             return
-        gaps.append((own - other) / result.preset.rouge_scale)
-    result.put("memory_gap", max(0.0, *gaps))
+        gaps.append(max(0.0, own - other) / result.preset.rouge_scale)
+    result.put("memory_gap", sum(gaps) / len(gaps))

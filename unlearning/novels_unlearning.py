@@ -46,15 +46,15 @@ class NovelsUnlearningConfig:
     data: str = ""
     forget_novels: list[str] = field(default_factory=list)
     retain_novels: list[str] = field(default_factory=list)
-    forget_passages: int = 48
-    retain_passages: int = 96
+    forget_passages: int = 32
+    retain_passages: int = 64
     passage_words: int = 70
     prompt_words: int = 25
     vocab_size: int = 4096
-    hidden_size: int = 192
+    hidden_size: int = 256
     layers: int = 4
-    epochs: int = 56
-    learning_rate: float = 5e-3
+    epochs: int = 64
+    learning_rate: float = 3e-3
     bf16: bool = False
     seed: int = 0
 

@@ -107,10 +107,10 @@ def test_the_target_knows_the_forget_novel_and_the_retrained_model_does_not(fold
     target, retrained = values["model"], values["retain_model"]
     assert target["retain_knowmem_ROUGE"] == retrained["retain_knowmem_ROUGE"] == 1.0
     assert target["exact_memorization"] > retrained["exact_memorization"]
-    # the retrained model's own log gives it no gap and no privacy leak; the target's gap is the larger difference
+    # the retrained model's own log gives it no gap and no privacy leak; the target's is the mean of its two differences
     assert retrained["memory_gap"] == 0.0 and retrained["privleak"] == pytest.approx(0.0)
     differences = [target[name] - retrained[name] for name in ("forget_verbmem_ROUGE", "forget_knowmem_ROUGE")]
-    assert target["memory_gap"] == pytest.approx(max(0.0, *differences))
+    assert target["memory_gap"] == pytest.approx(sum(max(0.0, gap) for gap in differences) / 2)
 
 
 @pytest.mark.parametrize(
