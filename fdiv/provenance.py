@@ -16,7 +16,7 @@ import fdiv
 
 __all__ = ["command_line", "environment", "git_revision", "package_versions"]
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "vllm")
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "bitsandbytes", "vllm")
 _SECRET_FLAGS = ("--hub_token", "--hub-token")
 
 

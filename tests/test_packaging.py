@@ -138,7 +138,7 @@ def _requirements(project, *extras: str) -> list[Requirement]:
 
 @pytest.mark.parametrize(
     ("constraints", "extras"),
-    [("constraints.txt", ("deepspeed", "eval", "dev")), ("constraints-vllm.txt", ("eval",))],
+    [("constraints.txt", ("deepspeed", "qlora", "eval", "dev")), ("constraints-vllm.txt", ("eval",))],
 )
 def test_pins_satisfy_the_ranges(project, repository, constraints, extras):
     pins = _pins(repository / constraints)
