@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 PLACEHOLDER = "{prompt}"
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Anchor(NamedTuple):
@@ -168,7 +168,7 @@ class AnchorCache:
 
     Args:
         path: the file; read when it is there.
-        settings: how the anchors are sampled, compared with those in the file.
+        settings: from which weights and how the anchors are sampled, compared with those in the file.
 
     Raises:
         DataError: the file is no anchor file, was sampled with other settings, or holds an empty completion.
@@ -218,8 +218,8 @@ class AnchorCache:
         lines = self.path.read_text(encoding="utf-8").splitlines()
         try:
             header, *groups = [json.loads(line) for line in lines]
-            found = {name: header[name] for name in self.settings}
             version = header["fdiv_anchors"]
+            found = {name: header[name] for name in self.settings} if version == _FORMAT else {}
             self._groups = {group["prompt"]: [Anchor(**anchor) for anchor in group["anchors"]] for group in groups}
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{self.path} is no file of anchors ({error}): remove it, or set anchor_cache") from error

@@ -25,6 +25,7 @@ from fdiv.alignment.negatives import collate_groups, prepare_negatives
 from fdiv.alignment.scorers import build_scorer, checked_scorer
 from fdiv.divergences import get_divergence
 from fdiv.errors import DataError
+from fdiv.fingerprints import weights_fingerprint
 from fdiv.frozen_reference import FrozenReference
 from fdiv.logprobs import sequence_log_prob, token_scores
 from fdiv.preference_data import check_pad_token
@@ -153,7 +154,7 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         self.num_generations = self.num_generations_eval = 1  # TRL's sampler: each row once, a row is a whole group
         self._make_references(ref_model_pos, ref_model_neg, starting_adapter)
         check_context(self)
-        settings = args.sampling_settings()
+        settings = {"start_model": weights_fingerprint(self.model), **args.sampling_settings()}
         self.anchors = AnchorCache(args.anchor_cache or Path(args.output_dir) / "anchors.jsonl", settings)
         self.add_callback(_AnchorCallback(self))
 

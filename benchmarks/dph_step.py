@@ -37,11 +37,11 @@ KINDS = ("cached", "live", "live_rehearsal")
 _VOCABULARY = 260
 
 
-def rehearsal_cache(model_dir: str, rows: int, length: int) -> Any:
+def rehearsal_cache(model_dir: str, rows: int, length: int, prompt_length: int | None = None) -> Any:
     """`rows` random completions under random prompts; their log-probabilities are made up, as only time matters."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fdiv.rl.fingerprints import tokenizer_fingerprint, weights_fingerprint
+    from fdiv.fingerprints import tokenizer_fingerprint, weights_fingerprint
     from fdiv.rl.rehearsal import RehearsalCache, RehearsalHeader, RehearsalRow
 
     generator = torch.Generator().manual_seed(1)
@@ -55,7 +55,8 @@ def rehearsal_cache(model_dir: str, rows: int, length: int) -> Any:
         temperature=1.0,
     )
     log_probs = [-math.log(_VOCABULARY)] * length
-    made = [RehearsalRow("a", drawn(length // 2), drawn(length), log_probs, number) for number in range(rows)]
+    before = length // 2 if prompt_length is None else prompt_length
+    made = [RehearsalRow("a", drawn(before), drawn(length), log_probs, number) for number in range(rows)]
     return RehearsalCache(header, made)
 
 

@@ -22,8 +22,8 @@ from fdiv.eval.item_cache import ItemCache, fingerprint
 from fdiv.eval.model_loading import load_model, load_tokenizer
 from fdiv.eval.processes import process_state
 from fdiv.eval.sampling import SamplingRequest
+from fdiv.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from fdiv.logprobs import token_scores
-from fdiv.rl.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from fdiv.rl.presample_config import PresampleConfig
 from fdiv.rl.presample_data import data_fingerprint, load_prompts, load_reward, tokenize_prompts
 from fdiv.rl.presample_output import Sample, enter_directory, write_outputs

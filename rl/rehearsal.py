@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fdiv.errors import DataError
-from fdiv.rl.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from fdiv.fingerprints import tokenizer_fingerprint, weights_fingerprint
 
 if TYPE_CHECKING:
     from torch import nn

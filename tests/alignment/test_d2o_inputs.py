@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM
 
 from fdiv.alignment import D2OConfig
 from fdiv.alignment.anchors import Anchor, AnchorCache, instructed_prompt, prompt_key
@@ -174,6 +176,18 @@ def test_more_anchors_than_were_generated(tiny_model_dir, tmp_path):
     assert more.state.global_step == 0
 
 
+def test_anchors_of_another_start_model_are_refused(tiny_model_dir, tmp_path):
+    cache, changed = str(tmp_path / "anchors.jsonl"), tmp_path / "changed"
+    make_trainer(tiny_model_dir, GOOD, tmp_path / "a", max_steps=1, num_generations=1, anchor_cache=cache).train()
+    shutil.copytree(tiny_model_dir, changed)
+    model = AutoModelForCausalLM.from_pretrained(changed)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    model.save_pretrained(changed)
+    with pytest.raises(DataError, match="was sampled with start_model='[0-9a-f]{24}', now it is '[0-9a-f]{24}'"):
+        make_trainer(changed, GOOD, tmp_path / "b", max_steps=1, num_generations=1, anchor_cache=cache)
+
+
 def test_offline_anchors_are_not_drawn_from_a_trained_model(tiny_model_dir, tmp_path):
     trainer = make_trainer(tiny_model_dir, GOOD, tmp_path, max_steps=1)
     trainer.train()
@@ -196,13 +210,13 @@ def test_anchor_file_of_other_settings_or_none_at_all(tmp_path):
         "[]\n",
         '{"prompt": "x"}\n',
         "not json\n",
-        '{"fdiv_anchors": 1, "temperature": 1.0}\n{"a": 2}\n',
+        '{"fdiv_anchors": 2, "temperature": 1.0}\n{"a": 2}\n',
     ):
         path.write_text(content)
         with pytest.raises(DataError, match="no file of anchors"):
             AnchorCache(path, {"temperature": 1.0})
     path.write_text('{"fdiv_anchors": 9, "temperature": 1.0}\n')
-    with pytest.raises(DataError, match="format 9, not 1"):
+    with pytest.raises(DataError, match="format 9, not 2"):
         AnchorCache(path, {"temperature": 1.0})
 
 

@@ -153,7 +153,7 @@ def _write_cache(model: Path, path: Path) -> Path:
     """Four rows of the stand-in's own, which it says with equal probability for every token (it is not asked)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fdiv.rl.fingerprints import tokenizer_fingerprint, weights_fingerprint
+    from fdiv.fingerprints import tokenizer_fingerprint, weights_fingerprint
     from fdiv.rl.rehearsal import RehearsalCache, RehearsalHeader, RehearsalRow
 
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -9,9 +9,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
+from fdiv.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from fdiv.logprobs import token_scores
 from fdiv.rl import DPHConfig, DPHTrainer
-from fdiv.rl.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from fdiv.rl.rehearsal import RehearsalCache, RehearsalHeader, RehearsalRow
 from tests.alignment.f_dpg_runs import PROMPTS, flat, recorded
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fdiv.errors import DataError
-from fdiv.rl.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from fdiv.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from fdiv.rl.rehearsal import RehearsalCache, RehearsalHeader, RehearsalRow, parse_threshold, partition_prompts
 
 ROWS = [
