@@ -18,6 +18,7 @@ from fdiv.context_length import check_fits, context_length
 from fdiv.divergences import Divergence, get_divergence
 from fdiv.errors import DataError
 from fdiv.eval.calibration import length_normalised_calibration, margin_calibration
+from fdiv.logprobs import with_position_ids
 from fdiv.preference_data import check_pad_token, check_preference_dataset
 from fdiv.step_shape import StepShape
 from fdiv.training import ObjectiveTrainerMixin, divergence_estimate, frozen_copy, log_ratio_quantiles
@@ -207,7 +208,12 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
         tags = [tags] if isinstance(tags, str) else list(tags or ())
         super().create_model_card(model_name, dataset_name, [*tags, get_divergence(self.args.divergence).name])
 
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """As TRL's; with position ids, so that a data collator may pad on either side."""
+        return super().compute_ref_log_probs(model, with_position_ids(model, inputs))
+
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool):
+        inputs = with_position_ids(model, inputs)
         not_for_the_model = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
         model_kwargs = {k: v for k, v in inputs.items() if k not in not_for_the_model} | {"use_cache": False}
         if self.aux_loss_enabled:

@@ -37,6 +37,7 @@ __all__ = [
     "sequence_log_prob",
     "takes_position_ids",
     "token_scores",
+    "with_position_ids",
 ]
 
 OUTPUTS = ("log_probs", "entropy", "is_top1", "log_sum_sq_probs", "mean_logits")
@@ -151,6 +152,21 @@ def takes_position_ids(model: nn.Module) -> bool:
     return _takes_position_ids(type(_causal_lm(model)))
 
 
+def with_position_ids(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """`inputs` of a forward with position ids that count the unmasked tokens: padding may then stand on either side.
+
+    Models with learned positions (GPT-2) need it. Unchanged where the ids are given, where `model` takes none, and
+    beside images, whose models count in their own way.
+
+    Args:
+        model: plain or wrapped (PEFT, DDP).
+        inputs: with `attention_mask` `[B, T]`.
+    """
+    if "position_ids" in inputs or "pixel_values" in inputs or not takes_position_ids(model):
+        return inputs
+    return {**inputs, "position_ids": (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)}
+
+
 def token_scores(
     model: nn.Module,
     input_ids: Tensor,
@@ -201,9 +217,9 @@ def token_scores(
             "fused=False to score at another temperature"
         )
     kwargs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if takes_position_ids(model):
-        counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        kwargs["position_ids"] = counted if position_ids is None else position_ids
+    if position_ids is not None and takes_position_ids(model):
+        kwargs["position_ids"] = position_ids
+    kwargs = with_position_ids(model, kwargs)
     mask = completion_mask[:, 1:].bool() & attention_mask[:, 1:].bool()
     if head is not None and set(wanted) <= set(head.outputs):
         labels = input_ids.masked_fill(completion_mask == 0, -100).masked_fill(attention_mask == 0, -100)

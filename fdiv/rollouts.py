@@ -204,11 +204,9 @@ class _PositionIds:
         self.model = model
 
     def __call__(self, **inputs: Any) -> Any:
-        from fdiv.logprobs import takes_position_ids
+        from fdiv.logprobs import with_position_ids
 
-        if "position_ids" not in inputs and "pixel_values" not in inputs and takes_position_ids(self.model):
-            inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
-        return self.model(**inputs)
+        return self.model(**with_position_ids(self.model, inputs))
 
 
 class _Recorded:

@@ -35,6 +35,7 @@ def make_trainer(
 ) -> D2OTrainer:
     """A `D2OTrainer` with `SETTINGS`; trainer arguments and config keys mixed in `options`."""
     arguments = ("harmfulness_func", "ref_model_pos", "ref_model_neg", "rollout_func", "peft_config", "callbacks")
+    arguments += ("processing_class",)
     given = {name: options.pop(name) for name in arguments if name in options}
     config = D2OConfig(output_dir=str(output_dir), **{**SETTINGS, **options})
     model = str(model) if isinstance(model, Path) else model

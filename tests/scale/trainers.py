@@ -28,7 +28,7 @@ def _f_dpo(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
 
     from tests.alignment.f_dpo_runs import make_trainer, preference_rows
 
-    rows = Dataset.from_list(preference_rows(12))
+    rows = Dataset.from_list(preference_rows(options.pop("rows", 12)))
     return make_trainer(model_dir, rows, output, **{"divergence": "jensen_shannon", **options})
 
 
@@ -42,9 +42,9 @@ def _f_dpg(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
 def _d2o(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
     from tests.alignment.d2o_runs import make_trainer, negative_rows
 
-    anchors = options.pop("given_anchors", 0)
+    anchors, rows = options.pop("given_anchors", 0), options.pop("rows", 8)
     sampled = {} if anchors else {"anchor_source": "online"}
-    return make_trainer(model_dir, negative_rows(anchors=anchors), output, **{**sampled, **options})
+    return make_trainer(model_dir, negative_rows(rows, anchors), output, **{**sampled, **options})
 
 
 def _flat(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
