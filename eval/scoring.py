@@ -30,6 +30,7 @@ __all__ = ["ScoringRequest", "TokenStatistics", "label_statistics", "score_texts
 
 _CHUNK_LOGITS = 2**24
 _FORWARDS = 8  # forwards of one unit of work: enough answers to sort by length, few enough to save often
+_SHORTEST = 0.75  # the shortest row of a forward as a share of the longest: what is padded is computed too
 
 
 @dataclass(frozen=True)
@@ -103,17 +104,17 @@ def label_statistics(logits: Tensor, labels: Tensor, *, moments: bool = True) ->
 
 @torch.no_grad()
 def _score_batch(
-    model: PreTrainedModel, batch: Sequence[_Bundle], pad_id: int, side: str, batch_size: int, share: bool
+    model: PreTrainedModel, batch: Sequence[_Bundle], pad_id: int, side: str, batch_size: int, share: bool, cut: bool
 ) -> list[dict[str, Any]]:
-    """Score a few hundred texts: their prompts at once, then their answers in forwards of `batch_size`, longest
-    first."""
+    """Score a few hundred texts: their prompts at once, then their answers, longest first, in forwards of at most
+    `batch_size`; one forward for all unless `cut`."""
     requests = [request for bundle in batch for request in bundle.requests]
-    requests.sort(key=lambda request: (request.text.prompt_length - len(request.text.input_ids), request.key))
     share = share and len(requests) > len(batch) and all(request.text.prompt_length >= 2 for request in requests)
     prompts = SharedPrompts(model, [request.text for request in requests], pad_id) if share else None
+    lengths = {r.key: r.text.label_count if share else len(r.text.input_ids) for r in requests}
+    requests.sort(key=lambda request: (-lengths[request.key], request.key))
     records = []
-    for start in range(0, len(requests), batch_size):
-        part = requests[start : start + batch_size]
+    for part in _forwards(requests, lengths, batch_size) if cut else [requests]:
         texts = [request.text for request in part]
         if prompts is not None:
             found = prompts.logits(texts)
@@ -121,6 +122,19 @@ def _score_batch(
             found = plain_label_logits(model, texts, pad_id=pad_id, padding_side=side)
         records += _records(part, found)
     return records
+
+
+def _forwards(
+    requests: Sequence[ScoringRequest], lengths: dict[str, int], batch_size: int
+) -> list[list[ScoringRequest]]:
+    """Consecutive parts of a list sorted by length: at most `batch_size` rows of like length."""
+    parts: list[list[ScoringRequest]] = []
+    for request in requests:
+        length = lengths[request.key]
+        if not parts or len(parts[-1]) == batch_size or length < _SHORTEST * lengths[parts[-1][0].key]:
+            parts.append([])
+        parts[-1].append(request)
+    return parts
 
 
 def _records(requests: Sequence[ScoringRequest], found: LabelLogits) -> list[dict[str, Any]]:
@@ -221,7 +235,7 @@ def score_texts(
     scored = [request for request in requests if request.text.label_count]
     records = run_batches(
         _bundles(scored, forwards * batch_size),
-        lambda batch: _score_batch(model, batch, pad_id, padding_side, batch_size, share),
+        lambda batch: _score_batch(model, batch, pad_id, padding_side, batch_size, share, forwards > 1),
         batch_size=forwards * batch_size,
         cache=ItemCache(cache_dir, "scores", digest, process_state().process_index),
         title=title,
