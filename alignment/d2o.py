@@ -152,7 +152,12 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         self.scores_harmfulness = scorer is not None
         self._set_sampling_temperature(temperature)
         self.num_generations = self.num_generations_eval = 1  # TRL's sampler: each row once, a row is a whole group
-        self._make_references(ref_model_pos, ref_model_neg, starting_adapter)
+        loading = {} if quantization_config is None else {"quantization_config": quantization_config}
+        self._make_references(
+            _loaded(ref_model_pos, args.ref_pos, args, loading),
+            _loaded(ref_model_neg, args.ref_neg, args, loading),
+            starting_adapter,
+        )
         check_context(self)
         settings = {"start_model": weights_fingerprint(self.model), **args.sampling_settings()}
         self.anchors = AnchorCache(args.anchor_cache or Path(args.output_dir) / "anchors.jsonl", settings)
@@ -168,7 +173,6 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
 
     def _make_references(self, pos: nn.Module | None, neg: nn.Module | None, starting_adapter: bool) -> None:
         args = self.args
-        pos, neg = (_loaded(model, path, args) for model, path in ((pos, args.ref_pos), (neg, args.ref_neg)))
         self.start_reference = None
         if pos is None or neg is None:
             copy = starting_adapter or args.refresh_every is not None
@@ -376,10 +380,12 @@ def _checked_harmfulness(scorer: Any) -> Any:
     return scorer if isinstance(scorer, str) else checked_scorer(scorer, finite=False)
 
 
-def _loaded(model: nn.Module | None, path: str | None, args: D2OConfig) -> nn.Module | None:
-    """The reference given as an object, or by its path in the config; None for the start model."""
+def _loaded(
+    model: nn.Module | None, path: str | None, args: D2OConfig, loading: Mapping[str, Any]
+) -> nn.Module | None:
+    """The reference given as an object, or by its path in the config, loaded as the policy; None: the start model."""
     if model is not None or path is None:
         return model
     from trl.trainer.utils import create_model_from_path
 
-    return create_model_from_path(path, **(args.model_init_kwargs or {}))
+    return create_model_from_path(path, **(args.model_init_kwargs or {}), **loading)

@@ -122,19 +122,20 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         if self._is_vlm:
             raise ValueError("f-DPG trains on text: pass a tokenizer as processing_class, not a multimodal processor")
         if attach:
-            self._attach_base(base_model)
+            self._attach_base(base_model, kwargs.get("quantization_config"))
         self.estimates = PartitionEstimates(args.z_estimate, z_max=args.z_max, z_floor=args.z_floor)
         self._recent_slopes: deque[float] = deque(maxlen=args.baseline_window)
         self._adaptive = self._make_proposal() if args.proposal == "adaptive" else None
         self._last_check = 0
 
     # ---------------------------------------------------------------- construction
-    def _attach_base(self, base: nn.Module | str | None) -> None:
+    def _attach_base(self, base: nn.Module | str | None, quantization: Any = None) -> None:
         """Make `base`, or a frozen copy of the policy as it is now, the reference that `GRPOTrainer` scores with."""
         if isinstance(base, str):
-            from transformers import AutoModelForCausalLM
+            from trl.trainer.utils import create_model_from_path
 
-            base = AutoModelForCausalLM.from_pretrained(base, **(self.args.model_init_kwargs or {}))
+            loading = {} if quantization is None else {"quantization_config": quantization}
+            base = create_model_from_path(base, **(self.args.model_init_kwargs or {}), **loading)
         self.ref_model = FrozenReference(self, base).model
         self.beta = self.args.beta = 1.0
 

@@ -18,6 +18,7 @@ from fdiv.context_length import check_fits, context_length
 from fdiv.divergences import Divergence, get_divergence
 from fdiv.errors import DataError
 from fdiv.eval.calibration import length_normalised_calibration, margin_calibration
+from fdiv.four_bit_weights import keep_trainable_layout
 from fdiv.logprobs import with_position_ids
 from fdiv.preference_data import check_pad_token, check_preference_dataset
 from fdiv.step_shape import StepShape
@@ -207,6 +208,10 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
         """TRL's model card with the divergence among the tags and the objective's settings in a table."""
         tags = [tags] if isinstance(tags, str) else list(tags or ())
         super().create_model_card(model_name, dataset_name, [*tags, get_divergence(self.args.divergence).name])
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        keep_trainable_layout(self.model)  # TRL does this while it sets up, before our own turn comes
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """As TRL's; with position ids, so that a data collator may pad on either side."""

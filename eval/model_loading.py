@@ -10,6 +10,7 @@ import torch
 
 from fdiv.errors import DataError
 from fdiv.eval.processes import process_state
+from fdiv.four_bit_weights import keep_trainable_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +51,7 @@ def load_model(model: str, adapter: str | None = None, dtype: str = "auto") -> P
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise DataError(f"no causal language model can be loaded from {model}: {str(error).splitlines()[0]}") from None
+    keep_trainable_layout(loaded)  # a base in 4 bits has to score as it does in training
     if adapter is not None:
         from peft import PeftModel
 

@@ -23,6 +23,7 @@ __all__ = [
     "STAGING",
     "checkpoint_fault",
     "checkpoint_folders",
+    "flush_tree",
     "newest_checkpoint",
     "publish",
     "read_marker",
@@ -58,12 +59,8 @@ def publish(staged: Path, output_dir: Path, identity: Mapping[str, Any]) -> Path
         "files": {path.relative_to(staged).as_posix(): _digest(path) for path in files},
         "identity": dict(identity),
     }
-    for path in files:
-        _flush(path)
     (staged / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
-    _flush(staged / MARKER)
-    for folder in (staged, *(path for path in staged.rglob("*") if path.is_dir())):
-        _flush(folder)
+    flush_tree(staged)
     target, replaced = output_dir / staged.name, staged.parent / f"{_REPLACED}{staged.name}"
     if target.exists():
         os.replace(target, replaced)  # stays complete, and is put back by `recover`, if we die before the next line
@@ -71,6 +68,15 @@ def publish(staged: Path, output_dir: Path, identity: Mapping[str, Any]) -> Path
     _flush(output_dir)
     shutil.rmtree(replaced, ignore_errors=True)
     return target
+
+
+def flush_tree(folder: Path) -> None:
+    """Have the system write everything below `folder`, and its entries, to disk."""
+    inside = list(folder.rglob("*"))
+    for path in (path for path in inside if path.is_file()):
+        _flush(path)
+    for path in (folder, *(path for path in inside if path.is_dir())):
+        _flush(path)
 
 
 def recover(output_dir: Path) -> None:

@@ -15,6 +15,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
 from fdiv.errors import DataError
+from fdiv.four_bit_weights import keep_trainable_layout
 from fdiv.logprobs import TokenScores, enable_fused_head, token_scores
 from fdiv.training import frozen_copy
 
@@ -61,6 +62,7 @@ class FrozenReference:
             return
         if model is None:
             self.model = _second_model(trainer)
+        keep_trainable_layout(self.model)  # it has to round as the policy does
         enable_fused_head(self.model, temperature=temperature)
         self.model.requires_grad_(False).eval()
         self.model = _placed(trainer, self.model)

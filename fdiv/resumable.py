@@ -151,10 +151,28 @@ class ResumableMixin:
             info(f"resume: forced, although {line}")
         return checkpoint
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with _same_number_types(self.model):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with _same_number_types(self.model):
+            super()._load_best_model()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.load_method_state(Path(checkpoint))
+
+
+@contextmanager
+def _same_number_types(model: Any) -> Iterator[None]:
+    """Trained parameters keep their number type: PEFT turns a bfloat16 adapter (TRL's for QLoRA) into float32."""
+    before = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in before and parameter.dtype != before[name]:
+            parameter.data = parameter.data.to(before[name])
 
 
 class _LogBeforeSaving(TrainerCallback):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fdiv.errors import NonFiniteLossError
+from fdiv.four_bit_weights import keep_trainable_layout
 from fdiv.resumable import ResumableMixin
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class ObjectiveTrainerMixin(ResumableMixin):
         self._examples: dict[str, list[Tensor]] = {"train": [], "eval": []}
         self._example_columns: tuple[str, ...] = ()
         super().__init__(*args, **kwargs)
+        keep_trainable_layout(self.model)
 
     # ---------------------------------------------------------------- to be overridden
     def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:

@@ -170,7 +170,8 @@ def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[
     adapters gives `state` as it is.
 
     Raises:
-        RolloutError: an adapter that is not plain LoRA (DoRA, prompt learning, …), whose merged weight is not a sum.
+        RolloutError: an adapter that is not plain LoRA (DoRA, prompt learning, …), whose merged weight is not a sum; a
+            base in 4 or 8 bits.
     """
     if not hasattr(model, "peft_config"):
         return state
@@ -199,6 +200,11 @@ def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[
             )
         found = True
         key = f"{name}.weight"
+        if not merged[key].is_floating_point():
+            raise RolloutError(
+                f"{name} is quantised: the base of a QLoRA run cannot be handed over to a server as weights; let "
+                "transformers sample (leave rollout_server_url out), or do without load_in_4bit and load_in_8bit"
+            )
         for adapter in module.active_adapters:
             delta = module.get_delta_weight(adapter)
             merged[key] = merged[key] + delta.to(merged[key])

@@ -81,6 +81,21 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--title", help="heading of the page")
     report.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
 
+    merge = verbs.add_parser("merge", help="add a trained adapter to its base: a model that needs no PEFT")
+    merge.add_argument("adapter", metavar="ADAPTER", help="folder (a run's output or a checkpoint) or hub name")
+    merge.add_argument("--output", required=True, metavar="DIR", help="folder to write; it must not exist yet")
+    merge.add_argument("--base", metavar="MODEL", help="path or hub name of the base, instead of the one it names")
+    merge.add_argument(
+        "--base_weights",
+        choices=("as_trained", "as_stored"),
+        default="as_trained",
+        help="after QLoRA: the base rounded to 4 bits as in training (default), or as it is stored",
+    )
+    merge.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the merged weights"
+    )
+    merge.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
+
     divergences = verbs.add_parser("divergences", help="list the divergences, or show one")
     divergences.add_argument("name", nargs="?", metavar="NAME", help="a name, or '{name: alpha, alpha: 0.3}'")
 
@@ -179,6 +194,12 @@ def _report(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     return 0
 
 
+def _merge(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from fdiv.cli.merge_verb import merge
+
+    return merge(args)
+
+
 def _divergences(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     from fdiv.cli.listings import divergences
 
@@ -197,6 +218,7 @@ _VERBS = {
     "eval": _eval,
     "presample": _presample,
     "report": _report,
+    "merge": _merge,
     "divergences": _divergences,
     "recipes": _recipes,
 }

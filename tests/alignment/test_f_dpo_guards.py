@@ -219,6 +219,7 @@ def test_signatures_of_the_private_hooks():
         return list(inspect.signature(function).parameters)
 
     assert parameters(DPOTrainer._compute_loss) == ["self", "model", "inputs", "return_outputs"]
+    assert parameters(DPOTrainer._precompute_ref_logps) == ["self", "dataset", "name", "batch_size"]
     assert parameters(DPOTrainer.compute_ref_log_probs) == ["self", "model", "inputs"]
     assert parameters(DPOTrainer.log) == ["self", "logs", "start_time"]
     assert parameters(DPOTrainer.evaluate) == ["self", "eval_dataset", "ignore_keys", "metric_key_prefix"]

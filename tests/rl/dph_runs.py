@@ -71,12 +71,14 @@ def trl_trainer(model: Any, output: Any, *, rewards: Any = reward, **settings: A
     return GRPOTrainer(model, rewards, args, Dataset.from_dict({"prompt": list(PROMPTS)}), **own)
 
 
-def cache(model_dir: Any, rows: int = 6, *, temperature: float = 1.0, shift: float = 0.0, **header: Any):
-    """A `RehearsalCache` of `rows` completions of several lengths, scored by the model itself.
+def cache(
+    model_dir: Any, rows: int = 6, *, model: Any = None, temperature: float = 1.0, shift: float = 0.0, **header: Any
+):
+    """A `RehearsalCache` of `rows` completions of several lengths, scored by the model itself (or by `model`).
 
     `shift` is added to the log-probability of every second token, so that the log-ratio does not start at 0.
     """
-    model, tokenizer = load(model_dir).eval(), AutoTokenizer.from_pretrained(model_dir)
+    model, tokenizer = (model or load(model_dir)).eval(), AutoTokenizer.from_pretrained(model_dir)
     texts = ("quick brown fox", "The capital of France", "I do not", "0 1 2", "dog", "Rome. Answer: four")
     made = []
     for number in range(rows):
