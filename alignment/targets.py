@@ -163,7 +163,7 @@ def build_target(spec: Target | Mapping[str, Any]) -> Target:
         coefficients=None if coefficients is None else _floats("coefficients", coefficients, len(features)),
         beta=_positive("beta", settings.get("beta")),
         smoothing=_fraction("smoothing", settings.get("smoothing")),
-        positive=bool(settings.get("positive", False)),
+        positive=_flag("positive", settings.get("positive", False)),
     )
 
 
@@ -182,6 +182,12 @@ def _floats(key: str, values: Any, count: int) -> tuple[float, ...]:
     if len(values) != count or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
         raise ValueError(f"target: {key}={values!r} must be {count} finite numbers, one per feature")
     return tuple(float(value) for value in values)
+
+
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"target: {key}={value!r} must be true or false")
+    return value
 
 
 def _positive(key: str, value: Any) -> float | None:

@@ -107,6 +107,7 @@ def test_scores_a_target_refuses():
         ({"name": "reward", "scorers": ["compiles"]}, "target 'reward' needs beta"),
         ({"name": "reward", "scorers": ["compiles"], "beta": 0}, "beta=0 must be a number above 0"),
         ({"name": "pointwise", "scorers": ["compiles"], "smoothing": 1.0}, "strictly between 0 and 1"),
+        ({"name": "pointwise", "scorers": ["compiles"], "positive": "no"}, "positive='no' must be true or false"),
         (
             {"name": "pointwise", "scorers": ["compiles"], "smoothin": 0.1},
             "no key 'smoothin'; did you mean 'smoothing'",

@@ -350,3 +350,20 @@ def test_a_task_gives_model_and_data(tmp_path, monkeypatch):
     assert (tmp_path / "data" / "train.parquet").read_bytes() == b"rows"
     with pytest.raises(ValueError, match="settles no model_name_or_path: give prepare.model"):
         RehearsalConfig(task={"name": "empty_prompts"}, reward="r").build(tmp_path / "again")
+
+
+def test_models_beside_a_zero3_run_are_loaded_whole_and_its_config_comes_back():
+    """The private hook of transformers that `rehearsal_recipe` relies on."""
+    from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from fdiv.rl.rehearsal_recipe import _without_deepspeed
+
+    kept = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # held weakly: it lives as long as `kept`
+    try:
+        assert is_deepspeed_zero3_enabled()
+        with _without_deepspeed():
+            assert not is_deepspeed_zero3_enabled()
+        assert is_deepspeed_zero3_enabled() and kept.is_zero3()
+    finally:
+        unset_hf_deepspeed_config()
