@@ -31,10 +31,11 @@ def _args(config, tmp_path, **options):
         "max_steps": 12,
         "learning_rate": 1e-3,
         "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
     } | options
     return config(
-        output_dir=str(tmp_path), bf16=False, use_cpu=True, logging_steps=1,
-        report_to=[], save_strategy=options.pop("save_strategy", "no"), disable_tqdm=True, **options,
+        output_dir=str(tmp_path), logging_steps=1, report_to=[], save_strategy=options.pop("save_strategy", "no"), disable_tqdm=True, **options,
     )  # fmt: skip
 
 

@@ -1,0 +1,91 @@
+"""Losses of the trainers on the same tiny model and recorded data, on one device: a process of `benchmarks/gpu.py`.
+
+The model, the rollouts and the rehearsal rows are made in `--folder` where they are not there yet. The settings are
+those under which `tests/scale` compares one process with several: nothing is sampled during training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+# Where advantages of a group cancel, gradients are rounding noise, which Adam's own 1e-8 would blow up to full steps.
+_ADAM_EPSILON = 1e-4
+TRAINERS = ("f_dpo", "f_dpg", "d2o", "flat", "dph")
+
+
+def drift(reference: list[float], found: list[float]) -> dict[str, float]:
+    """Maximum and mean over the steps of |found − reference|; infinite where a loss is missing or not a number."""
+    if len(reference) != len(found):
+        return {"max": float("inf"), "mean": float("inf")}
+    differences = [abs(b - a) for a, b in zip(reference, found, strict=True)]
+    if any(difference != difference for difference in differences):
+        return {"max": float("inf"), "mean": float("inf")}
+    return {"max": max(differences), "mean": sum(differences) / len(differences)}
+
+
+def prepare(folder: Path) -> None:
+    """The model, enough recorded rollouts for `tests.scale.run_trainers.STEPS` steps, and a rehearsal cache."""
+    from fdiv.tiny_models import build_tiny_model
+    from tests.alignment.f_dpg_runs import recorded
+    from tests.rl.dph_runs import cache
+    from tests.scale.run_trainers import STEPS
+
+    model_dir = build_tiny_model(folder / "model")
+    cache(model_dir, shift=0.5).save(folder / "rehearsal.safetensors")
+    records = recorded(model_dir, 4 * STEPS)
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def train(name: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train `name`; TF32 stays off, for float32 means float32 here."""
+    from tests.scale.run_trainers import options as recorded_options
+    from tests.scale.trainers import build, losses
+
+    settings = {
+        **recorded_options(name, options.folder, 1), "max_steps": options.steps, "use_cpu": options.device == "cpu",
+        "bf16": precision == "bfloat16", "tf32": False, "adam_epsilon": _ADAM_EPSILON,
+    }  # fmt: skip
+    started = time.perf_counter()
+    output = options.folder / f"{options.output.stem}_{precision}_{name}"
+    trainer = build(name, options.folder / "model", output, **settings)
+    trainer.train()
+    plugin = trainer.args.deepspeed_plugin
+    return {
+        "losses": losses(trainer),
+        "device": trainer.accelerator.device.type,
+        "zero_stage": None if plugin is None else plugin.zero_stage,
+        "processes": trainer.accelerator.num_processes,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    parser.add_argument("--precisions", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+
+    from transformers import TrainingArguments
+
+    if not (options.folder / "rollouts.jsonl").is_file():
+        prepare(options.folder)
+    # Alive while models are loaded: it is how they learn of ZeRO-3.
+    start = TrainingArguments(str(options.folder / "start"), use_cpu=options.device == "cpu", bf16=False)
+    runs = {
+        precision: {name: train(name, precision, options) for name in options.trainers}
+        for precision in options.precisions
+    }
+    if start.process_index == 0:
+        options.output.write_text(json.dumps(runs), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
