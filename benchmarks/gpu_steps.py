@@ -35,7 +35,7 @@ WHY = {
         "beta > 0: the same recorded rollouts; GRPO has a reference, DPH rehearsal rows",
     ),
 }
-_VOCABULARY = 260  # of the tokenizer: one token for each byte, so that lengths are exact
+_VOCABULARY = 260  # 256 bytes and four special tokens
 _LETTERS = "bcdfghjklmnpqrstvwxz0123456789"
 
 
@@ -62,24 +62,35 @@ SIZES = {
 
 
 # ---------------------------------------------------------------- model and rows
-def save_model(size: StepSize, device: str, folder: str) -> str:
-    """Random weights in bfloat16, tied embeddings, and a tokenizer of single bytes."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def model_config(size: StepSize) -> Any:
+    """A Llama of this size, embeddings tied, with the special tokens of `tokenizer()`."""
+    from transformers import LlamaConfig
 
-    from fdiv.tiny_models import build_tiny_tokenizer
-
-    tokenizer = build_tiny_tokenizer(vocab_size=_VOCABULARY)
-    config = LlamaConfig(
+    tokens = tokenizer()
+    return LlamaConfig(
         vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.feed_forward,
         num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.key_heads,
         head_dim=size.head_dim, max_position_embeddings=max(2 * size.tokens, 64), tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokens.pad_token_id, bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id,
     )  # fmt: skip
+
+
+def tokenizer() -> Any:
+    """One token for each byte, so that a text's length in tokens is known."""
+    from fdiv.tiny_models import build_tiny_tokenizer
+
+    return build_tiny_tokenizer(vocab_size=_VOCABULARY)
+
+
+def save_model(size: StepSize, device: str, folder: str) -> str:
+    """Random weights in bfloat16 and the tokenizer."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     with torch.device(device):  # drawing a billion numbers takes a CPU half a minute
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(model_config(size), dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     return folder
 
 
