@@ -129,7 +129,9 @@ def _load_base(base: str, dtype: str, quantization: dict[str, Any] | None) -> Pr
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=wanted, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"the base model {base} cannot be loaded: {_first_line(error)}") from error
+        raise DataError(
+            f"the base model {base} cannot be loaded: {_first_line(error)}; if it has moved, name it with --base"
+        ) from error
     if getattr(model, "hf_quantizer", None) is not None:
         model = model.dequantize(dtype=model.dtype)
     return model

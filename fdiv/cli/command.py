@@ -4,6 +4,7 @@ answers at once, and each verb imports what it needs when it runs."""
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -132,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # TRL's own defaults use the deprecated spelling; whoever reads the terminal can do nothing about it.
     renamed = "`[a-z_]*gradient_checkpointing[a-z_]*` is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+    # When it is imported on a CPU with AVX512-BF16 it misses a kernel that has no gradient and is not used.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return _VERBS[args.verb](args, rest, words)
     except FdivError as error:
