@@ -11,13 +11,13 @@ DEMO := recipes/tiny/f_dpo.yaml recipes/tiny/flat.yaml recipes/tiny/d2o.yaml
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-vllm demo test test-slow test-all test-gpu test-vllm lint format recipes readme docs bench \
-	constraints clean
+	bench-gpu constraints clean
 
 # Tests, demonstration and documentation fetch nothing from a hub.
-demo test test-slow test-gpu test-vllm recipes docs bench: export HF_HUB_OFFLINE = 1
-demo test test-slow test-gpu test-vllm recipes docs bench: export HF_DATASETS_OFFLINE = 1
-demo test test-slow test-gpu test-vllm recipes docs bench: export HF_HUB_DISABLE_TELEMETRY = 1
-demo test test-slow test-gpu test-vllm recipes docs bench: export TOKENIZERS_PARALLELISM = false
+demo test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export HF_HUB_OFFLINE = 1
+demo test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export HF_DATASETS_OFFLINE = 1
+demo test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export HF_HUB_DISABLE_TELEMETRY = 1
+demo test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export TOKENIZERS_PARALLELISM = false
 
 # pytest exits with 5 when a marker selects no test: no failure for the marked groups.
 define pytest_marked
@@ -73,8 +73,17 @@ readme: ## copy the tables of results/ into the README
 docs: setup ## build the API reference and the guides into site/
 	$(BIN)/python scripts/build_docs.py
 
-bench: setup ## run the benchmarks that need nothing else; each writes its JSON beside itself
-	@for name in registry f_dpo_step_time f_dpg_step_time; do echo "$$name"; $(BIN)/python "benchmarks/$$name.py" || exit $$?; done
+bench: setup ## run the benchmarks of a CPU; each writes its JSON to benchmarks/results
+	@for name in registry f_dpo_step_time f_dpg_step_time dph_step; do \
+		echo "$$name"; $(BIN)/python "benchmarks/$$name.py" || exit $$?; \
+	done
+	@if [ -n "$(FDIV_SHARED)" ]; then \
+		echo reward_pool; \
+		$(BIN)/python benchmarks/reward_pool.py --data "$(FDIV_SHARED)/data" --output benchmarks/results/reward_pool.json; \
+	else echo "reward_pool: left out, FDIV_SHARED is unset"; fi
+
+bench-gpu: setup ## run the benchmark that needs a GPU: ten minutes on one of 80 GB
+	$(BIN)/python benchmarks/gpu.py
 
 constraints: ## rewrite the pins of constraints.txt from what .venv holds
 	@$(PYTHON) scripts/setup_environment.py freeze main

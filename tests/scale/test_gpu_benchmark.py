@@ -211,6 +211,62 @@ def _runs(process):
         return False
 
 
+def test_processes_see_one_gpu_or_none(monkeypatch, repository):
+    gpu = load("gpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    cuda, cpu = gpu.child_environment("cuda"), gpu.child_environment("cpu")
+    assert (cuda["CUDA_VISIBLE_DEVICES"], cpu["CUDA_VISIBLE_DEVICES"]) == ("2", "")
+    assert cuda["NVIDIA_TF32_OVERRIDE"] == "0" and cuda["PYTHONPATH"] == f"{repository}:/elsewhere"
+    assert "DS_ACCELERATOR" not in cuda and cpu["DS_ACCELERATOR"] == "cpu"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert gpu.child_environment("cuda")["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch, tmp_path):
+    """A `Work` for a GPU whose processes write losses at once: `ran` holds their words, `runs_on` says where they were."""
+    gpu = load("gpu")
+    work = gpu.Work(gpu.arguments(["--device", "cuda"]), tmp_path)
+    work.ran, work.runs_on, work.stage = {}, "cuda", 3
+
+    def run(name, words, device=None, *, quiet=False):
+        work.ran[name] = words
+        options = {key: words[words.index(f"--{key}") + 1] for key in ("device", "output", "steps")}
+        trainers = words[words.index("--trainers") + 1 : words.index("--precisions")]
+        stage = work.stage if name == "zero3" else None
+        device = options["device"] if options["device"] == "cpu" else work.runs_on
+        losses = [1.0 / (1 + number) for number in range(int(options["steps"]))]
+        one = {"losses": losses, "device": device, "zero_stage": stage, "processes": 1}
+        runs = {precision: dict.fromkeys(trainers, one) for precision in words[words.index("--precisions") + 1 :]}
+        with open(options["output"], "w") as file:
+            json.dump(runs, file)
+
+    monkeypatch.setattr(work, "run", run)
+    return work
+
+
+def test_correctness_asks_for_both_devices(on_a_gpu):
+    gpu = load("gpu")
+    result = gpu.correctness(on_a_gpu)
+    assert set(result["float32"]) == set(result["bfloat16"]) == {"f_dpo", "f_dpg", "d2o", "flat", "dph"}
+    assert "cpu" in on_a_gpu.ran["reference"] and "cuda" in on_a_gpu.ran["correctness"]
+    on_a_gpu.runs_on = "cpu"
+    with pytest.raises(gpu.SectionError, match="ran on cpu, not on cuda"):
+        gpu.correctness(on_a_gpu)
+
+
+def test_zero3_is_launched_as_the_recipe_with_one_process_in_float32(on_a_gpu, repository):
+    gpu = load("gpu")
+    assert gpu.zero3(on_a_gpu)["drift"]["max"] == 0.0
+    words = on_a_gpu.ran["zero3"]
+    assert words[words.index("--config_file") + 1] == str(repository / "recipes" / "accelerate" / "zero3.yaml")
+    assert words[words.index("--num_processes") + 1] == "1" and words[words.index("--mixed_precision") + 1] == "no"
+    on_a_gpu.stage = None
+    with pytest.raises(gpu.SectionError, match="ran as ZeRO stage None"):
+        gpu.zero3(on_a_gpu)
+
+
 def test_the_first_error_of_a_launchers_log():
     log = "warning: noise\n[rank0]: Traceback\n[rank0]: RuntimeError: CUDA error: out of memory\nChildFailedError: x\n"
     assert load("gpu").first_error(log) == "RuntimeError: CUDA error: out of memory"
