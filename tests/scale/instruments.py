@@ -71,8 +71,8 @@ def watched(trainer: Any) -> Iterator[Counter[str]]:
                 handle.remove()
 
 
-def remove_fused_head(trainer: Any, temperature: float | None = None) -> None:
-    """Score from the models' own logits, by `token_scores(fused=False)`; `temperature` instead of the head's own.
+def remove_fused_head(trainer: Any) -> None:
+    """Score from the models' own logits, by `token_scores(fused=False)`.
 
     D²O and FLAT come to that path by themselves. The others ask the model for a fused forward, as TRL's trainers do, and
     get the same values from a plain one.
@@ -81,14 +81,13 @@ def remove_fused_head(trainer: Any, temperature: float | None = None) -> None:
 
     for model in models(trainer):
         head = fused_head(model)
-        baked_in = head.temperature if temperature is None else temperature
 
-        def forward(self, *args, fused_lm_head=False, labels=None, _head=head, _temperature=baked_in, **kwargs):
+        def forward(self, *args, fused_lm_head=False, labels=None, _head=head, **kwargs):
             if not fused_lm_head:
                 return type(self).forward(self, *args, **kwargs)
             scores = token_scores(
                 self, kwargs["input_ids"], kwargs["attention_mask"], labels != -100, outputs=_head.outputs,
-                position_ids=kwargs.get("position_ids"), fused=False, temperature=_temperature,
+                position_ids=kwargs.get("position_ids"), fused=False, temperature=_head.temperature,
             )  # fmt: skip
             return types.SimpleNamespace(**scores._asdict(), aux_loss=None)
 
@@ -136,7 +135,7 @@ def scale_gradients(trainer: Any, factor: float) -> None:
 
 
 def recompute_differently(trainer: Any) -> None:
-    """Fault: what gradient checkpointing computes again in the backward pass is 1 % larger."""
+    """Fault: what gradient checkpointing computes again in the backward pass is half as large again."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layer = next(part for part in trainer.model.modules() if isinstance(part, GradientCheckpointingLayer))
@@ -145,9 +144,15 @@ def recompute_differently(trainer: Any) -> None:
     def larger(_module: nn.Module, _args: tuple, output: Any) -> Any:
         nonlocal calls
         calls += 1
-        return output if calls % 2 else (1.01 * output[0], *output[1:])
+        return output if calls % 2 else (1.5 * output[0], *output[1:])
 
     next(layer.children()).register_forward_hook(larger)
+
+
+def damp_logits(trainer: Any) -> None:
+    """Fault: the logits are 1 % smaller. The fused head multiplies by the LM head's weight and does not see it."""
+    for model in models(trainer):
+        model.get_output_embeddings().register_forward_hook(lambda _module, _args, logits: 0.99 * logits)
 
 
 def forget_positions(trainer: Any) -> None:

@@ -227,13 +227,13 @@ def main(folder: str, steps: str, *flags: str) -> None:
 
 def _keep_gradients_apart(trainer: Any) -> None:
     """Each process steps on its own gradient, as if DDP were not there."""
-    backward = trainer.accelerator.backward
+    training_step = trainer.training_step
 
-    def alone(loss: Tensor, **kwargs: Any) -> None:
+    def alone(*args: Any) -> Tensor:
         with trainer.model_wrapped.no_sync():
-            backward(loss, **kwargs)
+            return training_step(*args)
 
-    trainer.accelerator.backward = alone
+    trainer.training_step = alone
 
 
 if __name__ == "__main__":
