@@ -10,7 +10,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fdiv.checkpoints import flush_tree
 from fdiv.errors import DataError, FdivError
+from fdiv.eval.model_loading import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,12 +61,18 @@ def merge_adapter(
     base = base or settings.base_model_name_or_path
     if not base:
         raise DataError(f"the adapter {adapter} does not name its base model: give it with --base")
-    model = _with_adapter(_load_base(base, dtype, quantization), str(adapter), base)
+    loaded = _load_base(base, dtype, quantization)
+    was_quantised = getattr(loaded, "hf_quantizer", None) is not None
+    if was_quantised:
+        loaded = loaded.dequantize(dtype=loaded.dtype)
+    model = _with_adapter(loaded, str(adapter), base)
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # safe_merge: weights that are not finite
         raise DataError(f"the adapter {adapter} cannot be merged: {_first_line(error)}") from error
-    _publish(merged, str(adapter), base, settings, output, quantization)
+    card = _card(str(adapter), base, settings.peft_type.value, quantization is not None)
+    # What transformers undoes to save in the format it read does not exist for weights it read in 4 bits (5.23).
+    _publish(merged, load_tokenizer(base, str(adapter)), card, output, save_original_format=not was_quantised)
     return output
 
 
@@ -118,7 +126,7 @@ def _adapter_settings(adapter: str) -> Any:
 
 
 def _load_base(base: str, dtype: str, quantization: dict[str, Any] | None) -> PreTrainedModel:
-    """The base at full width, rounded as `quantization` says."""
+    """The base, rounded as `quantization` says."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -127,14 +135,11 @@ def _load_base(base: str, dtype: str, quantization: dict[str, Any] | None) -> Pr
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     options = {} if quantization is None else {"quantization_config": BitsAndBytesConfig(**quantization)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=wanted, **options)
+        return AutoModelForCausalLM.from_pretrained(base, dtype=wanted, **options)
     except (OSError, ValueError, ImportError) as error:
         raise DataError(
             f"the base model {base} cannot be loaded: {_first_line(error)}; if it has moved, name it with --base"
         ) from error
-    if getattr(model, "hf_quantizer", None) is not None:
-        model = model.dequantize(dtype=model.dtype)
-    return model
 
 
 def _with_adapter(model: PreTrainedModel, adapter: str, base: str) -> Any:
@@ -147,21 +152,15 @@ def _with_adapter(model: PreTrainedModel, adapter: str, base: str) -> Any:
         raise DataError(f"the adapter {adapter} does not fit the base model {base}: {reason}") from error
 
 
-def _publish(
-    model: PreTrainedModel, adapter: str, base: str, settings: Any, output: Path, quantization: dict[str, Any] | None
-) -> None:
+def _publish(model: PreTrainedModel, tokenizer: Any, card: str, output: Path, **saving: Any) -> None:
     """Write aside, flush and rename, so that `output` is either whole or not there."""
-    from fdiv.checkpoints import flush_tree
-    from fdiv.eval.model_loading import load_tokenizer
-
-    tokenizer = load_tokenizer(base, adapter)
     staged = output.with_name(f".{output.name}.part")
     try:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
-        model.save_pretrained(staged)
+        model.save_pretrained(staged, **saving)
         tokenizer.save_pretrained(staged)
-        (staged / "README.md").write_text(_card(adapter, base, settings, quantization), encoding="utf-8")
+        (staged / "README.md").write_text(card, encoding="utf-8")
         flush_tree(staged)
         os.replace(staged, output)
     except OSError as error:
@@ -169,9 +168,8 @@ def _publish(
         raise FdivError(f"--output {output} cannot be written: {error.strerror or error}") from error
 
 
-def _card(adapter: str, base: str, settings: Any, quantization: dict[str, Any] | None) -> str:
-    rounding = "" if quantization is None else ", rounded to 4 bits as in training and written out again,"
-    kind = settings.peft_type.value
+def _card(adapter: str, base: str, kind: str, rounded: bool) -> str:
+    rounding = ", rounded to fewer bits as in training and written out again," if rounded else ""
     return (
         "---\nlibrary_name: transformers\ntags: [fdiv, merged]\n---\n\n"
         f"The {kind} adapter `{adapter}` added to the weights of `{base}`{rounding} by `fdiv merge`.\n"

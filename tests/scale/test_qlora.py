@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import fdiv.run
@@ -13,6 +14,8 @@ from fdiv.errors import DataError
 from fdiv.eval.model_loading import load_model
 from fdiv.four_bit_weights import keep_trainable_layout
 from fdiv.logprobs import token_scores
+from fdiv.rollouts import RolloutError
+from fdiv.vllm_http import merged_state_dict
 from tests.alignment.d2o_runs import negative_rows
 from tests.alignment.f_dpg_runs import PROMPTS
 from tests.alignment.f_dpo_runs import preference_rows
@@ -215,3 +218,56 @@ def test_rehearsal_needs_a_cache_of_the_base_in_four_bits(run, tiny_model_dir, t
         model_name_or_path=str(tmp_path / "base_4bit"), **rehearsal,
     )  # fmt: skip
     assert losses(stored) == losses(trainer)
+
+
+# ---------------------------------------------------------------- merging
+def test_merging_rounds_the_base_as_in_training_unless_told_otherwise(run, tiny_model_dir, tmp_path, capsys):
+    run("f_dpo", use_bnb_nested_quant=True, learning_rate=0.05)
+    ids = torch.arange(5, 45).view(2, 20)
+    rounded = four_bit_base(tiny_model_dir, bnb_4bit_use_double_quant=True)
+    full = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    expected = {}
+    for name, base in (("as_trained", rounded), ("as_stored", full)):
+        with torch.no_grad():
+            expected[name] = PeftModel.from_pretrained(base, tmp_path / "out").eval()(ids).logits
+    assert (expected["as_trained"] - expected["as_stored"]).abs().max() > 1e-2
+    # the checkpoint of the last step is the saved model; its recipe stands one folder above
+    for name, adapter in (("as_trained", "out"), ("as_trained", "out/checkpoint-4"), ("as_stored", "out")):
+        output = tmp_path / f"{name}_{adapter.replace('/', '_')}"
+        capsys.readouterr()
+        words = [str(tmp_path / adapter), "--output", str(output), "--base_weights", name]
+        assert main(["merge", *words]) == 0
+        message = {"as_trained": "a base in 4 bits", "as_stored": "differs from it by rounding errors"}[name]
+        assert message in capsys.readouterr().err
+        merged = AutoModelForCausalLM.from_pretrained(output, dtype="auto").eval()
+        assert merged.dtype == torch.float32 and not hasattr(merged.config, "quantization_config")
+        with torch.no_grad():
+            torch.testing.assert_close(merged(ids).logits, expected[name], rtol=0, atol=1e-5)
+
+
+def test_a_base_stored_in_four_bits_is_written_out_before_merging(tiny_model_dir, tmp_path):
+    base = four_bit_base(tiny_model_dir)
+    base.save_pretrained(tmp_path / "base_4bit")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "base_4bit")
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "base_4bit", dtype=torch.float32)
+    keep_trainable_layout(stored)
+    model = get_peft_model(stored, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    assert main(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert not quantised(merged)
+    ids = torch.arange(5, 45).view(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------- what is refused
+def test_a_base_in_four_bits_needs_an_adapter(run, capsys):
+    run("f_dpo", code=1, use_peft=False)
+    assert "You cannot perform fine-tuning on purely quantized models" in capsys.readouterr().err
+
+
+def test_a_base_in_four_bits_is_not_handed_to_a_server(run):
+    trainer = run("f_dpo", max_steps=1)
+    with pytest.raises(RolloutError, match="is quantised: the base of a QLoRA run cannot be handed over"):
+        merged_state_dict(trainer.model, trainer.model.state_dict())
