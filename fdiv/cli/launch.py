@@ -33,15 +33,17 @@ def accelerate_config(name: str) -> Path:
     return lookup(packaged, name, "accelerate configuration", "--accelerate (neither a file nor packaged)")
 
 
-def launch_command(name: str, words: Sequence[str], num_processes: int | None = None) -> list[str]:
+def launch_command(
+    name: str, words: Sequence[str], num_processes: int | None = None, mixed_precision: str | None = None
+) -> list[str]:
     """The command that starts `fdiv WORDS` under the configuration.
 
     `accelerate launch`; torchrun for CPU processes without DeepSpeed, which `accelerate launch` starts through mpirun
     only. On a machine without an accelerator `--use_cpu true` is added, unless the command says it either way: without
-    it accelerate believes in one process.
+    it accelerate believes in one process. `num_processes` and `mixed_precision` win over the configuration's.
 
     Raises:
-        RecipeError: no such configuration, or one that is no mapping.
+        RecipeError: no such configuration, one that is no mapping, or FSDP without an accelerator.
     """
     import torch
     import yaml
@@ -53,6 +55,11 @@ def launch_command(name: str, words: Sequence[str], num_processes: int | None = 
     words = _without_own_options(words)
     stated = any(word.split("=")[0] in ("--use_cpu", "--no_use_cpu") for word in words)
     if not stated and not torch.accelerator.is_available():
+        if content.get("distributed_type") == "FSDP":
+            raise RecipeError(
+                f"--accelerate {name}: this machine has no accelerator, and accelerate leaves FSDP out on a CPU, "
+                "silently (the run would be plain DDP): use cpu_zero3 to shard on CPU processes, or cpu_ddp"
+            )
         info("--accelerate: this machine has no accelerator, so the run gets --use_cpu true")
         words += ["--use_cpu", "true"]
     count = content.get("num_processes", 1) if num_processes is None else num_processes
@@ -61,18 +68,23 @@ def launch_command(name: str, words: Sequence[str], num_processes: int | None = 
         return [sys.executable, "-m", "torch.distributed.run", *single_machine, "-m", "fdiv", *words]
     # --quiet: the launcher's own traceback says nothing that the command has not said.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
+    if mixed_precision is not None:
+        launcher += ["--mixed_precision", mixed_precision]
     if num_processes is not None:
         launcher += ["--num_processes", str(num_processes)]
     return [*launcher, "-m", "fdiv", *words]
 
 
-def launch(name: str, words: Sequence[str], num_processes: int | None = None) -> int:
+def launch(
+    name: str, words: Sequence[str], num_processes: int | None = None, mixed_precision: str | None = None
+) -> int:
     """Run `launch_command` and return its exit code.
 
     SIGTERM and SIGINT go to all its processes: a launcher may end at the first without telling those it started, and
     they are to save and stop.
     """
-    with subprocess.Popen(launch_command(name, words, num_processes), start_new_session=True) as process:
+    command = launch_command(name, words, num_processes, mixed_precision)
+    with subprocess.Popen(command, start_new_session=True) as process:
         numbers = (signal.SIGTERM, signal.SIGINT)
         before = [signal.signal(number, lambda sent, _: os.killpg(process.pid, sent)) for number in numbers]
         try:

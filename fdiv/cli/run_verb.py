@@ -21,7 +21,7 @@ def run(args: argparse.Namespace, overrides: list[str], words: list[str]) -> int
     if args.dry_run:
         return _dry_run(recipe, args.accelerate, args.num_processes)
     if args.accelerate:
-        return launch(args.accelerate, words, args.num_processes)
+        return launch(args.accelerate, words, args.num_processes, _mixed_precision(recipe))
     from fdiv.run import run_recipe
 
     result = run_recipe(recipe, command_line(words))
@@ -29,6 +29,17 @@ def run(args: argparse.Namespace, overrides: list[str], words: list[str]) -> int
     if result["unmet_requirements"]:
         raise RequirementError("eval.require: " + "; ".join(result["unmet_requirements"]))
     return 0
+
+
+def _mixed_precision(recipe: Recipe) -> str | None:
+    """What the recipe, the command line or this machine says, in accelerate's words; None: the configuration's own.
+
+    DeepSpeed refuses a configuration that says something else than the run.
+    """
+    known = {**recipe.machine, **recipe.filled, **recipe.stated}
+    if known.get("fp16"):
+        return "fp16"
+    return None if known.get("bf16") is None else "bf16" if known["bf16"] else "no"
 
 
 def _dry_run(recipe: Recipe, accelerate: str | None, num_processes: int | None) -> int:
@@ -89,7 +100,7 @@ def sweep(args: argparse.Namespace, overrides: list[str], words: list[str]) -> i
         print_cells(plan)
         return 0
     if args.accelerate:
-        return launch(args.accelerate, words, args.num_processes)
+        return launch(args.accelerate, words, args.num_processes, _mixed_precision(plan.recipe))
     failures = run_sweep(plan, command_line(words))
     for failure in failures:
         complain(failure)

@@ -137,7 +137,7 @@ def _exit_line(words, capsys):
     return capsys.readouterr().err
 
 
-def test_accelerate_runs_the_same_command_under_the_launcher(write_recipe, monkeypatch, repository):
+def test_accelerate_runs_the_same_command_under_the_launcher(write_recipe, monkeypatch, repository, capsys):
     launched = []
 
     class Recorded:
@@ -167,6 +167,10 @@ def test_accelerate_runs_the_same_command_under_the_launcher(write_recipe, monke
     assert Path(command[command.index("--config_file") + 1]).resolve() == config
     on_cpu = ["--use_cpu", "true"]
     assert command[command.index("fdiv") - 1 :] == ["-m", "fdiv", "run", path, "--beta", "0.3", *on_cpu]
+    assert command[command.index("--mixed_precision") + 1] == "no"  # what the run says, not the configuration
+    assert main(["run", path, "--accelerate", "zero2", "--bf16", "true"]) == 3
+    command = launched.pop()
+    assert command[command.index("--mixed_precision") + 1] == "bf16"
     words = ["run", path, "--accelerate", "zero3", "--num_processes", "4", "--use_cpu", "false"]
     assert main(words) == 3
     command = launched.pop()
@@ -177,6 +181,9 @@ def test_accelerate_runs_the_same_command_under_the_launcher(write_recipe, monke
     command = launched.pop()
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fdiv"]
     assert command[1:] == [*torchrun, "run", path, *on_cpu]
+    capsys.readouterr()
+    assert main(["run", path, "--accelerate", "fsdp2"]) == 2
+    assert "accelerate leaves FSDP out on a CPU, silently" in capsys.readouterr().err
     assert main(["run", path, "--accelerate", "single", "--bta", "0.3"]) == 2
     assert len(launched) == 1  # a wrong key is found before anything is launched
 

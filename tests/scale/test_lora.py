@@ -20,6 +20,8 @@ from tests.scale.run_trainers import STEPS, options
 from tests.scale.trainers import TRAINERS, build, losses
 from tests.unlearning.setup_runs import disturb, forget_rows
 
+# The slow tests run all five, the quick ones f-DPO.
+ONE_QUICKLY = ["f_dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in TRAINERS if name != "f_dpo")]
 SETTINGS = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "lora_dropout": 0.0}
 # Settings under which the method scores a reference; f-DPO, f-DPG and D²O always do. FLAT's losses are differences of
 # probabilities near 1/384 here, hence the weights.
@@ -161,7 +163,7 @@ def test_a_reference_of_its_own_gives_the_same_run(name, argument, tiny_model_di
 
 # ---------------------------------------------------------------- gradient checkpointing
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", ONE_QUICKLY)
 def test_gradient_checkpointing_changes_nothing(name, reentrant, tiny_model_dir, tmp_path, given):
     """Without gradients to the inputs, re-entrant checkpointing would leave the adapter without any."""
     plain, checkpointed = Gradients(), Gradients()
@@ -205,7 +207,7 @@ def test_checkpoints_hold_the_adapter_alone_and_resume_exactly(name, tiny_model_
     assert torch.equal(adapter_weights(cut), adapter_weights(whole))
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", ONE_QUICKLY)
 def test_the_saved_model_is_an_adapter_that_peft_loads(name, tiny_model_dir, tmp_path):
     trainer = lora(name, tiny_model_dir, tmp_path, max_steps=2, learning_rate=0.05)
     trainer.train()
@@ -230,7 +232,7 @@ EVALUATION_ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", ONE_QUICKLY)
 def test_the_best_adapter_is_loaded_at_the_end(name, tiny_model_dir, tmp_path, monkeypatch):
     trainer = lora(
         name, tiny_model_dir, tmp_path, max_steps=3, save_strategy="steps", save_steps=1, eval_strategy="steps",

@@ -20,7 +20,7 @@ from tests.alignment.d2o_runs import negative_rows
 from tests.alignment.f_dpg_runs import PROMPTS
 from tests.alignment.f_dpo_runs import preference_rows
 from tests.rl.dph_runs import cache
-from tests.scale.test_lora import Gradients, adapter_weights, reference_scores
+from tests.scale.test_lora import ONE_QUICKLY, Gradients, adapter_weights, reference_scores
 from tests.scale.trainers import TRAINERS, losses
 from tests.unlearning.setup_runs import disturb, forget_rows, retain_rows
 
@@ -136,7 +136,7 @@ def test_an_adapter_is_trained_on_a_base_in_four_bits(name, run, tiny_model_dir,
     )
 
 
-@pytest.mark.parametrize("name", ["f_dpo", "dph"])
+@pytest.mark.parametrize("name", ONE_QUICKLY)
 def test_a_resumed_run_is_the_uninterrupted_one(name, run, tmp_path):
     import shutil
 
@@ -172,6 +172,7 @@ def test_an_evaluation_leaves_the_gradients_right(run, tmp_path):
     assert with_evaluation.norms == without.norms
 
 
+@pytest.mark.slow
 def test_reference_scores_computed_beforehand_give_the_same_run(run):
     live, table = run("f_dpo", "live"), run("f_dpo", "table", precompute_ref_log_probs=True)
     assert table.precompute_ref_logps
@@ -191,6 +192,7 @@ def test_a_model_that_was_used_on_a_cpu_before_is_refused(tiny_model_dir):
         keep_trainable_layout(model)
 
 
+@pytest.mark.slow
 def test_references_of_their_own_are_loaded_as_the_policy(run, tiny_model_dir):
     """D²O's two reference paths: in 4 bits too, and equal to the adapter switched off."""
     off = run("d2o", "off", max_steps=2)
