@@ -8,9 +8,10 @@
 * step: steps of the five trainers on a model of 1B class beside TRL's nearest trainer (`gpu_steps`).
 * zero3: f-DPO under DeepSpeed ZeRO-3 with one process, in float32: the losses of the plain run.
 
-Every section runs in processes of its own, so that a failure is recorded and the others go on. A section that has not
-ended after its share of the time is stopped. The result is written anew after each section. The exit code is 0 when
-every section that was asked for passed, 1 when one did not, 2 without a GPU.
+Every section runs in processes of its own, so that a failure is recorded and the others go on; where one of the
+trainers fails, the rest is begun anew behind it. A section that has not ended after its share of the time is stopped.
+The result is written anew after each section. The exit code is 0 when every section that was asked for passed, 1 when
+one did not, 2 without a GPU.
 
 `--device cpu --size tiny` goes the same way without a GPU, to try the script: nothing it measures means anything.
 """
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_losses import TRAINERS, drift
-from paired_timing import write_result
+from paired_timing import write_result, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-4  # of max(1, the largest |loss|), in float32
@@ -90,12 +91,50 @@ class Work:
         if code:
             raise SectionError(f"{name} ended with exit code {code}: {first_error(text)}", text)
 
-    def losses(self, name: str, device: str, trainers: tuple[str, ...], *precisions: str, steps: int) -> Any:
-        """What `gpu_losses` reports: precision → trainer → its losses and where they were computed."""
+    def for_each(self, name: str, output: Path, done: Callable[[Any], Any], words: list[str], **options: Any) -> Any:
+        """Run a script that works off the trainers one after the other; where one fails, once more with the rest.
+
+        Args:
+            name: of the process.
+            output: the file to which the script adds; its content is returned.
+            done: from that content, what is keyed by the trainers that are done.
+            words: without `--trainers`. options: of `run`.
+
+        Raises:
+            SectionError: some failed, with what the others gave.
+        """
+        errors, logs, trainers = {}, "", list(options.pop("trainers", TRAINERS))
+        content: Any = {}
+        while trainers:
+            error = self._attempt(name, [*words, "--trainers", *trainers], options)
+            content = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
+            if error is None:
+                break
+            left = [trainer for trainer in trainers if trainer not in done(content)]
+            errors[left[0] if left else "the end"] = str(error)
+            logs += error.log[-3000:]
+            trainers = left[1:]
+            if self.left() < _LEAST_SECONDS and trainers:
+                errors[", ".join(trainers)] = "no time was left"
+                break
+        if errors:
+            raise SectionError("; ".join(f"{who}: {what}" for who, what in errors.items()), logs, content)
+        return content
+
+    def _attempt(self, name: str, words: list[str], options: dict[str, Any]) -> SectionError | None:
+        try:
+            self.run(name, words, **options)
+        except SectionError as error:
+            return error
+        return None
+
+    def losses(
+        self, name: str, device: str, *precisions: str, steps: int, trainers: tuple[str, ...] = TRAINERS
+    ) -> Any:
+        """What `gpu_losses` reports: trainer → precision → its losses and where they were computed."""
         output = self.folder / f"{name}.json"
-        words = _loss_options(output, device, trainers, precisions, steps)
-        self.run(name, [str(ROOT / "benchmarks" / "gpu_losses.py"), *words], device, quiet=True)
-        return json.loads(output.read_text(encoding="utf-8"))
+        words = [str(ROOT / "benchmarks" / "gpu_losses.py"), *_loss_options(output, device, precisions, steps)]
+        return self.for_each(name, output, lambda found: found, words, device=device, quiet=True, trainers=trainers)
 
 
 def child_environment(device: str) -> dict[str, str]:
@@ -117,11 +156,9 @@ def first_error(log: str) -> str:
     return next(named, lines[-1] if lines else "no message")
 
 
-def _loss_options(
-    output: Path, device: str, trainers: tuple[str, ...], precisions: tuple[str, ...], steps: int
-) -> list[str]:
+def _loss_options(output: Path, device: str, precisions: tuple[str, ...], steps: int) -> list[str]:
     words = ["--folder", str(output.parent), "--device", device, "--steps", str(steps), "--output", str(output)]
-    return [*words, "--trainers", *trainers, "--precisions", *precisions]
+    return [*words, "--precisions", *precisions]
 
 
 # ---------------------------------------------------------------- sections
@@ -148,30 +185,37 @@ def _is_beyond(one: dict[str, Any]) -> bool:
 def correctness(work: Work) -> dict[str, Any]:
     """Drift of each trainer's losses from those of float32 on the CPU."""
     device = work.options.device
-    reference = work.losses("reference", "cpu", TRAINERS, "float32", steps=STEPS)["float32"]
+    reference = work.losses("reference", "cpu", "float32", steps=STEPS)
     work.say("correctness: float32 on the CPU is there")
-    found = work.losses("correctness", device, TRAINERS, "float32", "bfloat16", steps=STEPS)
+    try:
+        found, failure = work.losses("correctness", device, "float32", "bfloat16", steps=STEPS), None
+    except SectionError as error:
+        found, failure = error.found, error
     result: dict[str, Any] = {"steps": STEPS, "tf32": False, "reference": {}, "float32": {}, "bfloat16": {}}
-    for name in TRAINERS:
-        losses = reference[name]["losses"]
+    for name, runs in found.items():
+        losses = reference[name]["float32"]["losses"]
         result["reference"][name] = losses
-        for precision, runs in found.items():
-            if runs[name]["device"] != device or reference[name]["device"] != "cpu":
-                raise SectionError(f"{name} in {precision} ran on {runs[name]['device']}, not on {device}")
-            result[precision][name] = compared(losses, runs[name]["losses"])
+        for precision, run in runs.items():
+            if run["device"] != device:
+                raise SectionError(f"{name} in {precision} ran on {run['device']}, not on {device}")
+            result[precision][name] = compared(losses, run["losses"])
         exact, half = result["float32"][name], result["bfloat16"][name]
         print(
             f"  {name:6} float32 max {exact['max']:.1e}, mean {exact['mean']:.1e} (tolerance {exact['tolerance']:.1e})"
             f"  bfloat16 max {half['max']:.1e}, mean {half['mean']:.1e}",
             flush=True,
         )
+    if failure is not None:
+        raise SectionError(str(failure), failure.log, result)
     refuse(result["float32"], result)
     return result
 
 
 def head(work: Work) -> dict[str, Any]:
     """`gpu_head`, in a process of its own."""
-    result = _measured(work, "head", [])
+    output = work.folder / "head.json"
+    work.run("head", [str(ROOT / "benchmarks" / "gpu_head.py"), *_script_options(work, output)])
+    result = json.loads(output.read_text(encoding="utf-8"))
     if not result["passed"]:
         raise SectionError("fused head, fallback and log_softmax + gather disagree in float32", found=result)
     return result
@@ -179,41 +223,34 @@ def head(work: Work) -> dict[str, Any]:
 
 def step(work: Work) -> dict[str, Any]:
     """`gpu_steps`, in a process of its own."""
-    words = ["--seconds", str(work.left()), "--divergence", work.options.divergence]
+    output = work.folder / "step.json"
+    words = [str(ROOT / "benchmarks" / "gpu_steps.py"), *_script_options(work, output), "--folder", str(work.folder)]
+    words += ["--seconds", str(work.left()), "--divergence", work.options.divergence]
     if work.options.peak_tflops is not None:
         words += ["--peak_tflops", str(work.options.peak_tflops)]
-    result = _measured(work, "steps", words)
+    result = work.for_each("step", output, lambda found: found.get("comparisons", {}), words)
     missing = [name for name, one in result["comparisons"].items() if "not_run" in one]
     if missing:
         raise SectionError(f"no time was left for {', '.join(missing)}", found=result)
     return result
 
 
-def _measured(work: Work, script: str, words: list[str]) -> dict[str, Any]:
-    """What `gpu_<script>.py` measured; what it had by then, where it fails."""
-    output = work.folder / f"{script}.json"
-    common = ["--device", work.options.device, "--size", work.options.size, "--output", str(output)]
-    try:
-        work.run(script, [str(ROOT / "benchmarks" / f"gpu_{script}.py"), *common, *words])
-    except SectionError as error:
-        if output.is_file():
-            error.found = json.loads(output.read_text(encoding="utf-8"))
-        raise
-    return json.loads(output.read_text(encoding="utf-8"))
+def _script_options(work: Work, output: Path) -> list[str]:
+    return ["--device", work.options.device, "--size", work.options.size, "--output", str(output)]
 
 
 def zero3(work: Work) -> dict[str, Any]:
     """f-DPO under ZeRO-3 with one process against the plain run on the same device."""
     device, output = work.options.device, work.folder / "zero3.json"
-    plain = work.losses("plain", device, ("f_dpo",), "float32", steps=ZERO3_STEPS)["float32"]["f_dpo"]
+    plain = work.losses("plain", device, "float32", steps=ZERO3_STEPS, trainers=("f_dpo",))["f_dpo"]["float32"]
     config = ROOT / "recipes" / "accelerate" / ("cpu_zero3.yaml" if device == "cpu" else "zero3.yaml")
     launcher = [
         "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config), "--num_processes", "1",
         "--mixed_precision", "no", "--main_process_port", "0", str(ROOT / "benchmarks" / "gpu_losses.py"),
     ]  # fmt: skip
-    words = _loss_options(output, device, ("f_dpo",), ("float32",), ZERO3_STEPS)
+    words = [*_loss_options(output, device, ("float32",), ZERO3_STEPS), "--trainers", "f_dpo"]
     work.run("zero3", [*launcher, *words], quiet=True)
-    sharded = json.loads(output.read_text(encoding="utf-8"))["float32"]["f_dpo"]
+    sharded = json.loads(output.read_text(encoding="utf-8"))["f_dpo"]["float32"]
     result: dict[str, Any] = {"steps": ZERO3_STEPS, "plain": plain, "zero3": sharded}
     if sharded["zero_stage"] != 3 or sharded["device"] != device:
         raise SectionError(
@@ -303,10 +340,8 @@ def main(words: list[str] | None = None) -> int:
 
     skipped = {"status": "not run", "reason": f"--only {' '.join(options.only)}"}
     content: dict[str, Any] = {
-        "device": device_description(options.device),
         "settings": {name: value for name, value in vars(options).items() if name != "output"},
         "sections": dict.fromkeys(SECTIONS, skipped),
-        "environment": environment(shlex.join(["python", *(sys.argv if words is None else ["gpu.py", *words])])),
     }
     with tempfile.TemporaryDirectory() as folder:
         work = Work(options, Path(folder))
@@ -314,7 +349,11 @@ def main(words: list[str] | None = None) -> int:
             if name in options.only:
                 content["sections"][name] = run_section(work, name)
                 content["seconds"] = round(time.monotonic() - work.started, 1)
-                write_result(options.output, content)
+                write_whole(options.output, content)
+    # Last, since they take hold of the GPU, which may be set to serve one process at a time.
+    content["device"] = device_description(options.device)
+    content["environment"] = environment(shlex.join(["python", *(sys.argv if words is None else ["gpu.py", *words])]))
+    write_result(options.output, content)
     return int(any(content["sections"][name]["status"] != "passed" for name in options.only))
 
 

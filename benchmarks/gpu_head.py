@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from paired_timing import allocated_peak
+from paired_timing import allocated_peak, write_whole
 from torch import Tensor
 
 VARIANTS = ("fused", "fallback", "log_softmax_gather")
@@ -168,7 +166,7 @@ def main() -> None:
             f"{found['float32']['value_error']:.1e} nats, gradient {found['float32']['gradient_error']:.1e}",
             flush=True,
         )
-    Path(options.output).write_text(json.dumps(result), encoding="utf-8")
+    write_whole(options.output, result)
 
 
 if __name__ == "__main__":

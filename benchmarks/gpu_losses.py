@@ -1,7 +1,8 @@
 """Losses of the trainers on the same tiny model and recorded data, on one device: a process of `benchmarks/gpu.py`.
 
 The model, the rollouts and the rehearsal rows are made in `--folder` where they are not there yet. The settings are
-those under which `tests/scale` compares one process with several: nothing is sampled during training.
+those under which `tests/scale` compares one process with several: nothing is sampled during training. `--output` is
+written anew after each trainer, and what it holds already is kept.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+
+from paired_timing import write_whole
 
 # Where advantages of a group cancel, gradients are rounding noise, which Adam's own 1e-8 would blow up to full steps.
 _ADAM_EPSILON = 1e-4
@@ -79,12 +82,11 @@ def main() -> None:
         prepare(options.folder)
     # Alive while models are loaded: it is how they learn of ZeRO-3.
     start = TrainingArguments(str(options.folder / "start"), use_cpu=options.device == "cpu", bf16=False)
-    runs = {
-        precision: {name: train(name, precision, options) for name in options.trainers}
-        for precision in options.precisions
-    }
-    if start.process_index == 0:
-        options.output.write_text(json.dumps(runs), encoding="utf-8")
+    runs = json.loads(options.output.read_text(encoding="utf-8")) if options.output.is_file() else {}
+    for name in options.trainers:
+        runs[name] = {precision: train(name, precision, options) for precision in options.precisions}
+        if start.process_index == 0:
+            write_whole(options.output, runs)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import gc
 import json
 import random
 import statistics
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from model_flops import Architecture, Passes, counted, peak_tflops, step_flops, utilisation
-from paired_timing import FixedRollouts, first_batch, in_turns, peak_bytes, ratio, ready, reward, step
+from paired_timing import FixedRollouts, first_batch, in_turns, peak_bytes, ratio, ready, reward, step, write_whole
 
 WHY = {
     "f_dpo": ("DPOTrainer", "the same rows, one reference forward each"),
@@ -256,7 +255,7 @@ def _shown(name: str, result: dict[str, Any]) -> str:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """All comparisons for which there is time; the file is written anew after each."""
+    """The comparisons asked for, as far as there is time; the file is written anew after each, and added to."""
     started, size, output = time.monotonic(), SIZES[options.size], Path(options.output)
     peak, reason = options.peak_tflops, None
     if peak is None:
@@ -264,31 +263,36 @@ def measure(options: argparse.Namespace) -> None:
         peak = peak_tflops(device_name)
         reason = None if peak else f"the peak of {device_name!r} is not known: give --peak_tflops"
     result: dict[str, Any] = {"peak_tflops": peak, "mfu_missing": reason, "size": asdict(size), "comparisons": {}}
+    if output.is_file():
+        result = json.loads(output.read_text(encoding="utf-8"))
+    model_dir = options.folder / "step_model"
+    if not (model_dir / "tokenizer_config.json").is_file():  # written last
+        save_model(size, options.device, str(model_dir))
+    builder = Builder(size, str(model_dir), options.device, options.divergence, str(options.folder / "steps"))
     longest = 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        model_dir = save_model(size, options.device, f"{folder}/model")
-        builder = Builder(size, model_dir, options.device, options.divergence, f"{folder}/run")
-        for name in WHY:
-            begun = time.monotonic()
-            left = options.seconds - (begun - started)
-            if left < longest:
-                reason = f"{left:.0f} s of the time budget are left, and a comparison takes {longest:.0f} s"
-                result["comparisons"][name] = {"not_run": reason}
-                print(f"  {name}: not run: {reason}", flush=True)
-            else:
-                result["comparisons"][name] = compare(name, builder, peak)
-                print(_shown(name, result["comparisons"][name]), flush=True)
-            gc.collect()  # trainers are full of cycles
-            if options.device == "cuda":
-                torch.cuda.empty_cache()
-            longest = max(longest, time.monotonic() - begun)
-            output.write_text(json.dumps(result), encoding="utf-8")
+    for name in options.trainers:
+        begun = time.monotonic()
+        left = options.seconds - (begun - started)
+        if left < longest:
+            reason = f"{left:.0f} s of the time budget are left, and a comparison takes {longest:.0f} s"
+            result["comparisons"][name] = {"not_run": reason}
+            print(f"  {name}: not run: {reason}", flush=True)
+        else:
+            result["comparisons"][name] = compare(name, builder, peak)
+            print(_shown(name, result["comparisons"][name]), flush=True)
+        gc.collect()  # trainers are full of cycles
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+        longest = max(longest, time.monotonic() - begun)
+        write_whole(output, result)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="keeps the model")
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--size", choices=tuple(SIZES), required=True)
+    parser.add_argument("--trainers", nargs="+", choices=tuple(WHY), default=list(WHY))
     parser.add_argument("--output", required=True)
     parser.add_argument("--seconds", type=float, default=540.0, help="no comparison is begun that would last longer")
     parser.add_argument("--divergence", default="jensen_shannon")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -161,9 +162,16 @@ def peak_bytes(trainer: Any, batch: Any) -> int:
 
 
 # ---------------------------------------------------------------- results
-def write_result(output: str | Path, content: Mapping[str, Any]) -> None:
-    """Write `content` as JSON and say where."""
+def write_whole(output: str | Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as JSON; a process that is stopped meanwhile leaves the file as it was."""
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, output)
+
+
+def write_result(output: str | Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as JSON and say where."""
+    write_whole(output, content)
     print(f"written: {output}")

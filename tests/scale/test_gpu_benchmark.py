@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +117,17 @@ def test_ratio_is_the_median_with_an_interval():
     found = load("paired_timing").ratio([1.0, 2.0, 30.0], [1.0, 1.0, 10.0])
     assert found["ratios"] == [1.0, 2.0, 3.0] and found["time_ratio"] == 2.0
     assert found["time_ratio_interval"] == [1.0, 3.0]
+
+
+def test_peak_memory_of_a_gpu_is_beyond_what_lay_there(monkeypatch):
+    calls = []
+    for name, value in {"synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 100}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda name=name, value=value: calls.append(name) or value)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: calls.append("max_memory_allocated") or 350)
+    assert load("paired_timing").allocated_peak(lambda: calls.append("run"), torch.device("cuda", 0)) == 250
+    assert calls == [
+        "synchronize", "reset_peak_memory_stats", "memory_allocated", "run", "synchronize", "max_memory_allocated",
+    ]  # fmt: skip
 
 
 def test_peak_memory_is_what_lies_there_at_once():
@@ -228,19 +240,24 @@ def on_a_gpu(monkeypatch, tmp_path):
     """A `Work` for a GPU whose processes write losses at once: `ran` holds their words, `runs_on` says where they were."""
     gpu = load("gpu")
     work = gpu.Work(gpu.arguments(["--device", "cuda"]), tmp_path)
-    work.ran, work.runs_on, work.stage = {}, "cuda", 3
+    work.ran, work.runs_on, work.stage, work.broken = {}, "cuda", 3, ()
 
     def run(name, words, device=None, *, quiet=False):
-        work.ran[name] = words
+        work.ran.setdefault(name, []).append(words)
         options = {key: words[words.index(f"--{key}") + 1] for key in ("device", "output", "steps")}
-        trainers = words[words.index("--trainers") + 1 : words.index("--precisions")]
+        trainers = words[words.index("--trainers") + 1 :]
+        precisions = words[words.index("--precisions") + 1 : words.index("--trainers")]
         stage = work.stage if name == "zero3" else None
         device = options["device"] if options["device"] == "cpu" else work.runs_on
         losses = [1.0 / (1 + number) for number in range(int(options["steps"]))]
         one = {"losses": losses, "device": device, "zero_stage": stage, "processes": 1}
-        runs = {precision: dict.fromkeys(trainers, one) for precision in words[words.index("--precisions") + 1 :]}
-        with open(options["output"], "w") as file:
-            json.dump(runs, file)
+        output = Path(options["output"])
+        runs = json.loads(output.read_text()) if output.is_file() else {}
+        for trainer in trainers:
+            if trainer in work.broken and name == "correctness":
+                raise gpu.SectionError(f"{name} ended with exit code 1: RuntimeError: {trainer}", "the log")
+            runs[trainer] = dict.fromkeys(precisions, one)
+            output.write_text(json.dumps(runs))
 
     monkeypatch.setattr(work, "run", run)
     return work
@@ -250,16 +267,37 @@ def test_correctness_asks_for_both_devices(on_a_gpu):
     gpu = load("gpu")
     result = gpu.correctness(on_a_gpu)
     assert set(result["float32"]) == set(result["bfloat16"]) == {"f_dpo", "f_dpg", "d2o", "flat", "dph"}
-    assert "cpu" in on_a_gpu.ran["reference"] and "cuda" in on_a_gpu.ran["correctness"]
+    assert "cpu" in on_a_gpu.ran["reference"][0] and "cuda" in on_a_gpu.ran["correctness"][0]
     on_a_gpu.runs_on = "cpu"
     with pytest.raises(gpu.SectionError, match="ran on cpu, not on cuda"):
+        gpu.correctness(on_a_gpu)
+
+
+def test_a_trainer_that_fails_does_not_take_the_others_along(on_a_gpu):
+    gpu = load("gpu")
+    on_a_gpu.broken = ("f_dpg", "dph")
+    with pytest.raises(gpu.SectionError) as caught:
+        gpu.correctness(on_a_gpu)
+    assert str(caught.value) == (
+        "f_dpg: correctness ended with exit code 1: RuntimeError: f_dpg; "
+        "dph: correctness ended with exit code 1: RuntimeError: dph"
+    )
+    assert set(caught.value.found["float32"]) == {"f_dpo", "d2o", "flat"} and caught.value.log == "the log" * 2
+    asked = [words[words.index("--trainers") + 1 :] for words in on_a_gpu.ran["correctness"]]
+    assert asked == [["f_dpo", "f_dpg", "d2o", "flat", "dph"], ["d2o", "flat", "dph"]]
+
+
+def test_no_trainer_is_begun_without_time(on_a_gpu):
+    gpu = load("gpu")
+    on_a_gpu.broken, on_a_gpu.section_ends = ("f_dpo",), time.monotonic() + 1
+    with pytest.raises(gpu.SectionError, match="f_dpg, d2o, flat, dph: no time was left"):
         gpu.correctness(on_a_gpu)
 
 
 def test_zero3_is_launched_as_the_recipe_with_one_process_in_float32(on_a_gpu, repository):
     gpu = load("gpu")
     assert gpu.zero3(on_a_gpu)["drift"]["max"] == 0.0
-    words = on_a_gpu.ran["zero3"]
+    (words,) = on_a_gpu.ran["zero3"]
     assert words[words.index("--config_file") + 1] == str(repository / "recipes" / "accelerate" / "zero3.yaml")
     assert words[words.index("--num_processes") + 1] == "1" and words[words.index("--mixed_precision") + 1] == "no"
     on_a_gpu.stage = None
