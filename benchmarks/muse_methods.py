@@ -22,15 +22,15 @@ class NovelsComparison(Comparison):
     recipes = "muse/novels"
     main = {
         "FLAT TV": ("flat", "--divergence", "total_variation"),
-        "GradDiff": ("grad_diff",),
-        "NPO": ("npo",),
-        "SimNPO": ("simnpo",),
-    }
-    rest = {
         "FLAT KL": ("flat", "--divergence", "reverse_kl"),
         "FLAT JS": ("flat", "--divergence", "jensen_shannon"),
         "FLAT Pearson": ("flat", "--divergence", "pearson_chi2"),
+        "GradDiff": ("grad_diff",),
+        "NPO": ("npo",),
+        "SimNPO": ("simnpo",),
         "IdkDPO": ("idk_dpo",),
+    }
+    rest = {
         "GradAscent": ("grad_ascent",),
         "KL-retain": ("kl_retain",),
         "RMU": ("rmu",),
