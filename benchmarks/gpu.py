@@ -198,6 +198,8 @@ def correctness(work: Work) -> dict[str, Any]:
         for precision, run in runs.items():
             if run["device"] != device:
                 raise SectionError(f"{name} in {precision} ran on {run['device']}, not on {device}")
+            if run["tf32"]:
+                raise SectionError(f"{name} ran with TF32 switched on, so its float32 is not float32")
             result[precision][name] = compared(losses, run["losses"])
         exact, half = result["float32"][name], result["bfloat16"][name]
         print(

@@ -44,13 +44,15 @@ def prepare(folder: Path) -> None:
 
 
 def train(name: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train `name`; TF32 stays off, for float32 means float32 here."""
+    """Train `name`; its losses, and under which circumstances."""
+    import torch
+
     from tests.scale.run_trainers import options as recorded_options
     from tests.scale.trainers import build, losses
 
     settings = {
         **recorded_options(name, options.folder, 1), "max_steps": options.steps, "use_cpu": options.device == "cpu",
-        "bf16": precision == "bfloat16", "tf32": False, "adam_epsilon": _ADAM_EPSILON,
+        "bf16": precision == "bfloat16", "adam_epsilon": _ADAM_EPSILON,
     }  # fmt: skip
     started = time.perf_counter()
     output = options.folder / f"{options.output.stem}_{precision}_{name}"
@@ -60,6 +62,7 @@ def train(name: str, precision: str, options: argparse.Namespace) -> dict[str, A
     return {
         "losses": losses(trainer),
         "device": trainer.accelerator.device.type,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,  # torch's own setting; the driver's is NVIDIA_TF32_OVERRIDE
         "zero_stage": None if plugin is None else plugin.zero_stage,
         "processes": trainer.accelerator.num_processes,
         "seconds": time.perf_counter() - started,

@@ -240,7 +240,7 @@ def on_a_gpu(monkeypatch, tmp_path):
     """A `Work` for a GPU whose processes write losses at once: `ran` holds their words, `runs_on` says where they were."""
     gpu = load("gpu")
     work = gpu.Work(gpu.arguments(["--device", "cuda"]), tmp_path)
-    work.ran, work.runs_on, work.stage, work.broken = {}, "cuda", 3, ()
+    work.ran, work.runs_on, work.tf32, work.stage, work.broken = {}, "cuda", False, 3, ()
 
     def run(name, words, device=None, *, quiet=False):
         work.ran.setdefault(name, []).append(words)
@@ -250,7 +250,7 @@ def on_a_gpu(monkeypatch, tmp_path):
         stage = work.stage if name == "zero3" else None
         device = options["device"] if options["device"] == "cpu" else work.runs_on
         losses = [1.0 / (1 + number) for number in range(int(options["steps"]))]
-        one = {"losses": losses, "device": device, "zero_stage": stage, "processes": 1}
+        one = {"losses": losses, "device": device, "tf32": work.tf32, "zero_stage": stage, "processes": 1}
         output = Path(options["output"])
         runs = json.loads(output.read_text()) if output.is_file() else {}
         for trainer in trainers:
@@ -270,6 +270,9 @@ def test_correctness_asks_for_both_devices(on_a_gpu):
     assert "cpu" in on_a_gpu.ran["reference"][0] and "cuda" in on_a_gpu.ran["correctness"][0]
     on_a_gpu.runs_on = "cpu"
     with pytest.raises(gpu.SectionError, match="ran on cpu, not on cuda"):
+        gpu.correctness(on_a_gpu)
+    on_a_gpu.runs_on, on_a_gpu.tf32 = "cuda", True
+    with pytest.raises(gpu.SectionError, match="TF32 switched on"):
         gpu.correctness(on_a_gpu)
 
 
