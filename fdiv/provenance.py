@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import shlex
 import subprocess
@@ -67,6 +68,14 @@ def command_line(words: Sequence[str] | None = None) -> str:
     return shlex.join(["fdiv", *words])
 
 
+def _distributed(state: Any) -> str:
+    """Accelerate's word. Before a trainer is made, only its launcher's variables tell of DeepSpeed and FSDP."""
+    for name in ("DEEPSPEED", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            return name
+    return state.distributed_type.value
+
+
 def environment(command: str, seed: int | None = None) -> dict[str, Any]:
     """The content of `environment.json`. The host's name is left out: a result may be published."""
     import torch
@@ -83,6 +92,6 @@ def environment(command: str, seed: int | None = None) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.get_device_module(state.device).get_device_name(state.device) if accelerated else "cpu",
         "processes": state.num_processes,
-        "distributed": state.distributed_type.value,
+        "distributed": _distributed(state),
         "threads": torch.get_num_threads(),
     }

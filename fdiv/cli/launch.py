@@ -54,12 +54,13 @@ def launch_command(
         raise RecipeError(f"--accelerate {config}: not an accelerate configuration (a mapping)")
     words = _without_own_options(words)
     stated = any(word.split("=")[0] in ("--use_cpu", "--no_use_cpu") for word in words)
-    if not stated and not torch.accelerator.is_available():
-        if content.get("distributed_type") == "FSDP":
-            raise RecipeError(
-                f"--accelerate {name}: this machine has no accelerator, and accelerate leaves FSDP out on a CPU, "
-                "silently (the run would be plain DDP): use cpu_zero3 to shard on CPU processes, or cpu_ddp"
-            )
+    without_accelerator = not torch.accelerator.is_available()
+    if without_accelerator and content.get("distributed_type") == "FSDP":
+        raise RecipeError(
+            f"--accelerate {name}: this machine has no accelerator, and accelerate leaves FSDP out on a CPU, silently "
+            "(the run would be plain DDP): use cpu_zero3 to shard on CPU processes, or cpu_ddp"
+        )
+    if without_accelerator and not stated:
         info("--accelerate: this machine has no accelerator, so the run gets --use_cpu true")
         words += ["--use_cpu", "true"]
     count = content.get("num_processes", 1) if num_processes is None else num_processes

@@ -13,7 +13,7 @@ import fdiv
 from fdiv.cli import main
 from fdiv.divergences import get_divergence, list_divergences
 from fdiv.methods import EVAL_COMMANDS, EVALUATIONS, METHODS, PREPARE, load
-from fdiv.provenance import command_line, git_revision, package_versions
+from fdiv.provenance import command_line, environment, git_revision, package_versions
 
 
 def run_module(*words, **options):
@@ -188,7 +188,10 @@ def test_accelerate_runs_the_same_command_under_the_launcher(write_recipe, monke
     assert len(launched) == 1  # a wrong key is found before anything is launched
 
 
-def test_provenance():
+def test_provenance(monkeypatch):
+    assert environment("fdiv run x")["distributed"] == "NO"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # what `accelerate launch` sets
+    assert environment("fdiv run x")["distributed"] == "DEEPSPEED"
     versions = package_versions()
     assert versions["fdiv"] == fdiv.__version__
     assert versions["torch"].startswith("2.")

@@ -19,13 +19,14 @@ LAUNCHERS = {
     "one": [sys.executable],
     "ddp": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
     **{
-        name: [
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config(f"cpu_{name}")),
-            "--main_process_port", "0",
+        name.removeprefix("cpu_"): [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_config(name)),
+            "--main_process_port", "0", "--num_processes", "2", "--mixed_precision", "no",
         ]
-        for name in ("zero2", "zero3")
+        for name in ("cpu_zero2", "cpu_zero3", "zero1", "zero2_offload", "zero3_offload")
     },
 }  # fmt: skip
+FURTHER = ("f_dpo", "dph")  # under the configurations for GPUs that a CPU can run too
 
 
 def launch(launcher, model_dir, folder, repository, *names):
@@ -42,26 +43,33 @@ def launch(launcher, model_dir, folder, repository, *names):
 
 @pytest.fixture(scope="module")
 def runs(tiny_model_dir, tmp_path_factory, repository):
-    """Launcher → trainer → what `run_trainers` reports; each launcher runs all five once."""
+    """Launcher → trainer → what `run_trainers` reports; each launcher runs its trainers once."""
     folder = tmp_path_factory.mktemp("sharding")
     cache(tiny_model_dir, shift=0.5).save(folder / "rehearsal.safetensors")
     records = recorded(tiny_model_dir, 4 * STEPS)
     (folder / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     results = {}
 
-    def run(launcher):
+    def run(launcher, names=TRAINERS):
         if launcher not in results:
-            results[launcher] = launch(launcher, tiny_model_dir, folder, repository, *TRAINERS)
+            results[launcher] = launch(launcher, tiny_model_dir, folder, repository, *names)
         return results[launcher]
 
     return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])
-def test_losses_are_those_of_one_process(runs, launcher):
-    one, two = runs("one"), runs(launcher)
-    for name in TRAINERS:
+@pytest.mark.parametrize(
+    ("launcher", "names"),
+    [
+        *((launcher, TRAINERS) for launcher in ("ddp", "zero2", "zero3")),
+        *((launcher, FURTHER) for launcher in ("zero1", "zero2_offload", "zero3_offload")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_losses_are_those_of_one_process(runs, launcher, names):
+    one, two = runs("one"), runs(launcher, names)
+    for name in names:
         assert (one[name]["processes"], two[name]["processes"]) == (1, 2)
         assert ("DEEPSPEED" in two[name]["distributed"]) == launcher.startswith("zero")
         assert len(one[name]["losses"]) == STEPS
