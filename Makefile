@@ -77,6 +77,7 @@ bench: setup ## run the benchmarks of a CPU; each writes its JSON to benchmarks/
 	@for name in registry f_dpo_step_time f_dpg_step_time dph_step; do \
 		echo "$$name"; $(BIN)/python "benchmarks/$$name.py" || exit $$?; \
 	done
+	@echo invariance; $(BIN)/python benchmarks/invariance.py --output benchmarks/results/invariance.json
 	@if [ -n "$(FDIV_SHARED)" ]; then \
 		echo reward_pool; \
 		$(BIN)/python benchmarks/reward_pool.py --data "$(FDIV_SHARED)/data" --output benchmarks/results/reward_pool.json; \
