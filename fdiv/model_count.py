@@ -119,6 +119,10 @@ def count_model(
     model = _built(config, dtype, attention, peft_config, disable_dropout)
     if freeze is not None:
         freeze(model)
+    if bits is not None:  # TRL keeps the adapter of a quantised base in bfloat16
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
     with FakeTensorMode():
         _place(model)
         weights, stored = _weights(model, bits)

@@ -21,6 +21,7 @@ from tests.alignment.f_dpg_runs import PROMPTS
 from tests.alignment.f_dpo_runs import preference_rows
 from tests.rl.dph_runs import cache
 from tests.scale.test_lora import ONE_QUICKLY, Gradients, adapter_weights, reference_scores
+from tests.scale.test_memory_plan import planned_and_counted
 from tests.scale.trainers import TRAINERS, losses
 from tests.unlearning.setup_runs import disturb, forget_rows, retain_rows
 
@@ -220,6 +221,19 @@ def test_rehearsal_needs_a_cache_of_the_base_in_four_bits(run, tiny_model_dir, t
         model_name_or_path=str(tmp_path / "base_4bit"), **rehearsal,
     )  # fmt: skip
     assert losses(stored) == losses(trainer)
+
+
+def test_the_memory_plan_counts_what_is_held(tiny_model_dir, tmp_path):
+    plan, counted = planned_and_counted(
+        tiny_model_dir, tmp_path, preference_rows(12), method="f_dpo", divergence="jensen_shannon", beta=0.5,
+        max_length=64, load_in_4bit=True, use_peft=True, lora_r=4, lora_target_modules="all-linear",
+        trainer_options={"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")},
+    )  # fmt: skip
+    for part in ("gradients", "optimizer"):
+        assert plan.device[part] == pytest.approx(counted[part], rel=0.01), part
+    # a float32 scale for each 64 weights, which are two to a byte, is no parameter
+    scales = sum(packed.numel() * 2 // 64 * 4 for packed in quantised(four_bit_base(tiny_model_dir)).values())
+    assert plan.device["weights"] == pytest.approx(counted["weights"] + scales, rel=0.01)
 
 
 # ---------------------------------------------------------------- merging
