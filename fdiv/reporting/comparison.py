@@ -1,4 +1,5 @@
-"""Plots that compare: the reward–divergence frontier of a sweep, and summary metrics before and after training."""
+"""Plots that compare: the frontier of a sweep (reward against divergence, or the two metrics it names), and summary
+metrics before and after training."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def frontier(results: Mapping[str, Any]) -> Figure | None:
         _draw_family(axis, members, x_name, y_name, colour)
     _draw_seeds(axis, results, x_name, y_name, families)
     _draw_start(axis, results, axes)
-    tidy(axis, "Reward–divergence frontier", axes["divergence"], axes["reward"])
+    tidy(axis, f"{axes['reward']} against {axes['divergence']}", axes["divergence"], axes["reward"])
     axis.margins(0.12)
     axis.legend(fontsize=8, frameon=False, loc="best")
     return figure
@@ -64,9 +65,11 @@ def _draw_family(axis: Axes, members: Sequence[Mapping[str, Any]], x_name: str, 
         x, y, xerr=x_error, yerr=y_error, color=colour, marker="o", markersize=6, capsize=3,
         linewidth=1.2, linestyle="-" if len(members) > 1 else "none", label=_family(members[0]), zorder=3,
     )  # fmt: skip
+    if len(members) == 1:
+        return  # the legend says which it is
     for member, x_value, y_value in zip(members, x, y, strict=True):
         others = [f"{key} {value}" for key, value in member["settings"].items() if key not in ("divergence", "seed")]
-        text = ", ".join(others) if len(members) > 1 else _family(member)
+        text = ", ".join(others)
         axis.annotate(text, (x_value, y_value), (6, 5), textcoords="offset points", fontsize=7.5, color=colour)
 
 

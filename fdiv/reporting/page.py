@@ -130,8 +130,8 @@ class _Page:
             self.notes(cell.get("values", {}).get("notes", {}))
         figure = frontier(results)
         if figure is not None:
-            self.add("<h2>Reward–divergence frontier</h2>")
-            self.plot(figure, f"{prefix}frontier", "Reward against divergence, one point per setting")
+            self.add("<h2>Frontier</h2>")
+            self.plot(figure, f"{prefix}frontier", "The two axes of the sweep, one point per setting")
         self.add("<h2>Before and after</h2>")
         self.plot(before_after_sweep(results), f"{prefix}before_after", "Summary metrics by setting")
         self.plot(pass_at_k_curves(sweep.runs), f"{prefix}pass_at_k", "Pass@k before training and after it")
