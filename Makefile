@@ -1,10 +1,12 @@
 # Everything runs in .venv, which `make setup` creates from the pinned set. Nothing is needed but Python (3.11 or newer)
 # and make. Variables: PYTHON=python3.12, TORCH_INDEX=URL (where torch comes from), VERBOSE=1 (pip's output),
-# PYTEST_ARGS="-k name", FDIV_SHARED=DIR (folder with the shared data; tests that need it are skipped without).
+# PYTEST_ARGS="-k name", WORKERS=2 (processes of `make test`), FDIV_SHARED=DIR (folder with the shared data; tests that
+# need it are skipped without).
 
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 # The recipes of the demonstration, one per objective, in the order they run.
 DEMO := recipes/tiny/f_dpo.yaml recipes/tiny/flat.yaml recipes/tiny/d2o.yaml
@@ -40,8 +42,10 @@ demo: setup ## train and compare on the built-in tiny world, in minutes; results
 	$(BIN)/fdiv sweep recipes/tiny/f_dpg.yaml --divergences jensen_shannon total_variation --output_dir runs/demo/f_dpg
 	$(BIN)/fdiv sweep recipes/tiny/dph.yaml --divergences jensen_shannon forward_kl --output_dir runs/demo/dph
 
+# Two processes, one thread in each; the tests of a file stay together, for they share what is slow to build.
+test test-slow: export OMP_NUM_THREADS = 1
 test: setup ## run the tests (offline, CPU)
-	$(BIN)/pytest -m "not slow and not gpu and not vllm" $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not vllm" $(PYTEST_ARGS)
 
 test-slow: setup ## run the tests that take minutes
 	$(call pytest_marked,slow and not gpu and not vllm)
