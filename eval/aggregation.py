@@ -120,12 +120,14 @@ class Aggregates:
             for side, column in sides.items():
                 self.log.metrics[name][side]["agg_value"] = float(np.mean(list(column.values())))
             value = auc(list(sides["forget"].values()), list(sides["holdout"].values()))
-            self.put(name, value)
+            few = [f"{len(column)} {side}" for side, column in sides.items() if len(column) < 2]
+            note = f"an AUC of {' and '.join(few)} text says next to nothing" if few else None
+            self.put(name, value, note)
             self.log.metrics[name]["auc"] = value
 
     def privleak(self, retain: Aggregates | None, corpus: str = "") -> None:
         """PrivLeak on Min-40%, against the retain log or, said in the notes, the preset's assumed retain AUC."""
-        own, note = self.values.get("mia_min_k"), None
+        own, note = self.values.get("mia_min_k"), self.notes.get("mia_min_k")
         if own is None:
             self.put("privleak", None, f"needs the Min-K AUC: {self.notes['mia_min_k']}")
             self.put("privleak_retain_auc", None, self.notes["privleak"])
@@ -145,13 +147,14 @@ class Aggregates:
                 self.put("privleak", None, reason)
                 self.put("privleak_retain_auc", None, reason)
                 return
+            few = f"; {note}" if note else ""
             note = (
                 f"no retain log was given: the retain model's Min-K AUC is ASSUMED to be {reference} (preset "
-                f"{self.preset.name}); give --retain_logs or --retain_model for a measured one"
+                f"{self.preset.name}); give --retain_logs or --retain_model for a measured one{few}"
             )
         self.put("privleak", privleak(own, reference, epsilon=self.preset.epsilon), note)
         self.values["privleak_retain_auc"] = reference
-        if note:
+        if retain is None:
             self.notes["privleak_retain_auc"] = "assumed, see privleak"
 
 

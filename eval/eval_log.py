@@ -54,9 +54,18 @@ class EvalLog:
         attack."""
         node = self.metrics.get(metric) or {}
         if part is not None:
-            node = node.get(part) or {}
-        rows = {int(index): row for index, row in (node.get("value_by_index") or {}).items()}
+            node = self._object(node.get(part) or {}, f"{metric}, {part}")
+        rows = self._object(node.get("value_by_index") or {}, f"{metric}, value_by_index")
+        wrong = next((index for index in rows if not str(index).isdecimal()), None)
+        if wrong is not None:
+            raise DataError(f"{self.source}: {metric}: the row {wrong!r} is not numbered")
+        rows = {int(index): self._object(row, f"{metric}, row {index}") for index, row in rows.items()}
         return {i: rows[i] for i in sorted(rows) if max_rows is None or i < max_rows}
+
+    def _object(self, value: Any, where: str) -> Any:
+        if not isinstance(value, Mapping):
+            raise DataError(f"{self.source}: {where} is {str(value)[:40]!r}, not an object of named values")
+        return value
 
     def column(
         self, metric: str, name: str, part: str | None = None, max_rows: int | None = None
@@ -71,6 +80,8 @@ class EvalLog:
             if value is None:
                 continue
             for number in value if isinstance(value, list) else [value]:
+                if not isinstance(number, int | float):
+                    raise DataError(f"{self.source}: {metric}, row {index}: {name} is {number!r}, not a number")
                 if not math.isfinite(number):
                     word = "NaN" if math.isnan(number) else "infinite"
                     raise DataError(f"{self.source}: {metric}, row {index}: {name} is {word}")
@@ -155,8 +166,12 @@ def read_eval_log(path: str | Path, benchmark: str | None = None) -> EvalLog:
     source = str(path)
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{source}: not JSON ({error})") from None
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error.strerror}; give the *_EVAL.json itself") from None
     if not isinstance(content, dict) or not content:
         raise DataError(f"{source}: expected a JSON object of metrics")
     if "eval_log_forget.json" in content:
@@ -167,7 +182,9 @@ def read_eval_log(path: str | Path, benchmark: str | None = None) -> EvalLog:
         )
     else:
         stamp = content.get(STAMP, {})
-        metrics = {k: v for k, v in content.items() if k != STAMP}
+        if not isinstance(stamp, dict):
+            raise DataError(f"{source}: {STAMP!r} is {str(stamp)[:40]!r}, not an object")
+        metrics = {k: v for k, v in content.items() if k != STAMP and isinstance(v, dict)}
         muse, tofu = (any(mark in name for name in metrics) for mark in ("mem_ROUGE", "_Q_A_"))
         found = stamp.get("benchmark") or ("tofu" if tofu else "muse" if muse else None)
         if found is None:

@@ -69,15 +69,19 @@ def _put_truth_ratio(result: Aggregates, row_set: str, max_rows: int | None) -> 
     value = truth.closer_to_one(ratios, preset.epsilon) if row_set == "forget" else truth.true_better(ratios)
     true_name = _true_answers(result.log, row_set)
     losses = result.log.column(true_name, "avg_loss", max_rows=max_rows)
-    tiny = sum(truth.sequence_probability(x) < preset.epsilon for x in losses.values())
-    note = (
-        f"{tiny} of {len(rows)} true answers have a probability below the {preset.epsilon:g} in the denominator, "
-        "which then decides their ratio"
-        if tiny
-        else None
-    )
-    result.put(name, value, note)
+    result.put(name, value, _underflow_note([float(truth.sequence_probability(x)) for x in losses.values()], preset))
     return ratios
+
+
+def _underflow_note(probabilities: list[float], preset: Preset) -> str | None:
+    """What became of true answers whose probability is too small to divide by."""
+    tiny = sum(p == 0.0 or p < preset.epsilon for p in probabilities)
+    if not tiny:
+        return None
+    answers = f"{tiny} of {len(probabilities)} true answers have a probability"
+    if preset.epsilon:
+        return f"{answers} below the {preset.epsilon:g} in the denominator, which then decides their ratio"
+    return f"{answers} that underflows to 0; their ratio is formed from the losses, and bounded by e^709"
 
 
 def _put_option_probability(result: Aggregates, row_set: str) -> None:
@@ -87,9 +91,12 @@ def _put_option_probability(result: Aggregates, row_set: str) -> None:
     if not correct or correct.keys() != wrong.keys():
         result.missing(name, f"{row_set}_Q_A_Prob and {row_set}_Q_A_PERT_Prob over the same rows")
         return
-    shares = truth.option_probability(
-        np.array(list(correct.values())), np.array(list(wrong.values())), result.preset.epsilon
-    )
+    true, false = np.array(list(correct.values())), np.array(list(wrong.values()))
+    try:
+        shares = truth.option_probability(true, false, result.preset.epsilon)
+    except ValueError as error:  # 0/0
+        result.put(name, None, str(error))
+        return
     result.log.metrics[name] = {
         "value_by_index": {str(i): {"prob": float(s)} for i, s in zip(correct, shares, strict=True)}
     }
@@ -120,8 +127,9 @@ def _put_forget_quality(result: Aggregates, ratios: np.ndarray | None, retain: A
         if not theirs:
             raise DataError(f"{retain.log.source}: the retain log has no truth ratios of the forget rows")
         quality = truth.forget_quality(ratios, np.array(list(theirs.values())))
-        note = None if quality.method == "exact" else f"p-value by scipy's method {quality.method}"
-        result.put(names[0], quality.p_value, note)
+        notes = [] if quality.method == "exact" else [f"p-value by scipy's method {quality.method}"]
+        notes += [result.notes["forget_truth_ratio"]] if "forget_truth_ratio" in result.notes else []
+        result.put(names[0], quality.p_value, "; ".join(notes) or None)
         result.values[names[1]] = quality.statistic
         return
     for name in names:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 TRUTH_RATIO_MEANS = ("geometric", "arithmetic")
+_LARGEST_LOG = 709.0  # exp of more is infinite in float64, and infinity is no JSON
 
 
 def sequence_probability(avg_loss: np.ndarray) -> np.ndarray:
@@ -47,7 +48,7 @@ def truth_ratio(
             takes mean_k exp(-loss_k), as the TOFU paper writes it.
         epsilon: 1e-10 in open-unlearning; with 0 the ratio is formed in log space, so it never underflows to 0/0.
     Returns:
-        [N] ratios, >= 0.
+        [N] ratios, >= 0 and finite: e^709 stands for everything above it.
     """
     correct, wrong = _pair(correct_loss, wrong_loss)
     if mean not in TRUTH_RATIO_MEANS:
@@ -57,8 +58,7 @@ def truth_ratio(
     else:
         log_wrong = np.logaddexp.reduce(-wrong, axis=1) - math.log(wrong.shape[1])
     if epsilon == 0.0:
-        with np.errstate(over="ignore"):
-            return np.exp(log_wrong + correct)
+        return np.exp(np.minimum(log_wrong + correct, _LARGEST_LOG))
     return np.exp(log_wrong) / (np.exp(-correct) + epsilon)
 
 

@@ -1,10 +1,12 @@
 """Bad logs: each gives an error that names the file and the fault, or a null that says why."""
 
 import json
+import math
 
 import pytest
 
-from fdiv.eval.eval_log import EvalLog, read_eval_log
+from fdiv.errors import DataError
+from fdiv.eval.eval_log import EvalLog, read_eval_log, write_eval_log
 from fdiv.eval.muse_aggregate import utility_curve
 from fdiv.eval.presets import get_preset
 from fdiv.eval.tofu_aggregate import aggregate_tofu
@@ -40,6 +42,26 @@ def test_unusable_log_files(tmp_path, content, message):
     (tmp_path / "log.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_eval_log(tmp_path / "log.json", "tofu")
+
+
+def test_a_folder_in_place_of_a_log(tmp_path):
+    with pytest.raises(DataError, match="cannot be read: Is a directory; give the "):
+        read_eval_log(tmp_path, "tofu")
+
+
+@pytest.mark.parametrize(
+    "node, message",
+    [
+        ({"value_by_index": {"0": 3}}, "forget_Q_A_Prob, row 0 is '3', not an object"),
+        ({"value_by_index": [1]}, "forget_Q_A_Prob, value_by_index is .* not an object"),
+        ({"value_by_index": {"first": {"prob": 1}}}, "the row 'first' is not numbered"),
+        ({"value_by_index": {"0": {"prob": "high"}}}, "row 0: prob is 'high', not a number"),
+    ],
+)
+def test_rows_of_another_shape_are_named(tmp_path, node, message):
+    (tmp_path / "log.json").write_text(json.dumps({"forget_Q_A_Prob": node}))
+    with pytest.raises(DataError, match=message):
+        aggregate_tofu(read_eval_log(tmp_path / "log.json", "tofu"), OPEN)
 
 
 def test_nan_and_missing_fields_are_named():
@@ -106,6 +128,39 @@ def test_underflow_is_counted_in_the_notes():
     assert "2 of 3 true answers have a probability below the 1e-10" in result.notes["forget_truth_ratio"]
     exact = aggregate_tofu(make_log(losses=(1.0, 900.0, 30.0), wrong=950.0), get_preset("tofu_paper"))
     assert exact.values["forget_truth_ratio"] == pytest.approx(0.0, abs=1e-15)
+    assert "1 of 3 true answers have a probability that underflows to 0" in exact.notes["forget_truth_ratio"]
+
+
+def test_a_ratio_beyond_float64_can_be_written_and_is_said_beside_forget_quality(tmp_path):
+    """log R = 2000 − 1 > 709 for the second row: bounded, so that the log is JSON and serves as a retain log."""
+    paper = get_preset("tofu_paper")
+    log = make_log(losses=(1.0, 2000.0, 3.0), wrong=1.0, preset="tofu_paper")
+    result = aggregate_tofu(log, paper, log)
+    scores = result.log.column("forget_truth_ratio", "score")
+    assert scores[1] == pytest.approx(math.exp(709.0)) and scores[0] == pytest.approx(1.0)
+    assert result.values["forget_quality"] == 1.0
+    assert "1 of 3 true answers have a probability that underflows" in result.notes["forget_quality"]
+    write_eval_log(tmp_path / "log.json", result.log)
+    assert "Infinity" not in (tmp_path / "log.json").read_text()
+
+
+def test_options_that_all_underflow_are_null_with_the_reason():
+    rows = {"0": {"prob": 0.0, "avg_loss": 900.0}}
+    wrong = {"0": {"prob": [0.0, 0.0], "avg_loss": [900.0, 900.0]}}
+    metrics = {"ra_Q_A_Prob": {"value_by_index": rows}, "ra_Q_A_PERT_Prob": {"value_by_index": wrong}}
+    for preset, value in (("tofu_paper", None), ("open_unlearning", 0.0)):
+        result = aggregate_tofu(EvalLog(metrics, "tofu", preset, "memory", {}), get_preset(preset))
+        assert result.values["ra_Q_A_Prob_normalised"] == value
+        assert (value is None) == ("underflows to 0" in result.notes.get("ra_Q_A_Prob_normalised", ""))
+
+
+def test_attacks_on_single_texts_say_how_few_they_are():
+    one = {"value_by_index": {"0": {"score": 1.0}}}
+    log = EvalLog({"mia_min_k": {"forget": one, "holdout": one}}, "tofu", "open_unlearning", "memory", {})
+    result = aggregate_tofu(log, OPEN)
+    assert result.values["mia_min_k"] == 0.5
+    assert result.notes["mia_min_k"] == "an AUC of 1 forget and 1 holdout text says next to nothing"
+    assert result.notes["mia_min_k"] in result.notes["privleak"]
 
 
 def test_everything_absent_is_null_with_a_reason():
