@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from fdiv.checkpoints import flush_tree
 from fdiv.errors import DataError, FdivError
 from fdiv.eval.model_loading import load_tokenizer
@@ -95,7 +97,8 @@ def trained_rounding(adapter: str | Path) -> tuple[dict[str, Any], str] | None:
         return {"load_in_8bit": True}, dtype
     if not values.get("load_in_4bit"):
         return None
-    kind, nested = values["bnb_4bit_quant_type"], values["use_bnb_nested_quant"]
+    # TRL's defaults, where the file was written by hand
+    kind, nested = values.get("bnb_4bit_quant_type", "nf4"), values.get("use_bnb_nested_quant", False)
     return {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested}, dtype
 
 
@@ -117,6 +120,8 @@ def _adapter_settings(adapter: str) -> Any:
         settings = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError) as error:
         raise DataError(f"no PEFT adapter can be loaded from {adapter}: {_first_line(error)}") from error
+    except KeyError as error:
+        raise DataError(f"no PEFT adapter can be loaded from {adapter}: PEFT knows no type {error}") from error
     if settings.is_prompt_learning:
         raise DataError(
             f"{adapter} is a {settings.peft_type.value} adapter: it adds virtual tokens and no weights, so there is "
@@ -136,7 +141,7 @@ def _load_base(base: str, dtype: str, quantization: dict[str, Any] | None) -> Pr
     options = {} if quantization is None else {"quantization_config": BitsAndBytesConfig(**quantization)}
     try:
         return AutoModelForCausalLM.from_pretrained(base, dtype=wanted, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise DataError(
             f"the base model {base} cannot be loaded: {_first_line(error)}; if it has moved, name it with --base"
         ) from error
@@ -147,7 +152,7 @@ def _with_adapter(model: PreTrainedModel, adapter: str, base: str) -> Any:
 
     try:
         return PeftModel.from_pretrained(model, adapter)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:  # RuntimeError: tensors of other shapes
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:  # RuntimeError: of other shapes
         reason = _first_line(error)
         raise DataError(f"the adapter {adapter} does not fit the base model {base}: {reason}") from error
 
@@ -163,9 +168,10 @@ def _publish(model: PreTrainedModel, tokenizer: Any, card: str, output: Path, **
         (staged / "README.md").write_text(card, encoding="utf-8")
         flush_tree(staged)
         os.replace(staged, output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
         shutil.rmtree(staged, ignore_errors=True)
-        raise FdivError(f"--output {output} cannot be written: {error.strerror or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise FdivError(f"--output {output} cannot be written: {reason}") from error
 
 
 def _card(adapter: str, base: str, kind: str, rounded: bool) -> str:

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fdiv.errors import FdivError, RecipeError, TerminatedError
 from fdiv.methods import load
 from fdiv.provenance import command_line, environment
@@ -55,7 +57,7 @@ def run_recipe(recipe: Recipe, command: str | None = None, prepared: Path | None
     state = PartialState()
     state.wait_for_everyone()
     if state.is_main_process:
-        directory.clear(resume)
+        directory.open()
     state.wait_for_everyone()
 
     set_seed(configs.training.seed)
@@ -64,11 +66,11 @@ def run_recipe(recipe: Recipe, command: str | None = None, prepared: Path | None
             recipe, configs = prepare(recipe, prepared or directory.path / "prepared")
     command = command or command_line()
     record = environment(command, configs.training.seed)
-    if state.is_main_process:
-        directory.write("recipe_resolved.yaml", resolved_yaml(recipe))
-        write_json(directory.path / "environment.json", record)
-
-    trainer, evaluations, bar = _trainer(recipe, configs, directory)
+    trainer, evaluations, bar = _trainer(recipe, configs, directory, record)
+    state.wait_for_everyone()
+    if state.is_main_process and not resume:
+        directory.clear()  # no sooner: data and model of the new run can be used
+    state.wait_for_everyone()
     trainer.force_resume = recipe.value("force_resume", False)
     training_started = time.perf_counter()
     try:
@@ -154,12 +156,14 @@ def _absolute(value: Any, folder: Path) -> Any:
     return str(folder) + value[len(_HERE) :] if isinstance(value, str) and value.startswith(_HERE) else value
 
 
-def _trainer(recipe: Recipe, configs: Configs, directory: RunDirectory) -> tuple[Any, Any, Any]:
+def _trainer(
+    recipe: Recipe, configs: Configs, directory: RunDirectory, record: Mapping[str, Any]
+) -> tuple[Any, Any, Any]:
     """The trainer, its evaluations and its progress bar; everything it reads is checked first."""
     from transformers import ProgressCallback
     from trl import get_peft_config, get_quantization_config
 
-    from fdiv.run_evaluation import Evaluations, MetricsFile, ProgressBar
+    from fdiv.run_evaluation import Evaluations, MetricsFile, ProgressBar, RecordFiles
 
     training = configs.training
     tokenizer = load_tokenizer(recipe, configs)
@@ -177,7 +181,11 @@ def _trainer(recipe: Recipe, configs: Configs, directory: RunDirectory) -> tuple
             processing_class=tokenizer,
             quantization_config=get_quantization_config(configs.model),
             peft_config=get_peft_config(configs.model),
-            callbacks=[evaluations, MetricsFile(directory.path / "metrics.jsonl")],
+            callbacks=[
+                RecordFiles(directory, resolved_yaml(recipe), record),
+                evaluations,
+                MetricsFile(directory.path / "metrics.jsonl"),
+            ],
         )
     except FdivError:
         raise
@@ -193,8 +201,14 @@ def _save(recipe: Recipe, configs: Configs, trainer: Any) -> None:
     """The model, its tokenizer and its card, in `output_dir`; and on the hub where the recipe asks for it."""
     dataset = configs.script.dataset_name
     dataset = None if dataset is None or Path(dataset).exists() else dataset  # a card names datasets of the hub
-    trainer.save_model(str(recipe.output_dir))
-    trainer.create_model_card(model_name=recipe.output_dir.name, dataset_name=dataset)
+    try:
+        trainer.save_model(str(recipe.output_dir))
+        trainer.create_model_card(model_name=recipe.output_dir.name, dataset_name=dataset)
+    except (OSError, SafetensorError) as error:
+        raise FdivError(
+            f"the trained model could not be written to {recipe.output_dir}: {one_line(error)}; make room, and go on "
+            "from the last checkpoint with --resume_from_checkpoint true"
+        ) from error
     if configs.training.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset)
 

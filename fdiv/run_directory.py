@@ -76,10 +76,8 @@ class RunDirectory:
                 "start again with --overwrite_output_dir true, or choose another --output_dir"
             )
 
-    def clear(self, resume: bool | str | None) -> None:
-        """Make the directory, and remove what an earlier run of fdiv wrote (nothing that it did not).
-
-        The files that mark it as a run of fdiv stay until they are written again.
+    def open(self) -> None:
+        """Make the directory, and see that it can be written.
 
         Raises:
             FdivError: it cannot be made, or not written.
@@ -92,8 +90,12 @@ class RunDirectory:
             raise FdivError(
                 f"output_dir {self.path} cannot be written ({error.strerror}); choose another --output_dir"
             ) from error
-        if resume:
-            return
+
+    def clear(self) -> None:
+        """Remove what an earlier run of fdiv wrote, its checkpoints too (nothing that it did not write).
+
+        The files that mark it as a run of fdiv stay until they are written again.
+        """
         for name in _OUTPUTS:
             (self.path / name).unlink(missing_ok=True)
         for folder in (*self.checkpoints(), self.path / "eval", self.path / "plots"):

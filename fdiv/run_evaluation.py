@@ -17,7 +17,7 @@ from transformers import ProgressCallback, TrainerCallback
 from fdiv.errors import FdivError
 from fdiv.eval.context import EvalContext
 from fdiv.recipe import Block
-from fdiv.run_directory import read_json, write_json
+from fdiv.run_directory import RunDirectory, read_json, write_json
 from fdiv.terminal import number
 
 __all__ = ["Evaluations", "MetricsFile", "ProgressBar", "preserved_random_state", "unmet_requirements"]
@@ -124,6 +124,20 @@ class ProgressBar(ProgressCallback):
         }
         if "loss" in kept:  # the last log of a training has totals only
             self.training_bar.set_postfix(kept, refresh=False)
+
+
+class RecordFiles(TrainerCallback):
+    """`recipe_resolved.yaml` and `environment.json`, written when training begins: a resumption that is refused leaves
+    those of the run it was to go on with."""
+
+    def __init__(self, directory: RunDirectory, recipe: str, environment: Mapping[str, Any]):
+        self.directory, self.recipe, self.environment = directory, recipe, environment
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write both; the checkpoint has been accepted by now."""
+        if state.is_world_process_zero:
+            self.directory.write("recipe_resolved.yaml", self.recipe)
+            write_json(self.directory.path / "environment.json", dict(self.environment))
 
 
 class MetricsFile(TrainerCallback):

@@ -1,10 +1,13 @@
 """`fdiv merge`: an adapter added to its base is the same model, published whole; what is no adapter is refused."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fdiv.cli import main
@@ -148,19 +151,35 @@ def test_a_base_of_another_shape(tmp_path, tiny_model_dir, capsys):
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_disk_that_fills_up_leaves_nothing(tmp_path, tiny_model_dir, monkeypatch, capsys):
-    import errno
-    import os
-
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        (SafetensorError("I/O error: No space left on device"), "I/O error: No space left on device"),
+    ],
+    ids=["system", "safetensors"],
+)
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path, tiny_model_dir, monkeypatch, capsys, error, reason):
     from transformers import PreTrainedModel
 
     save_adapter(tiny_model_dir, tmp_path / "adapter")
 
     def full(model, folder, **_):
         (folder / "model.safetensors").write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     assert main(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]) == 1
-    assert "cannot be written: No space left on device" in capsys.readouterr().err
+    assert f"cannot be written: {reason}" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+
+
+def test_a_damaged_adapter_and_one_of_no_known_type_are_one_line(tmp_path, tiny_model_dir, capsys):
+    save_adapter(tiny_model_dir, tmp_path / "adapter")
+    weights, settings = (tmp_path / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert main(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]) == 1
+    assert "does not fit the base model" in capsys.readouterr().err
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "peft_type": "TELEPATHY"}))
+    assert main(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]) == 1
+    assert "PEFT knows no type 'TELEPATHY'" in capsys.readouterr().err

@@ -1,12 +1,14 @@
 """A whole run in this process: its files, its protection, resuming, and every way it refuses bad input."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from fdiv import methods
 from fdiv.cli import main
@@ -118,6 +120,48 @@ def test_a_finished_run_is_never_touched(finished, fails):
     )
     assert "finished run" in fails("run", finished / "recipe.yaml", "--resume_from_checkpoint", code=1)
     assert files == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_replaced_only_when_the_new_one_can_begin(finished, tmp_path, fails):
+    out = tmp_path / "out"
+    shutil.copytree(finished / "out", out)
+    words = ("--output_dir", out, "--overwrite_output_dir", "true")
+    assert "no-such-model" in fails(
+        "run", finished / "recipe.yaml", *words, "--model_name_or_path", "no-such-model", code=1
+    )
+    for name in ("result.json", "metrics.jsonl", "environment.json", "recipe_resolved.yaml", "model.safetensors"):
+        assert (out / name).read_bytes() == (finished / "out" / name).read_bytes(), name
+
+
+def test_a_refused_resumption_leaves_the_record_of_the_run(finished, tmp_path, capsys):
+    run = (
+        "run",
+        str(finished / "recipe.yaml"),
+        "--eval",
+        "null",
+        "--report",
+        "null",
+        "--output_dir",
+        str(tmp_path / "out"),
+    )
+    assert main([*run, "--save_strategy", "steps", "--save_steps", "1"]) == 0
+    (tmp_path / "out" / "result.json").unlink()  # as if it had been cut off
+    before = (tmp_path / "out" / "recipe_resolved.yaml").read_bytes()
+    words = ("--divergence", "forward_kl", "--resume_from_checkpoint", "true")
+    assert main([*run, *words]) == 1
+    assert "was written by another run" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "out" / "recipe_resolved.yaml").read_bytes() == before
+
+
+def test_a_model_that_cannot_be_written_is_one_line(finished, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("fdiv.alignment.FDPOTrainer.save_model", full)
+    words = ("--eval", "null", "--report", "null", "--output_dir", tmp_path / "out")
+    assert main(["run", str(finished / "recipe.yaml"), *map(str, words)]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"fdiv: the trained model could not be written to {tmp_path / 'out'}: I/O error")
 
 
 def test_directories_that_may_and_may_not_be_written(tmp_path):
