@@ -191,7 +191,7 @@ class Comparison(ABC):
         for label in (*self.main, *self.rest):
             rate = self.chosen_rate(label)
             first = {r: self.folder(label, r, self.args.seeds[0]) for r in self.args.rates}
-            screened = {r: self.best_score(label, r) for r, folder in first.items() if epochs(folder)}
+            screened = {r: self.best_score(label, r) for r, folder in first.items() if done(folder)}
             runs = {}
             for seed in self.args.seeds if rate is not None else ():
                 folder = self.folder(label, rate, seed)
@@ -209,7 +209,8 @@ class Comparison(ABC):
             }
             methods[label] = {"learning_rate": rate, "screened": screened, "trajectory": paths, "seeds": runs}
         models = {name: read(self.runs / f"model_{name}" / "full" / "out.json") for name in self.reference_models()}
-        models = {name: {key: log.get(key) for key in self.columns} for name, log in models.items() if log}
+        kept = (*self.columns, *self.also_kept)
+        models = {name: {key: log.get(key) for key in kept} for name, log in models.items() if log}
         record: dict[str, Any] = {"command": " ".join(["python", *sys.argv])}
         record |= {name: getattr(self.args, name) for name in ("split", "epochs", "rates", "seeds")}
         record |= {"git_revision": git_revision(), "versions": package_versions()}
@@ -265,12 +266,14 @@ class Comparison(ABC):
                     axes.plot(x, y, marker=MARKERS[number % len(MARKERS)], label=label, alpha=0.8)
             axes.set(title=f"learning rate {rate}", xlabel=self.trajectory[0].replace("_", " "))
         panels[0][0].set_ylabel(self.trajectory[1].replace("_", " "))
-        panels[0][-1].legend(fontsize=7)
+        drawn = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels[0]]
+        handles = {label: line for pairs in drawn for line, label in pairs}
+        panels[0][-1].legend(handles.values(), handles, fontsize=7)
         figure.savefig(path, dpi=150)
         plt.close(figure)
 
 
-MARKERS = "osD^v<>Ph*"
+MARKERS = "osD^v<>Ph*X"  # eleven, beside ten colours: together they repeat after 110 labels
 
 
 def compare(kind: type[Comparison]) -> None:
@@ -292,7 +295,7 @@ def compare(kind: type[Comparison]) -> None:
     comparison.run()
     results = comparison.collect()
     output.mkdir(parents=True, exist_ok=True)
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (output / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     (output / "table.md").write_text(comparison.table(results))
     comparison.plot(results, output / kind.figure)
     comparison.plot_trajectories(results, output / "trajectories.png")

@@ -3,7 +3,8 @@
 A checkpoint is written in `OUTPUT_DIR/_saving`, flushed to disk, given its marker (`fdiv_checkpoint.json`: every
 file with its size and digest, and what the run was), and only then renamed to `OUTPUT_DIR/checkpoint-STEP`. A process
 killed at any moment leaves the earlier checkpoints as they were. State files of Trainer and DeepSpeed are pickles:
-they are loaded only from a folder whose marker stands and agrees with its files.
+they are loaded only from a folder whose marker stands and agrees with its files, to the last one: nothing is added to
+a checkpoint. Hidden files, which nothing loads and file systems leave behind, do not count.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ __all__ = [
 MARKER = "fdiv_checkpoint.json"
 STAGING = "_saving"  # TRL's upload to the hub leaves out names that begin with an underscore
 
+_PARTS = ("files", "identity")
 _REPLACED = "replaced-"
 _EDGE = 32 * 2**20  # bytes hashed at each end of a file: hashing terabytes of optimizer state would cost minutes
 
@@ -54,11 +56,7 @@ def publish(staged: Path, output_dir: Path, identity: Mapping[str, Any]) -> Path
     Returns:
         The folder's new place. A checkpoint of the same step is replaced.
     """
-    files = sorted(path for path in staged.rglob("*") if path.is_file())
-    marker = {
-        "files": {path.relative_to(staged).as_posix(): _digest(path) for path in files},
-        "identity": dict(identity),
-    }
+    marker = {"files": {name: _digest(staged / name) for name in _names(staged)}, "identity": dict(identity)}
     (staged / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
     flush_tree(staged)
     target, replaced = output_dir / staged.name, staged.parent / f"{_REPLACED}{staged.name}"
@@ -95,18 +93,27 @@ def read_marker(checkpoint: Path) -> dict[str, Any] | None:
         marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return None
-    return marker if isinstance(marker, dict) and {"files", "identity"} <= marker.keys() else None
+    return marker if isinstance(marker, dict) and all(isinstance(marker.get(k), dict) for k in _PARTS) else None
 
 
 def checkpoint_fault(checkpoint: Path) -> str | None:
     """Why a folder is no complete checkpoint of ours; None where it is one."""
     marker = read_marker(checkpoint)
     if marker is None:
-        return f"it has no {MARKER}, so the save was not finished or was not ours"
-    for name, digest in marker["files"].items():
+        return f"it has no {MARKER} that can be read, so the save was not finished or was not ours"
+    files, found = marker["files"], _names(checkpoint)
+    if not files:
+        return f"its {MARKER} lists no files"
+    if missing := sorted(files.keys() - set(found)):
+        return f"{missing[0]} is missing"
+    for name in found:
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if name not in files and not hidden:
+            return f"{name} was not saved with it (take what was added out of the folder)"
+    for name, digest in files.items():
         path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
+        if not isinstance(digest, dict) or not isinstance(digest.get("bytes"), int):
+            return f"its {MARKER} gives no size of {name}"
         if path.stat().st_size != digest["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {digest['bytes']}"
         if _digest(path) != digest:
@@ -128,6 +135,12 @@ def newest_checkpoint(output_dir: Path) -> tuple[Path, list[str]]:
         passed_over.append(f"{folder.name} is incomplete: {fault}")
     reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
     raise CheckpointError(f"there is no complete checkpoint in {output_dir}{reasons}: leave the key out to start anew")
+
+
+def _names(folder: Path) -> list[str]:
+    """The files below a checkpoint folder, as its marker names them and without the marker."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return sorted(names - {MARKER})
 
 
 def _digest(path: Path) -> dict[str, Any]:

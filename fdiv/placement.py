@@ -89,16 +89,12 @@ def read_placement(args: Any, config: str | None = None, num_processes: int | No
         num_processes: instead of the configuration's.
 
     Raises:
-        RecipeError: no such configuration.
+        RecipeError: no such configuration, or one that cannot be used.
         FdivError: one whose memory is not modelled; the message says which setting.
     """
-    content: Mapping[str, Any] = {}
-    if config is not None:
-        import yaml
+    from fdiv.cli.launch import process_count, read_accelerate_config
 
-        from fdiv.cli.launch import accelerate_config
-
-        content = yaml.safe_load(accelerate_config(config).read_text(encoding="utf-8"))
+    content: Mapping[str, Any] = {} if config is None else read_accelerate_config(config)[1]
     for key in ("deepspeed", "fsdp"):
         if getattr(args, key, None):
             raise FdivError(f"`{key}` of the recipe is not modelled: choose a configuration with --accelerate")
@@ -106,7 +102,7 @@ def read_placement(args: Any, config: str | None = None, num_processes: int | No
     if precision not in ("no", *_MIXED):
         raise FdivError(f"mixed_precision {precision!r} is not modelled")
     strategy, offloaded = _strategy(content)
-    processes = int(content.get("num_processes", 1) if num_processes is None else num_processes)
+    processes = process_count(content, config, num_processes)
     return Placement(config or "one process", strategy, processes, precision, offloaded)
 
 
@@ -126,7 +122,7 @@ def _strategy(content: Mapping[str, Any]) -> tuple[str, frozenset[str]]:
 def _deepspeed(options: Mapping[str, Any]) -> tuple[str, frozenset[str]]:
     if "deepspeed_config_file" in options:
         raise FdivError("a deepspeed_config_file of its own is not modelled")
-    stage = int(options.get("zero_stage", 2))
+    stage = options.get("zero_stage", 2)
     if stage not in (1, 2, 3):
         raise FdivError(f"zero_stage {stage} is not modelled")
     offloaded: set[str] = set()

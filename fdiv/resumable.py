@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class ResumableMixin:
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(staged, output_dir, self.run_identity())
-                (output_dir / STAGING).rmdir()
+                shutil.rmtree(output_dir / STAGING, ignore_errors=True)  # NFS may have left something in it
                 limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
                 rotate_checkpoints(str(output_dir), limit, best, use_mtime=True)
         self.accelerator.wait_for_everyone()
@@ -104,7 +104,8 @@ class ResumableMixin:
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not any(word in str(error) for word in _WRITER_ERRORS):
                 raise
-            shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+            with suppress(OSError):  # then it stays aside, and resuming puts it back
+                recover(output_dir)  # one that was being replaced may lie in the staging folder
             reason = " ".join(str(error).split())
             raise CheckpointError(
                 f"the checkpoint of step {self.state.global_step} could not be written to {output_dir}: {reason}. "

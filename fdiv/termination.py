@@ -61,7 +61,8 @@ class StopOnSigterm(TrainerCallback):
         """Save and stop, on all processes in the same step, once one of them was asked to."""
         if self._anyone(args):
             self.stopped_at = state.global_step
-            control.should_save = control.should_training_stop = True
+            # The log comes before the save: a checkpoint does not hold the sums of an unfinished average.
+            control.should_log = control.should_save = control.should_training_stop = True
 
     def _anyone(self, args: Any) -> bool:
         if args.world_size == 1:

@@ -20,6 +20,13 @@ from fdiv.checkpoints import (
 from fdiv.errors import CheckpointError
 
 
+def rewrite(folder, **parts):
+    """Other parts in the marker; a function makes the new part from the old."""
+    marker = json.loads((folder / MARKER).read_text())
+    marker |= {name: part(marker[name]) if callable(part) else part for name, part in parts.items()}
+    (folder / MARKER).write_text(json.dumps(marker))
+
+
 def staged(output_dir, step, content="weights"):
     folder = output_dir / STAGING / f"checkpoint-{step}"
     (folder / "sub").mkdir(parents=True)
@@ -55,6 +62,17 @@ def test_a_published_checkpoint_is_complete_and_says_what_it_is(tmp_path):
         (lambda folder: (folder / MARKER).unlink(), f"no {MARKER}"),
         (lambda folder: (folder / MARKER).write_text('{"files": '), f"no {MARKER}"),
         (lambda folder: (folder / MARKER).write_text("[]"), f"no {MARKER}"),
+        (lambda folder: rewrite(folder, files=[]), f"no {MARKER} that can be read"),
+        (lambda folder: rewrite(folder, identity=None), f"no {MARKER} that can be read"),
+        (lambda folder: rewrite(folder, files={}), "lists no files"),
+        (lambda folder: rewrite(folder, files=lambda files: dict.fromkeys(files, 3)), "gives no size of model"),
+        (lambda folder: rewrite(folder, files=lambda files: dict.fromkeys(files, {})), "gives no size of model"),
+        (
+            lambda folder: rewrite(folder, files=lambda files: files | {"../checkpoint-5/model.safetensors": {}}),
+            "../checkpoint-5/model.safetensors is missing",
+        ),
+        (lambda folder: (folder / "optimizer.pt").write_bytes(b"pickle"), "optimizer.pt was not saved with it"),
+        (lambda folder: (folder / "sub" / "more.pt").write_bytes(b"pickle"), "sub/more.pt was not saved with it"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, damage, reason):
@@ -66,6 +84,12 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, damage, r
     assert folder.name == "checkpoint-5"
     assert len(passed_over) == 1
     assert passed_over[0].startswith("checkpoint-10 is incomplete") and reason in passed_over[0]
+
+
+def test_hidden_files_that_a_file_system_leaves_do_not_count(tmp_path):
+    folder = published(tmp_path, 5)
+    (folder / "sub" / ".nfs0001").write_text("")
+    assert checkpoint_fault(folder) is None
 
 
 def test_steps_are_compared_as_numbers(tmp_path):

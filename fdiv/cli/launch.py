@@ -6,18 +6,26 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import RecipeError
 from fdiv.methods import lookup
+from fdiv.processes import descendants, wait_until_gone
 from fdiv.terminal import info
 
-__all__ = ["accelerate_config", "launch", "launch_command"]
+if TYPE_CHECKING:
+    import psutil
+
+__all__ = ["accelerate_config", "check_options", "launch", "launch_command", "process_count", "read_accelerate_config"]
 
 _OWN_OPTIONS = ("--accelerate", "--num_processes")
+# torchrun, which accelerate uses too, kills its workers so many seconds after SIGTERM; its default is 30, in which a
+# long step or a large save does not end.
+_SHUTDOWN_VARIABLE, _SHUTDOWN_SECONDS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 3600
 
 
 def accelerate_config(name: str) -> Path:
@@ -33,6 +41,66 @@ def accelerate_config(name: str) -> Path:
     return lookup(packaged, name, "accelerate configuration", "--accelerate (neither a file nor packaged)")
 
 
+def read_accelerate_config(name: str) -> tuple[Path, dict[str, Any]]:
+    """The file of an accelerate configuration, and what it says.
+
+    Raises:
+        RecipeError: no such configuration, a file that cannot be read or is not YAML, or no mapping, at the top or in
+            the blocks for DeepSpeed and FSDP.
+    """
+    import yaml
+
+    config = accelerate_config(name)
+    remedy = "give a file that `accelerate config` wrote, or the name of a packaged configuration"
+    try:
+        content: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{config}, line {mark.line + 1}" if mark else str(config)
+        problem = getattr(error, "problem", None) or error
+        raise RecipeError(f"--accelerate {where}: not valid YAML: {problem}; {remedy}") from error
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
+        raise RecipeError(f"--accelerate {config}: cannot be read: {error}; {remedy}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"--accelerate {config}: not an accelerate configuration (a mapping); {remedy}")
+    for key in ("deepspeed_config", "fsdp_config"):
+        if not isinstance(content.get(key) or {}, dict):
+            raise RecipeError(f"--accelerate {config}: {key}: {content[key]!r} is not a mapping; {remedy}")
+    return config, content
+
+
+def process_count(content: Mapping[str, Any], origin: object, num_processes: int | None = None) -> int:
+    """How many processes a configuration asks for, one where it does not say; `num_processes` wins.
+
+    Args:
+        content: of the configuration. origin: its file or name, for the message.
+
+    Raises:
+        RecipeError: not a whole number from 1 on.
+    """
+    count = content.get("num_processes", 1) if num_processes is None else num_processes
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        what = f"--accelerate {origin}: num_processes: {count!r}" if num_processes is None else f"--num_processes {count}"
+        raise RecipeError(f"{what}: must be a whole number, 1 or more")
+    return count
+
+
+def check_options(accelerate: str | None, num_processes: int | None) -> None:
+    """Refuse `--accelerate` and `--num_processes` that no run could start with.
+
+    Raises:
+        RecipeError: a number of processes alone or below 1, or what `read_accelerate_config` raises.
+    """
+    if accelerate is not None:
+        config, content = read_accelerate_config(accelerate)
+        process_count(content, config, num_processes)
+    elif num_processes is not None:
+        raise RecipeError(
+            f"--num_processes {num_processes}: without --accelerate there is one process; name the configuration as "
+            "well (`--accelerate multi_gpu`), or leave it out"
+        )
+
+
 def launch_command(
     name: str, words: Sequence[str], num_processes: int | None = None, mixed_precision: str | None = None
 ) -> list[str]:
@@ -43,15 +111,12 @@ def launch_command(
     it accelerate believes in one process. `num_processes` and `mixed_precision` win over the configuration's.
 
     Raises:
-        RecipeError: no such configuration, one that is no mapping, or FSDP without an accelerator.
+        RecipeError: no such configuration, one that cannot be used, or FSDP without an accelerator.
     """
     import torch
-    import yaml
 
-    config = accelerate_config(name)
-    content: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise RecipeError(f"--accelerate {config}: not an accelerate configuration (a mapping)")
+    config, content = read_accelerate_config(name)
+    count = process_count(content, config, num_processes)
     words = _without_own_options(words)
     stated = any(word.split("=")[0] in ("--use_cpu", "--no_use_cpu") for word in words)
     without_accelerator = not torch.accelerator.is_available()
@@ -63,7 +128,6 @@ def launch_command(
     if without_accelerator and not stated:
         info("--accelerate: this machine has no accelerator, so the run gets --use_cpu true")
         words += ["--use_cpu", "true"]
-    count = content.get("num_processes", 1) if num_processes is None else num_processes
     if content.get("distributed_type") == "MULTI_CPU":
         single_machine = ["--standalone", "--nproc_per_node", str(count)]
         return [sys.executable, "-m", "torch.distributed.run", *single_machine, "-m", "fdiv", *words]
@@ -81,18 +145,34 @@ def launch(
 ) -> int:
     """Run `launch_command` and return its exit code.
 
-    SIGTERM and SIGINT go to all its processes: a launcher may end at the first without telling those it started, and
-    they are to save and stop.
+    SIGTERM and SIGINT go to the launcher and whatever it has started in its process group: accelerate ends at the first
+    without telling its one process. torchrun passes them on to its workers, each of which has a group of its own, and
+    `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` gives them an hour to save, unless it is set. This returns when all of them have
+    ended, also those that outlive the launcher; where that ended with an error, as torchrun does after any signal, the
+    code is the shell's for the signal, 143 for SIGTERM, as it is without a launcher.
     """
     command = launch_command(name, words, num_processes, mixed_precision)
-    with subprocess.Popen(command, start_new_session=True) as process:
+    child_environment = {_SHUTDOWN_VARIABLE: str(_SHUTDOWN_SECONDS), **os.environ}
+    received: list[int] = []
+    started: set[psutil.Process] = set()
+    with subprocess.Popen(command, start_new_session=True, env=child_environment) as process:
+
+        def forward(number: int, _: object) -> None:
+            received.append(number)
+            started.update(descendants(process.pid))
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, number)
+
         numbers = (signal.SIGTERM, signal.SIGINT)
-        before = [signal.signal(number, lambda sent, _: os.killpg(process.pid, sent)) for number in numbers]
+        before = [signal.signal(number, forward) for number in numbers]
         try:
-            return process.wait()
+            code = process.wait()
+            if received:
+                wait_until_gone(started, _SHUTDOWN_SECONDS)
         finally:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
+    return 128 + received[-1] if received and code else code
 
 
 def _without_own_options(words: Sequence[str]) -> list[str]:

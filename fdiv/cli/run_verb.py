@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fdiv.cli.launch import launch
+from fdiv.cli.launch import check_options, launch
 from fdiv.errors import FdivError, RecipeError, RequirementError
 from fdiv.provenance import command_line
 from fdiv.recipe import Configs, Recipe, load_recipe, one_line
@@ -17,10 +17,11 @@ __all__ = ["run", "sweep"]
 
 def run(args: argparse.Namespace, overrides: list[str], words: list[str]) -> int:
     """`fdiv run RECIPE …`."""
+    check_options(args.accelerate, args.num_processes)
     recipe = load_recipe(args.recipe, overrides)
     if args.dry_run:
         return _dry_run(recipe, args.accelerate, args.num_processes)
-    if args.accelerate:
+    if args.accelerate is not None:
         return launch(args.accelerate, words, args.num_processes, _mixed_precision(recipe))
     from fdiv.run import run_recipe
 
@@ -88,6 +89,7 @@ def _memory_plan(recipe: Recipe, configs: Configs, accelerate: str | None, num_p
 
 def sweep(args: argparse.Namespace, overrides: list[str], words: list[str]) -> int:
     """`fdiv sweep RECIPE …`."""
+    check_options(args.accelerate, args.num_processes)
     from fdiv.sweep import print_cells, run_sweep, sweep_cells
 
     axes = {}
@@ -99,7 +101,7 @@ def sweep(args: argparse.Namespace, overrides: list[str], words: list[str]) -> i
     if args.dry_run:
         print_cells(plan)
         return 0
-    if args.accelerate:
+    if args.accelerate is not None:
         return launch(args.accelerate, words, args.num_processes, _mixed_precision(plan.recipe))
     failures = run_sweep(plan, command_line(words))
     for failure in failures:

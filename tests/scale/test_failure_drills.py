@@ -14,10 +14,11 @@ import time
 import pytest
 import torch
 
-from fdiv.checkpoints import STAGING, checkpoint_fault, checkpoint_folders, newest_checkpoint
+from fdiv.checkpoints import STAGING, checkpoint_fault, checkpoint_folders, newest_checkpoint, publish, read_marker
 from fdiv.cli import main
 from fdiv.errors import CheckpointError, DataError, NonFiniteLossError
 from fdiv.rollouts import RolloutError
+from fdiv.termination import StopOnSigterm
 from tests.cli.conftest import pairs, write_recipe  # noqa: F401 (fixtures)
 from tests.scale.trainers import TRAINERS, build, flat_weights
 
@@ -63,6 +64,39 @@ def test_no_space_left_is_named(tiny_model_dir, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"step 2 could not be written .*No space left on device"):
         build("flat", tiny_model_dir, tmp_path, **SAVING).train()
     assert checkpoint_folders(tmp_path) == []
+
+
+def test_a_save_that_fails_while_replacing_a_checkpoint_keeps_it(tiny_model_dir, tmp_path, monkeypatch):
+    """The same step is saved again; the finished one has been moved aside when the second rename fails."""
+    settings = {**SAVING, "max_steps": 2}
+    build("flat", tiny_model_dir, tmp_path, **settings).train()
+    finished = read_marker(tmp_path / "checkpoint-2")
+    rename = os.replace
+
+    def failing(source, target):
+        if os.fspath(source) == str(tmp_path / STAGING / "checkpoint-2"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    monkeypatch.setattr("fdiv.checkpoints.os.replace", failing)
+    with pytest.raises(CheckpointError, match=r"step 2 could not be written .*Earlier checkpoints are untouched"):
+        build("flat", tiny_model_dir, tmp_path, **settings, seed=7).train()
+    folder, passed_over = newest_checkpoint(tmp_path)
+    assert folder.name == "checkpoint-2" and passed_over == []
+    assert read_marker(folder) == finished
+    assert not (tmp_path / STAGING).exists()
+
+
+def test_what_a_file_system_leaves_in_the_staging_folder_fails_no_save(tiny_model_dir, tmp_path, monkeypatch):
+    def publish_leaving(staged, *arguments):
+        target = publish(staged, *arguments)
+        (staged.parent / ".nfs0001").write_text("")
+        return target
+
+    monkeypatch.setattr("fdiv.resumable.publish", publish_leaving)
+    trainer = build("flat", tiny_model_dir, tmp_path, **SAVING)
+    trainer.train()
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
@@ -142,6 +176,18 @@ def wait_for_step(process, metrics, step, seconds=240):
         time.sleep(0.2)
     process.kill()
     raise AssertionError(f"no step {step}: {process.communicate()[1][-2000:]}")
+
+
+def test_sigterm_logs_before_it_saves(tiny_model_dir, tmp_path):
+    """The checkpoint holds the average of the steps since the last log: nothing of them is lost on resuming."""
+    trainer = build("f_dpo", tiny_model_dir, tmp_path, save_strategy="no", max_steps=10, logging_steps=10)
+    sigterm = StopOnSigterm()
+    sigterm.requested = True
+    trainer.add_callback(sigterm)
+    trainer.train()
+    assert sigterm.stopped_at == 1
+    state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1]
 
 
 @pytest.mark.slow
