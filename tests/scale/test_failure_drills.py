@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from fdiv.checkpoints import STAGING, checkpoint_fault, checkpoint_folders, newest_checkpoint, publish, read_marker
 from fdiv.cli import main
@@ -180,14 +181,18 @@ def wait_for_step(process, metrics, step, seconds=240):
 
 def test_sigterm_logs_before_it_saves(tiny_model_dir, tmp_path):
     """The checkpoint holds the average of the steps since the last log: nothing of them is lost on resuming."""
-    trainer = build("f_dpo", tiny_model_dir, tmp_path, save_strategy="no", max_steps=10, logging_steps=10)
     sigterm = StopOnSigterm()
-    sigterm.requested = True
+
+    class Terminate(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            sigterm.requested = state.global_step == 2
+
+    trainer = build("flat", tiny_model_dir, tmp_path, max_steps=10, logging_steps=10, callbacks=[Terminate()])
     trainer.add_callback(sigterm)
     trainer.train()
-    assert sigterm.stopped_at == 1
-    state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
-    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1]
+    assert sigterm.stopped_at == 3
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [3]
 
 
 @pytest.mark.slow
