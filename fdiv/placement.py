@@ -122,9 +122,10 @@ def _strategy(content: Mapping[str, Any]) -> tuple[str, frozenset[str]]:
 def _deepspeed(options: Mapping[str, Any]) -> tuple[str, frozenset[str]]:
     if "deepspeed_config_file" in options:
         raise FdivError("a deepspeed_config_file of its own is not modelled")
-    stage = options.get("zero_stage", 2)
-    if stage not in (1, 2, 3):
-        raise FdivError(f"zero_stage {stage} is not modelled")
+    stated = str(options.get("zero_stage", 2))
+    if stated not in ("1", "2", "3"):
+        raise FdivError(f"zero_stage {stated} is not modelled")
+    stage = int(stated)
     offloaded: set[str] = set()
     if options.get("offload_optimizer_device", "none") != "none":
         offloaded |= {"optimizer", "float32 copies"} | ({"gradients"} if stage > 1 else set())

@@ -80,7 +80,8 @@ def process_count(content: Mapping[str, Any], origin: object, num_processes: int
     """
     count = content.get("num_processes", 1) if num_processes is None else num_processes
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        what = f"--accelerate {origin}: num_processes: {count!r}" if num_processes is None else f"--num_processes {count}"
+        stated = f"--accelerate {origin}: num_processes: {count!r}"
+        what = stated if num_processes is None else f"--num_processes {count}"
         raise RecipeError(f"{what}: must be a whole number, 1 or more")
     return count
 
@@ -145,11 +146,12 @@ def launch(
 ) -> int:
     """Run `launch_command` and return its exit code.
 
-    SIGTERM and SIGINT go to the launcher and whatever it has started in its process group: accelerate ends at the first
-    without telling its one process. torchrun passes them on to its workers, each of which has a group of its own, and
-    `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` gives them an hour to save, unless it is set. This returns when all of them have
-    ended, also those that outlive the launcher; where that ended with an error, as torchrun does after any signal, the
-    code is the shell's for the signal, 143 for SIGTERM, as it is without a launcher.
+    SIGTERM and SIGINT go to the launcher's process group: accelerate itself, which ends without telling the one
+    process it started, and that process. torchrun passes them on to its workers, each of which has a group of its
+    own, and `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` gives them an hour to save, unless it is set. This returns when all of
+    them have ended, also those that outlive the launcher. Where the launcher ended with an error after a signal, the
+    code is the shell's for that signal, as without a launcher: 143 for SIGTERM. torchrun does so even if the workers
+    ended well, so whether a checkpoint was saved is in their messages.
     """
     command = launch_command(name, words, num_processes, mixed_precision)
     child_environment = {_SHUTDOWN_VARIABLE: str(_SHUTDOWN_SECONDS), **os.environ}

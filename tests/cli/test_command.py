@@ -145,7 +145,7 @@ def test_accelerate_runs_the_same_command_under_the_launcher(write_recipe, monke
 
         pid = 0
 
-        def __init__(self, command, start_new_session):
+        def __init__(self, command, start_new_session, env):
             launched.append(command)
 
         def __enter__(self):
