@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-4  # of max(1, the largest |loss|), in float32
 STEPS, ZERO3_STEPS = 10, 5
 _LEAST_SECONDS = 15.0  # less is not enough to begin a section
+_TERM_SECONDS = 3.0  # from SIGTERM to SIGKILL
 _ERROR = re.compile(r"^(?:\[rank\d+\]:\s*)?([\w.]*(?:Error|Exception|Interrupt)\b.*)")
 
 
@@ -83,8 +85,7 @@ class Work:
                 code = None
             finally:  # also what a launcher started, and when this process is interrupted
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                    stop(process)
         text = log.read_text(encoding="utf-8", errors="replace")
         if code is None:
             raise SectionError(f"{name} was stopped: its share of --minutes {self.options.minutes:g} was over", text)
@@ -147,6 +148,28 @@ def child_environment(device: str) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else visible.split(",")[0],
     }  # fmt: skip
     return environment | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """End a process that leads its group, and all that it started: SIGTERM, and after a short while SIGKILL.
+
+    A launcher's workers have groups of their own, and nothing leads to them once the launcher is gone, so they are
+    collected before it is told; one that stayed would hold its memory on the GPU through the sections that follow.
+    """
+    import psutil
+
+    from fdiv.processes import descendants, wait_until_gone
+
+    found = descendants(process.pid) | {psutil.Process(process.pid)}
+    os.killpg(process.pid, signal.SIGTERM)
+    wait_until_gone(found, _TERM_SECONDS)
+    found |= descendants(process.pid)
+    for one in found:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    with suppress(ProcessLookupError):  # before it is collected: until then its number is nobody else's
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def first_error(log: str) -> str:

@@ -200,12 +200,20 @@ def test_without_time_nothing_is_begun(tmp_path):
     assert found["status"] == "not run" and "--minutes 0.1 were left" in found["reason"]
 
 
-def test_a_section_is_stopped_with_all_its_processes(tmp_path):
+@pytest.mark.parametrize("own_session", [False, True], ids=["group", "session"])
+@pytest.mark.parametrize("stubborn", [False, True], ids=["obeys", "stubborn"])
+def test_a_section_is_stopped_with_all_its_processes(tmp_path, monkeypatch, own_session, stubborn):
+    """Also a grandchild in a session of its own, as a launcher's workers are, and processes that ignore SIGTERM."""
     gpu = load("gpu")
+    monkeypatch.setattr(gpu, "_TERM_SECONDS", 0.5)
     work = gpu.Work(gpu.arguments(["--device", "cpu", "--size", "tiny"]), tmp_path)
-    work.section_ends = time.monotonic() + 4
+    work.section_ends = time.monotonic() + 3
     number = tmp_path / "grandchild"
-    starts = f"import subprocess; p = subprocess.Popen(['sleep', '600']); open({str(number)!r}, 'w').write(str(p.pid)); p.wait()"
+    starts = (
+        f"import signal, subprocess; signal.signal(signal.SIGTERM, signal.{'SIG_IGN' if stubborn else 'SIG_DFL'}); "
+    )
+    starts += f"p = subprocess.Popen(['sleep', '600'], start_new_session={own_session}); "
+    starts += f"open({str(number)!r}, 'w').write(str(p.pid)); p.wait()"
     with pytest.raises(gpu.SectionError, match="hanging was stopped"):
         work.run("hanging", ["-c", starts])
     deadline = time.monotonic() + 10
