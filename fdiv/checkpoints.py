@@ -34,7 +34,7 @@ __all__ = [
 MARKER = "fdiv_checkpoint.json"
 STAGING = "_saving"  # TRL's upload to the hub leaves out names that begin with an underscore
 
-_PARTS = ("files", "identity")
+_PARTS = ("files", "identity", "settings")
 _REPLACED = "replaced-"
 _EDGE = 32 * 2**20  # bytes hashed at each end of a file: hashing terabytes of optimizer state would cost minutes
 
@@ -45,18 +45,25 @@ def checkpoint_folders(output_dir: Path) -> list[Path]:
     return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.partition("-")[2]))
 
 
-def publish(staged: Path, output_dir: Path, identity: Mapping[str, Any]) -> Path:
+def publish(
+    staged: Path, output_dir: Path, identity: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+) -> Path:
     """Make `staged`, a finished `checkpoint-STEP` folder below `STAGING`, the checkpoint of that step.
 
     Args:
         staged: the folder, on the file system of `output_dir`.
         output_dir: where checkpoints stand.
         identity: what a run that resumes from it must share (JSON values).
+        settings: what it is told of where it differs (JSON values).
 
     Returns:
         The folder's new place. A checkpoint of the same step is replaced.
     """
-    marker = {"files": {name: _digest(staged / name) for name in _names(staged)}, "identity": dict(identity)}
+    marker = {
+        "files": {name: _digest(staged / name) for name in _names(staged)},
+        "identity": dict(identity),
+        "settings": dict(settings or {}),
+    }
     (staged / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
     flush_tree(staged)
     target, replaced = output_dir / staged.name, staged.parent / f"{_REPLACED}{staged.name}"
@@ -93,7 +100,8 @@ def read_marker(checkpoint: Path) -> dict[str, Any] | None:
         marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return None
-    return marker if isinstance(marker, dict) and all(isinstance(marker.get(k), dict) for k in _PARTS) else None
+    marker = {"settings": {}, **marker} if isinstance(marker, dict) else {}
+    return marker if all(isinstance(marker.get(part), dict) for part in _PARTS) else None
 
 
 def checkpoint_fault(checkpoint: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,14 @@ from fdiv.checkpoints import STAGING, checkpoint_fault, newest_checkpoint, publi
 from fdiv.errors import CheckpointError
 from fdiv.terminal import info
 
-__all__ = ["ResumableMixin"]
+__all__ = ["ResumableMixin", "data_fingerprint"]
 
 _SAMPLED_ROWS = 64
+_SETTINGS = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "max_steps", "num_train_epochs"),
+    *("seed", "data_seed", "bf16", "fp16", "max_length"),
+)
 # torch.save reports a full disk as a RuntimeError of its file writer, in one of these forms
 _WRITER_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
 
@@ -30,9 +35,10 @@ class ResumableMixin:
 
     `train(resume_from_checkpoint=True)` takes the newest complete checkpoint of `output_dir` and says so; a path is
     checked in the same way. A checkpoint of another method, divergence, dataset, batch or number of processes is
-    refused unless `force_resume` is set on the trainer first.
+    refused unless `force_resume` is set on the trainer first; other settings that changed are named in one line.
 
-    A subclass with state of its own overrides `save_method_state` and `load_method_state`.
+    A subclass with state of its own overrides `save_method_state` and `load_method_state`; one with a further
+    divergence or further data adds them to `run_identity`.
     """
 
     force_resume = False
@@ -56,11 +62,15 @@ class ResumableMixin:
         return {
             "trainer": type(self).__name__,
             "divergence": plain(getattr(self.args, "divergence", None)),
-            "train dataset": _fingerprint(self.train_dataset),
+            "train dataset": data_fingerprint(self.train_dataset),
             "number of processes": self.accelerator.num_processes,
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
         }
+
+    def run_settings(self) -> dict[str, Any]:
+        """What a resumed run may change, and is told of."""
+        return {name: getattr(self.args, name, None) for name in _SETTINGS}
 
     # ---------------------------------------------------------------- saving
     def _get_output_dir(self, trial: Any) -> str:
@@ -72,7 +82,7 @@ class ResumableMixin:
             staged = self._write_staged(output_dir, model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                publish(staged, output_dir, self.run_identity())
+                publish(staged, output_dir, self.run_identity(), _json_values(self.run_settings()))
                 shutil.rmtree(output_dir / STAGING, ignore_errors=True)  # NFS may have left something in it
                 limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
                 rotate_checkpoints(str(output_dir), limit, best, use_mtime=True)
@@ -142,7 +152,8 @@ class ResumableMixin:
                     f"cannot resume from {checkpoint}: {fault}. Its pickled state is loaded only from a complete "
                     "checkpoint of fdiv; to start from its weights alone, give it as model_name_or_path"
                 )
-        differences = _differences(read_marker(checkpoint)["identity"], self.run_identity())
+        marker, identity = read_marker(checkpoint), _json_values(self.run_identity())
+        differences = _differences(marker["identity"], identity)
         if differences and not self.force_resume:
             raise CheckpointError(
                 f"{checkpoint} was written by another run: {'; '.join(differences)}. Restore these settings, or force "
@@ -150,6 +161,9 @@ class ResumableMixin:
             )
         for line in differences:
             info(f"resume: forced, although {line}")
+        changed = _differences(marker["settings"], _json_values(self.run_settings()), known=identity)
+        if changed:
+            info(f"resume: changed since that checkpoint: {'; '.join(changed)}")
         return checkpoint
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -185,18 +199,29 @@ class _LogBeforeSaving(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-def _differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    # through JSON, so that tuples and lists compare equal
-    current = json.loads(json.dumps(current))
+def _json_values(settings: dict[str, Any]) -> dict[str, Any]:
+    """As they are read back from a marker: tuples as lists; what is no JSON counts by its type."""
+    from fdiv.recipe_dump import plain
+
+    return json.loads(json.dumps(plain(settings), default=lambda value: type(value).__name__))
+
+
+def _differences(stored: dict[str, Any], current: dict[str, Any], known: Container[str] = ()) -> list[str]:
+    """One phrase for each entry that differs, but for those `known` to be compared elsewhere."""
     return [
-        f"{name} is {current.get(name)!r} and was {stored.get(name)!r}"
+        f"{name} is {current.get(name)!r} and was {stored[name]!r}"
+        if name in stored
+        else f"{name} is {current[name]!r} and was not recorded"
         for name in sorted(stored.keys() | current.keys())
-        if stored.get(name) != current.get(name)
+        if name not in known and stored.get(name) != current.get(name)
     ]
 
 
-def _fingerprint(dataset: Any) -> str | None:
-    """Number of rows, columns, and a hash of up to 64 rows spread over the dataset; None for a streamed one."""
+def data_fingerprint(dataset: Any) -> str | None:
+    """Number of rows, columns, and a hash of up to 64 rows spread over a dataset or sequence.
+
+    None for a streamed dataset, an empty one, or none.
+    """
     if dataset is None or not hasattr(dataset, "__len__") or not len(dataset):
         return None
     count = len(dataset)

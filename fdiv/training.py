@@ -69,7 +69,7 @@ class ObjectiveTrainerMixin(ResumableMixin):
     """Per-example metrics, guards and whole checkpoints for a TRL trainer; put it before the TRL class in the bases.
 
     A subclass calls `record_examples` once per micro-batch from its loss, overrides `reduce_examples`, and may
-    override `objective_settings`, which goes to error messages and the model card.
+    override `objective_settings`, which goes to error messages, the model card and checkpoints.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -86,6 +86,10 @@ class ObjectiveTrainerMixin(ResumableMixin):
     def objective_settings(self) -> dict[str, Any]:
         """The settings that define the objective (divergence, β, …), for error messages and the model card."""
         return {}
+
+    def run_settings(self) -> dict[str, Any]:
+        """What a resumed run may change, and is told of: the objective's settings and the optimizer's."""
+        return super().run_settings() | self.objective_settings()
 
     @classmethod
     def step_shape(cls, args: Any, *, peft: bool, processes: int, prompt_tokens: int | None = None) -> StepShape:

@@ -17,6 +17,7 @@ from trl import GRPOTrainer
 
 from fdiv.errors import DataError, FdivError
 from fdiv.frozen_reference import FrozenReference
+from fdiv.resumable import data_fingerprint
 from fdiv.rl.dph_batches import join, rows_of_slot, rows_of_step
 from fdiv.rl.dph_config import DPHConfig
 from fdiv.rl.dph_metrics import dph_metrics, gathered_log_ratios, rehearsal_columns
@@ -129,6 +130,10 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         names = ("divergence", "rehearsal_coefficient", "rehearsal_weighting", "level", "rehearsal_form")
         settings |= {name: getattr(self.args, name) for name in (*names, "coefficient_clip", "max_exponent")}
         return settings | {"rehearsal_rows_per_step": self._rows_per_step, "rehearsal_rows": len(self.rehearsal)}
+
+    def run_identity(self) -> dict[str, Any]:
+        """Also the rehearsal rows."""
+        return super().run_identity() | {"rehearsal cache": data_fingerprint(self.rehearsal)}
 
     # ---------------------------------------------------------------- rollouts, rewards, advantages
     def _generate_and_score_completions(self, inputs):

@@ -18,6 +18,8 @@ from trl import SFTTrainer
 from fdiv.divergences import Divergence, get_divergence
 from fdiv.frozen_reference import FrozenReference
 from fdiv.preference_data import check_pad_token
+from fdiv.recipe_dump import plain
+from fdiv.resumable import data_fingerprint
 from fdiv.step_shape import StepShape
 from fdiv.training import ObjectiveTrainerMixin, log_ratio_quantiles
 from fdiv.unlearning.assembly import build_forget_dataset, read_retain_rows
@@ -317,6 +319,16 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
     def objective_settings(self) -> dict[str, Any]:
         """The method's name and the keys that define its loss and rows."""
         return {"method": self._name, **self.args.method_settings()}
+
+    def run_identity(self) -> dict[str, Any]:
+        """Also the retain term with its divergence and rows, and the template answers, where they are trained on."""
+        term = self.args.retain_term
+        return super().run_identity() | {
+            "retain_term": term,
+            "retain_divergence": plain(self.args.retain_divergence) if term == "divergence" else None,
+            "retain dataset": data_fingerprint(self._retain_rows) if term != "none" else None,
+            "template answers": data_fingerprint(getattr(self.train_dataset, "templates", None)),
+        }
 
 
 def _common_columns(scores: dict[str, RoleScores]) -> dict[str, Tensor]:

@@ -21,7 +21,9 @@ from fdiv.errors import CheckpointError, DataError, NonFiniteLossError
 from fdiv.rollouts import RolloutError
 from fdiv.termination import StopOnSigterm
 from tests.cli.conftest import pairs, write_recipe  # noqa: F401 (fixtures)
+from tests.rl.dph_runs import cache
 from tests.scale.trainers import TRAINERS, build, flat_weights
+from tests.unlearning.setup_runs import retain_rows
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
@@ -252,6 +254,49 @@ def test_another_run_is_not_resumed_unless_forced(changed, reason, tiny_model_di
     other.force_resume = True
     other.train(resume_from_checkpoint=True)
     assert other.state.global_step == 6
+
+
+RETAIN = {"retain_term": "divergence", "retain_divergence": "forward_kl"}
+FIXED = {"template_source": "fixed", "template_text": "No."}
+
+
+@pytest.mark.parametrize(
+    ("before", "changed", "reason"),
+    [
+        (RETAIN, {"retain_divergence": "reverse_kl"}, "retain_divergence is 'reverse_kl' and was 'forward_kl'"),
+        ({}, RETAIN, "retain_term is 'divergence' and was 'nll'"),
+        ({}, {"retain": 9}, "retain dataset is '9 rows, "),
+        (FIXED, {"template_text": "Never."}, "template answers is '12 rows, "),
+    ],
+)
+def test_other_retain_terms_rows_and_templates_are_not_resumed(before, changed, reason, tiny_model_dir, tmp_path):
+    def trainer(options):
+        options = {"retain": 7, **SAVING, **options}
+        return build("flat", tiny_model_dir, tmp_path, **{**options, "retain": retain_rows(options["retain"])})
+
+    trainer(before).train()
+    with pytest.raises(CheckpointError) as error:
+        trainer({**before, **changed}).train(resume_from_checkpoint=True)
+    assert reason in one_line(error)
+    trainer({**before, "max_steps": 5}).train(resume_from_checkpoint=True)
+
+
+def test_another_rehearsal_cache_is_not_resumed(tiny_model_dir, tmp_path):
+    first, other = (cache(tiny_model_dir, shift=shift) for shift in (0.5, 0.6))  # other reference log-probabilities
+    build("dph", tiny_model_dir, tmp_path, rehearsal=first, **SAVING).train()
+    with pytest.raises(CheckpointError, match=r"rehearsal cache is '6 rows, \w+' and was '6 rows, "):
+        build("dph", tiny_model_dir, tmp_path, rehearsal=other, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_other_settings_are_resumed_and_named(tiny_model_dir, tmp_path, capsys):
+    build("f_dpo", tiny_model_dir, tmp_path, **SAVING).train()
+    changed = {**SAVING, "learning_rate": 0.5, "beta": 0.7}
+    build("f_dpo", tiny_model_dir, tmp_path, **changed).train(resume_from_checkpoint=True)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("resume: changed")]
+    named = "beta is 0.7 and was 0.1; learning_rate is 0.5 and was 0.01"
+    assert notes == [f"resume: changed since that checkpoint: {named}"]
+    build("f_dpo", tiny_model_dir, tmp_path, **changed).train(resume_from_checkpoint=True)
+    assert "resume: changed" not in capsys.readouterr().err
 
 
 def test_other_data_and_strange_checkpoints_are_refused(tiny_model_dir, tmp_path):
