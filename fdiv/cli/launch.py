@@ -12,9 +12,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fdiv.child_processes import descendants, wait_until_gone
 from fdiv.errors import RecipeError
 from fdiv.methods import lookup
-from fdiv.processes import descendants, wait_until_gone
 from fdiv.terminal import info
 
 if TYPE_CHECKING:

@@ -75,6 +75,10 @@ def load(model_dir: Any, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
 
 
+def load_tokenizer(model_dir: Any) -> Any:
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
 def disturb(model: torch.nn.Module, scale: float = 0.05, seed: int = 1) -> None:
     """Move the weights, so that policy and reference differ."""
     generator = torch.Generator().manual_seed(seed)
