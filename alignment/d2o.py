@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 from fdiv.alignment.anchors import Anchor, AnchorCache, check_context, draw_anchors, draw_offline_anchors
 from fdiv.alignment.d2o_config import D2OConfig
 from fdiv.alignment.d2o_metrics import divergence_terms, reduce_groups
-from fdiv.alignment.losses import d2o_loss
+from fdiv.alignment.losses import check_f_dpo_divergence, d2o_loss
 from fdiv.alignment.negatives import collate_groups, prepare_negatives
 from fdiv.alignment.scorers import build_scorer, checked_scorer
 from fdiv.divergences import get_divergence
@@ -85,6 +85,12 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
     """
 
     loss_is_scaled_for_ga = False  # a mean over the micro-batch: Trainer divides by the accumulation steps
+    config_class = D2OConfig
+    title = "distributional dispreference optimisation: rejected answers against own samples"
+    paper = "arXiv:2403.03419"
+    columns = ("prompt", "rejected")
+    optional_columns = ("anchors",)
+    check_divergence = staticmethod(check_f_dpo_divergence)
     _tag_names = ["trl", "fdiv", "d2o"]
     _name = "D2O"
     _paper = {

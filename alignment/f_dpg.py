@@ -21,7 +21,7 @@ from trl import GRPOTrainer
 from fdiv.alignment.f_dpg_batches import empty_prompts, given_log_z, model_inputs, prompt_keys, token_mask
 from fdiv.alignment.f_dpg_config import FDPGConfig
 from fdiv.alignment.f_dpg_metrics import f_dpg_metrics, partition_metrics, slope_columns
-from fdiv.alignment.f_dpg_objective import f_dpg_loss, leave_one_out_mean
+from fdiv.alignment.f_dpg_objective import check_f_dpg_divergence, f_dpg_loss, leave_one_out_mean
 from fdiv.alignment.f_dpg_proposal import AdaptiveProposal
 from fdiv.alignment.moment_matching import fit_moments
 from fdiv.alignment.partition import PartitionEstimates
@@ -66,6 +66,12 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         NonFiniteLossError: a NaN or infinite loss, before the optimizer step.
     """
 
+    config_class = FDPGConfig
+    title = "distributional policy gradient to a target density, every f-divergence"
+    paper = "arXiv:2302.08215"
+    columns = ("prompt",)
+    optional_columns = ("log_z",)
+    check_divergence = staticmethod(check_f_dpg_divergence)
     _tag_names = ["trl", "fdiv", "f-dpg"]
     _name = "f-DPG"
     _paper = {

@@ -135,6 +135,12 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
         NonFiniteLossError: a NaN or infinite loss; in training before the optimizer step.
     """
 
+    config_class = FDPOConfig
+    title = "direct preference optimisation under any f-divergence"
+    paper = "arXiv:2309.16240"
+    columns = ("chosen", "rejected")
+    optional_columns = ("prompt",)
+    check_divergence = staticmethod(check_f_dpo_divergence)
     _tag_names = ["trl", "fdiv", "f-dpo"]
     _name = "f-DPO"
     _paper = {

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -70,7 +71,39 @@ class ObjectiveTrainerMixin(ResumableMixin):
 
     A subclass calls `record_examples` once per micro-batch from its loss, overrides `reduce_examples`, and may
     override `objective_settings`, which goes to error messages, the model card and checkpoints.
+
+    What listings, recipes and the model card say of a method stands on its trainer class, and only there:
+
+    Attributes:
+        config_class: the dataclass of its options; `args=None` makes one.
+        title: one line for listings. paper: where the method comes from, as `arXiv:NUMBER`.
+        columns: columns that the training rows must have. optional_columns: columns used where they are there.
+        check_divergence: a static method that raises ValueError, with the reason, for a divergence that the objective
+            cannot use; None for a method that has no `divergence`.
+        tags: of the model card; the name of the method's file or folder is added.
+
+    The name and the paper of the model card follow from the class, too (`NPOTrainer`: "NPO"), unless it gives TRL's
+    `_name`, `_tag_names` or `_paper` itself.
     """
+
+    config_class: ClassVar[type]
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    columns: ClassVar[tuple[str, ...]] = ()
+    optional_columns: ClassVar[tuple[str, ...]] = ()
+    check_divergence: ClassVar[Callable[[Any], Any] | None] = None
+    tags: ClassVar[tuple[str, ...]] = ("trl", "fdiv")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "_name" not in own:
+            cls._name = cls.__name__.removesuffix("Trainer")
+        if "_tag_names" not in own:
+            home = [part for part in cls.__module__.split(".") if part != "trainer"][-1]
+            cls._tag_names = [*cls.tags, home.strip("_").replace("_", "-")]
+        if "_paper" not in own and "paper" in own:
+            cls._paper = {"title": cls.paper, "id": cls.paper.removeprefix("arXiv:")}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._examples: dict[str, list[Tensor]] = {"train": [], "eval": []}

@@ -22,7 +22,7 @@ from fdiv.rl.dph_batches import join, rows_of_slot, rows_of_step
 from fdiv.rl.dph_config import DPHConfig
 from fdiv.rl.dph_metrics import dph_metrics, gathered_log_ratios, rehearsal_columns
 from fdiv.rl.dph_objective import explore_mean, group_advantages, rehearsal_weight
-from fdiv.rl.losses import js_on_policy, js_on_reference, rehearsal_loss
+from fdiv.rl.losses import check_rehearsal_divergence, js_on_policy, js_on_reference, rehearsal_loss
 from fdiv.rl.rehearsal import RehearsalBatch, RehearsalCache
 from fdiv.rollouts import RolloutError, RolloutMixin
 from fdiv.training import ObjectiveTrainerMixin
@@ -56,6 +56,11 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         NonFiniteLossError: a NaN or infinite loss, before the optimizer step.
     """
 
+    config_class = DPHConfig
+    title = "verifiable rewards with rehearsal of reference samples, every f-divergence"
+    paper = "arXiv:2509.07430"
+    columns = ("prompt",)
+    check_divergence = staticmethod(check_rehearsal_divergence)
     _tag_names = ["trl", "fdiv", "dph-rl"]
     _name = "DPH-RL"
     _paper = {

@@ -30,21 +30,21 @@ from fdiv.unlearning.losses import (
 from fdiv.unlearning.vocabulary_losses import ce_u, pdu, undial, vocabulary_divergence
 
 _LAZY = {
-    "AltPO": "fdiv.unlearning.baselines.alt_po",
-    "CEU": "fdiv.unlearning.baselines.ce_u",
-    "FLAT": "fdiv.unlearning.flat",
-    "GradAscent": "fdiv.unlearning.baselines.grad_ascent",
-    "GradDiff": "fdiv.unlearning.baselines.grad_diff",
-    "IdkDPO": "fdiv.unlearning.baselines.idk_dpo",
-    "JensUn": "fdiv.unlearning.baselines.jensun",
-    "KLRetain": "fdiv.unlearning.baselines.kl_retain",
-    "NPO": "fdiv.unlearning.baselines.npo",
-    "PDU": "fdiv.unlearning.baselines.pdu",
-    "RMU": "fdiv.unlearning.baselines.rmu",
-    "SatImp": "fdiv.unlearning.baselines.sat_imp",
-    "SimNPO": "fdiv.unlearning.baselines.simnpo",
-    "UNDIAL": "fdiv.unlearning.baselines.undial",
-    "WGA": "fdiv.unlearning.baselines.wga",
+    "AltPO": "fdiv.unlearning.methods.alt_po",
+    "CEU": "fdiv.unlearning.methods.ce_u",
+    "FLAT": "fdiv.unlearning.methods.flat",
+    "GradAscent": "fdiv.unlearning.methods.grad_ascent",
+    "GradDiff": "fdiv.unlearning.methods.grad_diff",
+    "IdkDPO": "fdiv.unlearning.methods.idk_dpo",
+    "JensUn": "fdiv.unlearning.methods.jensun",
+    "KLRetain": "fdiv.unlearning.methods.kl_retain",
+    "NPO": "fdiv.unlearning.methods.npo",
+    "PDU": "fdiv.unlearning.methods.pdu",
+    "RMU": "fdiv.unlearning.methods.rmu",
+    "SatImp": "fdiv.unlearning.methods.sat_imp",
+    "SimNPO": "fdiv.unlearning.methods.simnpo",
+    "UNDIAL": "fdiv.unlearning.methods.undial",
+    "WGA": "fdiv.unlearning.methods.wga",
 }
 """Where `<key>Config` and `<key>Trainer` are."""
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from trl import SFTConfig
 
 from fdiv.divergences import Divergence, get_divergence
+from fdiv.unlearning.data.templates import TEMPLATE_SOURCES, GenerationSettings
 from fdiv.unlearning.selection import build_evaluation
-from fdiv.unlearning.templates import TEMPLATE_SOURCES, GenerationSettings
 
 __all__ = ["TemplateConfig", "UnlearningConfig", "check_positive", "named_divergence"]
 

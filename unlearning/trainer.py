@@ -22,12 +22,12 @@ from fdiv.recipe_dump import plain
 from fdiv.resumable import data_fingerprint
 from fdiv.step_shape import StepShape
 from fdiv.training import ObjectiveTrainerMixin, log_ratio_quantiles
-from fdiv.unlearning.assembly import build_forget_dataset, read_retain_rows
 from fdiv.unlearning.config import TemplateConfig, UnlearningConfig
 from fdiv.unlearning.data import ForgetDataset, UnlearningCollator
+from fdiv.unlearning.data.assembly import build_forget_dataset, read_retain_rows
+from fdiv.unlearning.data.pairing import EpochSampler
 from fdiv.unlearning.losses import nll, sampled_divergence
-from fdiv.unlearning.pairing import EpochSampler
-from fdiv.unlearning.scoring import PrecomputedReference, RoleScores, score_reference, score_rows, split_roles
+from fdiv.unlearning.roles import PrecomputedReference, RoleScores, score_reference, score_rows, split_roles
 from fdiv.unlearning.selection import build_evaluation, evaluate_epoch
 from fdiv.unlearning.vocabulary_losses import vocabulary_divergence
 
@@ -73,7 +73,7 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
     #: Whether the forget term compares with a template answer, looks at logits, or needs reference scores.
     forget_needs_logits: ClassVar[bool] = False
     forget_needs_reference: ClassVar[bool] = False
-    _tag_names = ["trl", "fdiv", "unlearning"]
+    tags = ("trl", "fdiv", "unlearning")
 
     def __init__(
         self,
@@ -142,6 +142,13 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
     def retain_weight(self) -> float:
         """α; a method with a multiplier of its own overrides this."""
         return self.args.retain_weight
+
+    def example_loss(
+        self, scores: dict[str, RoleScores], forget_term: Tensor, retain_term: Tensor | None = None
+    ) -> Tensor:
+        """γ·forget term + α·retain term → [B], or [1] for a statistic of the batch."""
+        loss = self.args.forget_weight * forget_term
+        return loss if retain_term is None else loss + self.retain_weight() * retain_term
 
     def method_columns(self, scores: dict[str, RoleScores]) -> dict[str, Tensor]:
         """Further per-example values to log as means, [B] each."""
@@ -268,14 +275,12 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over the micro-batch of γ·forget term + α·retain term; the per-example values go to the log."""
         scores = self.score_roles(model, inputs)
-        forget = self.forget_term(scores)
-        losses, columns = self.args.forget_weight * forget, {"forget_term": forget}
+        terms = {"forget_term": self.forget_term(scores)}
         if "retain" in scores and self.args.retain_term != "none":
-            retain = self.retain_loss(scores["retain"])
-            losses = losses + self.retain_weight() * retain
-            columns["retain_term"] = retain
+            terms["retain_term"] = self.retain_loss(scores["retain"])
+        losses = self.example_loss(scores, **terms)
         size = len(inputs["index"])
-        columns = {"loss": losses, **columns, **self.method_columns(scores)}
+        columns = {"loss": losses, **terms, **self.method_columns(scores)}
         with torch.no_grad():
             columns = {name: value.detach().expand(size) for name, value in columns.items()} | _common_columns(scores)
         self.record_examples(columns | self._divergence_column(scores))

@@ -51,7 +51,7 @@ def killed(*arguments):
     """Run `train_and_die` in a process of its own."""
     # A server that has imported the trainers forks quickly, and before any thread of torch's was started.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.scale.trainers", "fdiv.alignment.f_dpg", "fdiv.unlearning.flat"])
+    context.set_forkserver_preload(["tests.scale.trainers", "fdiv.alignment.f_dpg", "fdiv.unlearning.methods.flat"])
     process = context.Process(target=train_and_die, args=arguments)
     process.start()
     process.join(300)

@@ -13,7 +13,6 @@ from datasets import Dataset
 from torch.utils.data import BatchSampler
 from transformers import AutoTokenizer
 
-from fdiv.unlearning.baselines.idk_dpo import IdkDPOConfig
 from fdiv.unlearning.data import (
     Answer,
     EncodedAnswer,
@@ -25,9 +24,10 @@ from fdiv.unlearning.data import (
     load_rows,
     read_answers,
 )
-from fdiv.unlearning.flat import FLATConfig
-from fdiv.unlearning.pairing import EpochSampler, draw_index, epoch_order
-from fdiv.unlearning.templates import REFUSALS, GenerationSettings, column_templates, read_refusals
+from fdiv.unlearning.data.pairing import EpochSampler, draw_index, epoch_order
+from fdiv.unlearning.data.templates import REFUSALS, GenerationSettings, column_templates, read_refusals
+from fdiv.unlearning.methods.flat import FLATConfig
+from fdiv.unlearning.methods.idk_dpo import IdkDPOConfig
 from tests.unlearning.setup_runs import forget_rows, make_trainer
 
 

@@ -18,7 +18,7 @@ from fdiv.alignment.losses import f_dpo_loss
 from fdiv.divergences import get_divergence
 from fdiv.errors import NonFiniteLossError
 from fdiv.unlearning import flat_loss
-from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.roles import RoleScores
 from tests.unlearning.setup_runs import (
     METHODS,
     disturb,
@@ -409,6 +409,40 @@ def test_generated_templates_are_cached(tiny_model_dir, tmp_path):
     assert all(1 <= len(texts) <= 2 for texts in first.train_dataset.templates)
     asked = json.loads(cache.read_text())["settings"]
     assert "changes every fact" in asked["instruction"] and asked["model"] == str(tiny_model_dir)
+
+
+def test_name_tags_and_paper_of_the_model_card_follow_from_the_class():
+    class Own(unlearning.NPOTrainer):
+        paper = "arXiv:0000.11111"
+
+    class OwnTrainer(unlearning.NPOTrainer):
+        _name, _tag_names, _paper = "given", ["x"], {"id": "1"}
+
+    npo = unlearning.NPOTrainer
+    assert (npo._name, npo._tag_names) == ("NPO", ["trl", "fdiv", "unlearning", "npo"])
+    assert npo._paper == {"title": "arXiv:2404.05868", "id": "2404.05868"}
+    assert unlearning.KLRetainTrainer._tag_names[-1] == "kl-retain"
+    assert (Own._name, Own._tag_names[-1], Own._paper["id"]) == ("Own", "test-trainers", "0000.11111")
+    assert (OwnTrainer._name, OwnTrainer._tag_names, OwnTrainer._paper) == ("given", ["x"], {"id": "1"})
+    assert unlearning.FLATTrainer._paper["citation"].startswith("@inproceedings{wang2025flat")
+
+
+def test_grad_diff_trains_its_pure_loss(tiny_model_dir, tmp_path, monkeypatch):
+    """γ·(log-likelihood of forget) + α·(NLL of retain), through `grad_diff` itself."""
+    trainer = make_trainer("GradDiff", str(tiny_model_dir), tmp_path, forget_weight=0.5, retain_weight=3.0)
+    seen = []
+
+    def watched(*args, **kwargs):
+        seen.append(unlearning.grad_diff(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr("fdiv.unlearning.methods.grad_diff.grad_diff", watched)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    loss = trainer.compute_loss(trainer.model, batch)
+    scores = trainer.score_roles(trainer.model, batch)
+    means = {role: (s.log_probs * s.mask).sum(-1) / s.mask.sum(-1) for role, s in scores.items()}
+    torch.testing.assert_close(seen[0], 0.5 * means["forget"] - 3.0 * means["retain"])
+    torch.testing.assert_close(loss, seen[0].mean())
 
 
 def test_the_trl_hooks_are_the_ones_we_override():

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fdiv.unlearning.data import Answer, render_chat
+from fdiv.unlearning.data.encode import render_chat
+from fdiv.unlearning.data.rows import Answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

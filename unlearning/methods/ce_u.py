@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fdiv.unlearning.config import UnlearningConfig
-from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 from fdiv.unlearning.vocabulary_losses import ce_u
 
@@ -33,9 +33,9 @@ class CEUTrainer(UnlearningTrainer):
     """Trains `ce_u`."""
 
     config_class = CEUConfig
+    title = "cross-entropy to the own distribution without the answer token"
+    paper = "arXiv:2503.01224"
     forget_needs_logits = True
-    _tag_names = ["trl", "fdiv", "unlearning", "ce-u"]
-    _name = "CE-U"
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
         """Cross-entropy to the detached own distribution with the answer token left out."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fdiv.unlearning.config import UnlearningConfig, check_positive
 from fdiv.unlearning.losses import nll, rmu
-from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
 __all__ = ["RMUConfig", "RMUTrainer"]
@@ -55,8 +55,8 @@ class RMUTrainer(UnlearningTrainer):
     """Trains `rmu`; u is drawn from the seed once, uniform on [0, 1)^D and normed, the same on all processes."""
 
     config_class = RMUConfig
-    _tag_names = ["trl", "fdiv", "unlearning", "rmu"]
-    _name = "RMU"
+    title = "steer one layer's activations to a random vector"
+    paper = "arXiv:2403.03218"
 
     def __init__(self, model, args: RMUConfig | None = None, **kwargs) -> None:
         super().__init__(model, args, **kwargs)

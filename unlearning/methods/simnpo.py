@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fdiv.unlearning.config import UnlearningConfig, check_positive
 from fdiv.unlearning.losses import simnpo
-from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
 __all__ = ["SimNPOConfig", "SimNPOTrainer"]
@@ -31,8 +31,8 @@ class SimNPOTrainer(UnlearningTrainer):
     """Trains `simnpo`."""
 
     config_class = SimNPOConfig
-    _tag_names = ["trl", "fdiv", "unlearning", "simnpo"]
-    _name = "SimNPO"
+    title = "NPO without a reference, length-normalised"
+    paper = "arXiv:2410.07163"
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
         """−(2/β)·log σ(β·(mean token NLL − δ))."""

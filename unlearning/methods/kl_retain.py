@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fdiv.unlearning.config import UnlearningConfig
 from fdiv.unlearning.losses import grad_ascent
-from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
 __all__ = ["KLRetainConfig", "KLRetainTrainer"]
@@ -35,8 +35,8 @@ class KLRetainTrainer(UnlearningTrainer):
     """Trains γ·grad_ascent(forget) + α·D_f(policy ‖ reference) on retain answers."""
 
     config_class = KLRetainConfig
-    _tag_names = ["trl", "fdiv", "unlearning", "kl-retain"]
-    _name = "KL-retain"
+    title = "gradient ascent with a divergence from the reference on retain answers"
+    paper = "arXiv:2401.06121"
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
         """Mean token log-probability of the forget answer."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fdiv.unlearning.baselines.idk_dpo import IdkDPOConfig, IdkDPOTrainer
-from fdiv.unlearning.templates import TEMPLATE_SOURCES
+from fdiv.unlearning.data.templates import TEMPLATE_SOURCES
+from fdiv.unlearning.methods.idk_dpo import IdkDPOConfig, IdkDPOTrainer
 
 __all__ = ["ALTERNATE_INSTRUCTION", "AltPOConfig", "AltPOTrainer"]
 
@@ -37,5 +37,5 @@ class AltPOTrainer(IdkDPOTrainer):
     """Trains `idk_dpo` on alternate answers."""
 
     config_class = AltPOConfig
-    _tag_names = ["trl", "fdiv", "unlearning", "alt-po"]
-    _name = "AltPO"
+    title = "f-DPO of a made-up answer over the forget answer"
+    paper = "arXiv:2409.13474"

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from fdiv.unlearning.config import UnlearningConfig
-from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 from fdiv.unlearning.vocabulary_losses import pdu
 
@@ -65,9 +65,9 @@ class PDUTrainer(UnlearningTrainer):
     """Trains `pdu` + λ·(R − ε); λ is logged as `retain_multiplier` and resumes from the checkpoint."""
 
     config_class = PDUConfig
+    title = "flattened logits under a constraint on the retain loss"
+    paper = "arXiv:2506.05314"
     forget_needs_logits = True
-    _tag_names = ["trl", "fdiv", "unlearning", "pdu"]
-    _name = "PDU"
 
     def __init__(self, model, args: PDUConfig | None = None, **kwargs) -> None:
         super().__init__(model, args, **kwargs)

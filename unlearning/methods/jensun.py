@@ -15,7 +15,7 @@ from torch import Tensor
 from fdiv.unlearning.config import UnlearningConfig, named_divergence
 from fdiv.unlearning.data import UnlearningCollator
 from fdiv.unlearning.losses import check_one_hot_divergence, jensun
-from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
 __all__ = ["JensUnConfig", "JensUnTrainer"]
@@ -55,9 +55,10 @@ class JensUnTrainer(UnlearningTrainer):
     """Trains `jensun` on forget answers and, by default, `vocabulary_divergence` on retain answers."""
 
     config_class = JensUnConfig
+    title = "token-level divergences to a refusal pattern and to the reference"
+    paper = "arXiv:2509.02820"
+    check_divergence = staticmethod(check_one_hot_divergence)
     forget_needs_logits = True
-    _tag_names = ["trl", "fdiv", "unlearning", "jensun"]
-    _name = "JensUn"
 
     def make_collator(self) -> UnlearningCollator:
         """The shared collator with the refusal pattern's tokens."""

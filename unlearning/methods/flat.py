@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdiv.divergences import get_divergence
 from fdiv.unlearning.config import TemplateConfig, named_divergence
 from fdiv.unlearning.losses import (
     OFFICIAL_FLAT_DIVERGENCES,
@@ -19,7 +20,7 @@ from fdiv.unlearning.losses import (
     flat_loss,
     padded_batch_mean,
 )
-from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
 __all__ = ["FLATConfig", "FLATTrainer"]
@@ -86,8 +87,9 @@ class FLATTrainer(UnlearningTrainer):
     """
 
     config_class = FLATConfig
-    _tag_names = ["trl", "fdiv", "unlearning", "flat"]
-    _name = "FLAT"
+    title = "unlearning by loss adjustment with forget data only, every f-divergence"
+    paper = "arXiv:2410.11143"
+    check_divergence = staticmethod(get_divergence)
     _paper = {
         "title": "LLM Unlearning via Loss Adjustment with Only Forget Data",
         "id": "2410.11143",

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from fdiv.unlearning.config import UnlearningConfig
-from fdiv.unlearning.losses import grad_ascent
-from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.losses import grad_ascent, grad_diff
+from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
 __all__ = ["GradDiffConfig", "GradDiffTrainer"]
@@ -27,9 +27,25 @@ class GradDiffTrainer(UnlearningTrainer):
     """Trains `grad_diff`: γ·grad_ascent(forget) + α·nll(retain)."""
 
     config_class = GradDiffConfig
-    _tag_names = ["trl", "fdiv", "unlearning", "grad-diff"]
-    _name = "GradDiff"
+    title = "gradient ascent on forget, descent on retain answers"
+    paper = "arXiv:2203.12817"
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
         """Mean token log-probability of the forget answer."""
         return grad_ascent(scores["forget"].log_probs, scores["forget"].mask)
+
+    def example_loss(
+        self, scores: dict[str, RoleScores], forget_term: Tensor, retain_term: Tensor | None = None
+    ) -> Tensor:
+        """`grad_diff` of the two answers; with `retain_term: divergence` the weighted sum of the two terms."""
+        if self.args.retain_term != "nll":
+            return super().example_loss(scores, forget_term, retain_term)
+        forget, retain, weights = scores["forget"], scores["retain"], self.args
+        return grad_diff(
+            forget.log_probs,
+            forget.mask,
+            retain.log_probs,
+            retain.mask,
+            forget_weight=weights.forget_weight,
+            retain_weight=weights.retain_weight,
+        )

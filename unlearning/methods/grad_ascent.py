@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fdiv.unlearning.config import UnlearningConfig
 from fdiv.unlearning.losses import grad_ascent
-from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
 __all__ = ["GradAscentConfig", "GradAscentTrainer"]
@@ -29,8 +29,8 @@ class GradAscentTrainer(UnlearningTrainer):
     """Trains `grad_ascent`."""
 
     config_class = GradAscentConfig
-    _tag_names = ["trl", "fdiv", "unlearning", "grad-ascent"]
-    _name = "GradAscent"
+    title = "gradient ascent on the forget answers"
+    paper = "arXiv:2210.01504"
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
         """Mean token log-probability of the forget answer."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from fdiv.alignment.losses import check_f_dpo_divergence
 from fdiv.unlearning.config import TemplateConfig, check_positive, named_divergence
 from fdiv.unlearning.losses import idk_dpo
-from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
 __all__ = ["IdkDPOConfig", "IdkDPOTrainer"]
@@ -43,9 +43,10 @@ class IdkDPOTrainer(UnlearningTrainer):
     """Trains `idk_dpo`."""
 
     config_class = IdkDPOConfig
+    title = "f-DPO of a refusal over the forget answer"
+    paper = "arXiv:2401.06121"
+    check_divergence = staticmethod(check_f_dpo_divergence)
     forget_needs_reference = True
-    _tag_names = ["trl", "fdiv", "unlearning", "idk-dpo"]
-    _name = "IdkDPO"
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
         """(2/β)·f-DPO loss, template over forget answer."""

@@ -7,17 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdiv.unlearning.config import TemplateConfig, UnlearningConfig
-from fdiv.unlearning.data import (
-    Answer,
-    EncodedAnswer,
-    ForgetDataset,
-    check_disjoint,
-    encode_answer,
-    encode_text,
-    load_rows,
-    read_answers,
-)
-from fdiv.unlearning.templates import REFUSALS, column_templates, generate_templates, read_refusals
+from fdiv.unlearning.data.encode import EncodedAnswer, check_disjoint, encode_answer, encode_text
+from fdiv.unlearning.data.pairing import ForgetDataset
+from fdiv.unlearning.data.rows import Answer, load_rows, read_answers
+from fdiv.unlearning.data.templates import REFUSALS, column_templates, generate_templates, read_refusals
 
 if TYPE_CHECKING:
     from datasets import Dataset

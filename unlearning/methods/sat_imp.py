@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fdiv.unlearning.config import UnlearningConfig
 from fdiv.unlearning.losses import sat_imp
-from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
 __all__ = ["SatImpConfig", "SatImpTrainer"]
@@ -35,8 +35,8 @@ class SatImpTrainer(UnlearningTrainer):
     """Trains `sat_imp`; no reference is made, since none is used."""
 
     config_class = SatImpConfig
-    _tag_names = ["trl", "fdiv", "unlearning", "satimp"]
-    _name = "SatImp"
+    title = "gradient ascent weighted by saturation and importance"
+    paper = "arXiv:2505.11953"
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
         """Mean of p^β₁·(1−p)^β₂·log p over the forget answer's tokens, weights detached."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fdiv.unlearning.config import UnlearningConfig
-from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 from fdiv.unlearning.vocabulary_losses import undial
 
@@ -33,10 +33,10 @@ class UNDIALTrainer(UnlearningTrainer):
     """Trains `undial`."""
 
     config_class = UNDIALConfig
+    title = "self-distillation with the answer's logit lowered"
+    paper = "arXiv:2402.10052"
     forget_needs_logits = True
     forget_needs_reference = True
-    _tag_names = ["trl", "fdiv", "unlearning", "undial"]
-    _name = "UNDIAL"
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
         """Cross-entropy to the reference's distribution with the answer token lowered by β."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fdiv.unlearning.config import UnlearningConfig
 from fdiv.unlearning.losses import wga
-from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
 __all__ = ["WGAConfig", "WGATrainer"]
@@ -30,8 +30,8 @@ class WGATrainer(UnlearningTrainer):
     """Trains `wga`; no reference is made, since none is used."""
 
     config_class = WGAConfig
-    _tag_names = ["trl", "fdiv", "unlearning", "wga"]
-    _name = "WGA"
+    title = "gradient ascent weighted by token probability"
+    paper = "arXiv:2502.19301"
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
         """Mean of p^β·log p over the forget answer's tokens, weights detached."""

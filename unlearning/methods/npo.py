@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fdiv.unlearning.config import UnlearningConfig, check_positive
 from fdiv.unlearning.losses import npo
-from fdiv.unlearning.scoring import RoleScores
+from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
 __all__ = ["NPOConfig", "NPOTrainer"]
@@ -29,9 +29,9 @@ class NPOTrainer(UnlearningTrainer):
     """Trains `npo`."""
 
     config_class = NPOConfig
+    title = "negative preference optimisation"
+    paper = "arXiv:2404.05868"
     forget_needs_reference = True
-    _tag_names = ["trl", "fdiv", "unlearning", "npo"]
-    _name = "NPO"
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
         """−(2/β)·log σ(−β·log-ratio of the forget answer)."""

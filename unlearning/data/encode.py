@@ -1,0 +1,139 @@
+"""From text to tokens: rows as prompt and answer ids, raw text as chunks, and all roles of a step as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from fdiv.unlearning.data.rows import Answer, plain_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["EncodedAnswer", "UnlearningCollator", "check_disjoint", "encode_answer", "encode_text", "render_chat"]
+
+
+class EncodedAnswer(NamedTuple):
+    """Token ids of a prompt and of the answer that is scored; neither is padded."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+
+def encode_answer(answer: Answer, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> EncodedAnswer:
+    """Tokenise prompt and answer together and cut where the tokenised prompt ends.
+
+    Plain text gets the end-of-sequence token, as TRL does; messages go through the chat template. The sequence is cut
+    to `max_length` tokens at its end.
+
+    Raises:
+        ValueError: no answer token is left (the prompt alone fills `max_length`).
+    """
+    if isinstance(answer.prompt, list):
+        prompt_ids = render_chat(tokenizer, answer.prompt, add_generation_prompt=True)
+        ids = render_chat(tokenizer, answer.prompt + answer.completion, add_generation_prompt=False)
+    else:
+        eos = tokenizer.eos_token or ""
+        prompt_ids = tokenizer(answer.prompt)["input_ids"]
+        ids = tokenizer(answer.prompt + answer.completion.removesuffix(eos) + eos)["input_ids"]
+    start = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
+    ids = ids[:max_length]
+    if start >= len(ids):
+        raise ValueError(
+            f"no answer token is left after truncation to max_length={max_length}: the prompt has {start} tokens "
+            f"({plain_text(answer.prompt)[:60]!r} …); raise max_length or leave the row out"
+        )
+    return EncodedAnswer(ids[:start], ids[start:])
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **kwargs: Any) -> list[int]:
+    """Token ids of messages under the tokenizer's chat template."""
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
+
+
+def encode_text(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, prompt_tokens: int = 0
+) -> list[EncodedAnswer]:
+    """Cut raw texts (MUSE) into chunks of at most `max_length` tokens, the beginning-of-sequence token included.
+
+    The first `prompt_tokens` tokens of a chunk are its prompt, the others are scored; a chunk too short to score a
+    token is left out.
+
+    Raises:
+        ValueError: `prompt_tokens` leaves nothing to score, or no chunk is left.
+    """
+    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    unscored = max(1, len(head) + prompt_tokens)  # the first token of a sequence has no context and is never scored
+    if unscored >= max_length:
+        raise ValueError(f"text_prompt_tokens={prompt_tokens} leaves no token to score within max_length={max_length}")
+    chunks, width = [], max_length - len(head)
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        pieces = [head + ids[start : start + width] for start in range(0, len(ids), width)]
+        chunks += [EncodedAnswer(piece[:unscored], piece[unscored:]) for piece in pieces if len(piece) > unscored]
+    if not chunks:
+        raise ValueError(f"no text has more than {unscored} tokens: lower text_prompt_tokens or give longer texts")
+    return chunks
+
+
+def check_disjoint(forget: Sequence[EncodedAnswer], retain: Sequence[EncodedAnswer]) -> None:
+    """Refuse forget rows that also stand in the retain set, prompt and answer alike.
+
+    Raises:
+        ValueError: with their number.
+    """
+    kept = {(tuple(row.prompt_ids), tuple(row.answer_ids)) for row in retain}
+    both = [i for i, row in enumerate(forget) if (tuple(row.prompt_ids), tuple(row.answer_ids)) in kept]
+    if both:
+        raise ValueError(
+            f"{len(both)} of {len(forget)} forget rows also stand in the retain set (first: forget row {both[0]}): "
+            "forgetting and retaining the same row is contradictory; use the retain split that leaves them out"
+        )
+
+
+@dataclass
+class UnlearningCollator:
+    """Pads rows of all roles into one batch, role after role: the first B rows are of the first role, and so on.
+
+    Args:
+        pad_token_id: fills `input_ids` on the right; no mask depends on its value, so it may be the eos token.
+        roles: the order of the roles; one that the items lack is left out.
+        pattern: token ids repeated over a forget answer's positions as `target_ids` (JensUn); None for none.
+        pad_to_multiple_of: round the padded length up.
+    """
+
+    pad_token_id: int
+    roles: tuple[str, ...] = ("template", "forget", "retain")
+    pattern: Sequence[int] | None = None
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """`index[B]` and, for R = roles × B rows, `input_ids`, `attention_mask`, `completion_mask` `[R, T]`.
+
+        With a `pattern`, also `target_ids[R, T]`: the pattern on forget answers, the row's own tokens elsewhere.
+        """
+        rows = [(role, item[role]) for role in self.roles if role in items[0] for item in items]
+        width = max(len(row.prompt_ids) + len(row.answer_ids) for _, row in rows)
+        multiple = self.pad_to_multiple_of or 1
+        shape = (len(rows), -(-width // multiple) * multiple)
+        ids = torch.full(shape, self.pad_token_id)
+        attention, completion = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        for position, (_, row) in enumerate(rows):
+            start, end = len(row.prompt_ids), len(row.prompt_ids) + len(row.answer_ids)
+            ids[position, :end] = torch.tensor([*row.prompt_ids, *row.answer_ids])
+            attention[position, :end] = 1
+            completion[position, start:end] = 1
+        # `index` stands first: Trainer takes the batch size of an evaluation step from the first tensor.
+        batch = {"index": torch.tensor([item["index"] for item in items])}
+        batch |= {"input_ids": ids, "attention_mask": attention, "completion_mask": completion}
+        if self.pattern is not None:
+            batch["target_ids"] = ids.clone()
+            for position, (role, row) in enumerate(rows):
+                if role == "forget":
+                    start, length = len(row.prompt_ids), len(row.answer_ids)
+                    repeated = [self.pattern[i % len(self.pattern)] for i in range(length)]
+                    batch["target_ids"][position, start : start + length] = torch.tensor(repeated)
+        return batch
