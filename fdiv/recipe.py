@@ -5,7 +5,8 @@
 
 Keys at the top level are those of the method's config (TRL's names), of TRL's `ModelConfig`, `ScriptArguments` and
 `DatasetMixtureConfig`, and of `RunKeys` below; the blocks are `prepare:`, `eval:`, `report:` and `sweep:`. A value
-comes from, in rising order of authority, the dataclass default, the recipe, the command line. A value that begins
+comes from, in rising order of authority, the dataclass default, the base that the recipe `extends:`, the recipe, the
+command line. A value that begins
 with `${NAME}` is a path below that environment variable; `${prepare}` is the directory the `prepare:` block built.
 """
 
@@ -16,7 +17,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,19 @@ from fdiv.errors import RecipeError
 from fdiv.methods import METHODS, Method, lookup
 from fdiv.recipe_overrides import KeyPath, parse_overrides, set_value
 from fdiv.recipe_schema import CommandLineValue
-from fdiv.recipe_yaml import Document, read_document
+from fdiv.recipe_yaml import Document, packaged_files, read_document
 
-__all__ = ["Block", "Configs", "Recipe", "ReportKeys", "RunKeys", "find_recipe", "load_recipe", "packaged_recipes"]
+__all__ = [
+    "Block",
+    "Configs",
+    "Recipe",
+    "ReportKeys",
+    "RunKeys",
+    "find_recipe",
+    "is_base",
+    "load_recipe",
+    "packaged_recipes",
+]
 
 _VARIABLE = re.compile(r"^\$\{(\w+)\}")
 
@@ -36,6 +46,9 @@ class RunKeys:
     """Top-level keys that belong to the run and not to TRL."""
 
     method: str = field(metadata={"help": "The training method; `fdiv recipes --keys METHOD` lists its keys."})
+    extends: str | None = field(
+        default=None, metadata={"help": "A base recipe (file or packaged name) whose keys hold unless stated here."}
+    )
     pad_token: str | None = field(
         default=None, metadata={"help": "Padding token, for a tokenizer that has none. Must be in its vocabulary."}
     )
@@ -157,10 +170,13 @@ class Recipe:
 
 
 def packaged_recipes() -> dict[str, Path]:
-    """Name → file of the recipes that are installed with the package (`tiny/f_dpo`)."""
-    root = Path(str(resources.files("fdiv.recipes")))
-    files = (file.relative_to(root) for file in sorted(root.rglob("*.yaml")))
-    return {file.with_suffix("").as_posix(): root / file for file in files if file.parts[0] != "accelerate"}
+    """Name → file of the recipes that are installed with the package (`tiny/f_dpo`), the bases left out."""
+    return {name: file for name, file in packaged_files().items() if not is_base(name)}
+
+
+def is_base(name: str) -> bool:
+    """Whether a packaged file is a base, which recipes extend, and no run by itself: `tofu/base`, `tofu/mini_base`."""
+    return name == "base" or name.endswith(("/base", "_base"))
 
 
 def find_recipe(name: str) -> Path:
@@ -175,14 +191,14 @@ def find_recipe(name: str) -> Path:
     plain = name.removeprefix("recipes/").removesuffix(".yaml")
     origin = f"no recipe file {name!r} and no packaged recipe of that name"
     try:
-        return lookup(packaged_recipes(), plain, "recipe", origin)
+        return lookup(packaged_files(), plain, "recipe", origin)
     except RecipeError as error:
         raise RecipeError(f"{error} (list them with `fdiv recipes`)") from None
 
 
 def recipe_name(path: Path) -> str:
     """`tiny/f_dpo` for a packaged recipe, the file's stem for another."""
-    for name, file in packaged_recipes().items():
+    for name, file in packaged_files().items():
         if file.resolve() == path.resolve():
             return name
     return path.stem
@@ -204,7 +220,7 @@ def load_recipe(
     path = find_recipe(str(source))
     document = read_document(path)
     values = copy.deepcopy(document.values)
-    origins = {key: f"{document.source}, line {line}" for key, line in document.lines.items()}
+    origins = dict(document.places)
     layers = [(override, value, "command line") for override, value in parse_overrides(overrides)]
     layers += [(tuple(key.split(".")), value, "sweep") for key, value in (settings or {}).items()]
     for key, value, where in layers:
@@ -215,9 +231,14 @@ def load_recipe(
 
 def _checked(name: str, document: Document, values: dict[str, Any], origins: dict[KeyPath, str]) -> Recipe:
     export_environment(values.get("env"), document.source)
+    if "extends" in values:
+        raise RecipeError(f"{origins[('extends',)]}: `extends` is a key of a recipe file; write it there")
     where = origins.get(("method",), document.source)
     if "method" not in values:
-        raise RecipeError(f"{document.source}: no `method:`; it is one of {', '.join(sorted(METHODS))}")
+        raise RecipeError(
+            f"{document.source}: no `method:`; it is one of {', '.join(sorted(METHODS))}; a base without one runs "
+            "through a recipe that `extends:` it"
+        )
     if isinstance(values["method"], CommandLineValue):
         values["method"] = values["method"].read()
     lookup(METHODS, values["method"], "method", where)

@@ -45,7 +45,7 @@ def resolved_yaml(recipe: Recipe) -> str:
     ]
     group = ""
     for name, key in top_section(recipe.method).keys.items():
-        if name == "method" or name in BLOCKS:
+        if name in ("method", "extends") or name in BLOCKS:
             continue
         if key.group != group:
             group = key.group
@@ -80,7 +80,7 @@ def _line(recipe: Recipe, name: str, default: Any) -> str:
     if plain(value) == default:
         return _dump({name: default})
     origin = recipe.origins.get((name,), "this machine has no accelerator" if name in recipe.machine else "")
-    return _marked(name, plain(value), _short(origin))
+    return _marked(name, plain(value), _short(origin, recipe.source))
 
 
 def _marked(name: str, value: Any, origin: str) -> str:
@@ -88,9 +88,10 @@ def _marked(name: str, value: Any, origin: str) -> str:
     return f"{text}  # {origin}" if "\n" not in text else f"# {origin}\n{text}"
 
 
-def _short(origin: str) -> str:
-    """`path/to/x.yaml, line 12` → `recipe, line 12`."""
-    return re.sub(r"^.*, line ", "recipe, line ", origin)
+def _short(origin: str, source: str) -> str:
+    """`path/to/x.yaml, line 12` → `recipe, line 12`, or `base, line 12` for a key of the recipe's base."""
+    found = "recipe" if origin.startswith(f"{source}, ") else "base"
+    return re.sub(r"^.*, line ", f"{found}, line ", origin)
 
 
 def _block(block: Block) -> dict[str, Any]:

@@ -1,21 +1,27 @@
-"""Reading one YAML document: the YAML 1.2 core types, line numbers, and no duplicate keys.
+"""Reading a recipe file: the YAML 1.2 core types, line numbers, no duplicate keys, and the base that it `extends:`.
 
 PyYAML reads YAML 1.1, where `1e-4` is a string, `no` is False and `2024-01-01` is a date. A recipe means a number, the
 word and the word.
+
+`extends: NAME` takes every key of a base recipe that the file does not state itself. NAME is a file, relative to the
+folder of the one that names it, or a packaged recipe (`tofu/mini_base`). `merged_values` says how blocks merge.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fdiv.errors import RecipeError
+from fdiv.methods import lookup
 
-__all__ = ["Document", "parse_value", "read_document"]
+__all__ = ["Document", "compose", "is_replaced", "merged_values", "packaged_files", "parse_value", "read_document"]
 
 KeyPath = tuple[str, ...]
 
@@ -40,31 +46,116 @@ for _tag, _pattern, _first in (
 
 @dataclass(frozen=True)
 class Document:
-    """A recipe file as read: its mapping, and the line of every key (`("eval", "batch_size")` → 12)."""
+    """A recipe file as read, its base merged in: the mapping, and where each key stands.
+
+    `places` maps `("eval", "batch_size")` to `FILE, line 12`, FILE being the recipe or its base.
+    """
 
     source: str
     values: dict[str, Any]
-    lines: dict[KeyPath, int]
+    places: dict[KeyPath, str]
+    base: Path | None = None
 
     def where(self, path: KeyPath) -> str:
-        """`FILE, line N` of a key, or of the nearest enclosing key that stands in the file."""
+        """`FILE, line N` of a key, or of the nearest enclosing key that stands in a file."""
         for length in range(len(path), 0, -1):
-            if path[:length] in self.lines:
-                return f"{self.source}, line {self.lines[path[:length]]}"
+            if path[:length] in self.places:
+                return self.places[path[:length]]
         return self.source
 
 
 def read_document(path: Path) -> Document:
-    """Read a recipe file.
+    """Read a recipe file and merge the base that it `extends:`.
 
     Raises:
-        RecipeError: not readable, not YAML, more than one document, not a mapping, a key twice.
+        RecipeError: not readable, not YAML, more than one document, not a mapping, a key twice; no such base, or a
+            base that has a base.
     """
+    document = _read_file(path)
+    base = _base(document, path)
+    values = {key: value for key, value in document.values.items() if key != "extends"}
+    places = {key: place for key, place in document.places.items() if key[0] != "extends"}
+    if base is None:
+        return Document(document.source, values, places)
+    below = _read_file(base)
+    if below.values.get("extends") is not None:
+        raise RecipeError(
+            f"{below.where(('extends',))}: the base of {document.source} itself extends {below.values['extends']!r}; "
+            "one level is allowed: write the keys out in one of the two"
+        )
+    replaced = [key for key in places if is_replaced(_at(below.values, key), _at(values, key))]
+    kept = {
+        key: place
+        for key, place in below.places.items()
+        if key[0] != "extends" and not any(key[: len(other)] == other for other in replaced)
+    }
+    return Document(document.source, merged_values(below.values, values), {**kept, **places}, base)
+
+
+def merged_values(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of both mappings; the overlay's win.
+
+    Two mappings under one key (`prepare:`, `eval:`) merge key by key in the same way, unless their `name` differs:
+    another builder, evaluation or divergence has other keys, so the overlay's mapping stands alone. A list, a plain
+    value and null replace what the base says; `eval: null` removes the block.
+    """
+    merged = {key: value for key, value in base.items() if key != "extends"}
+    for key, value in overlay.items():
+        merged[key] = value if is_replaced(merged.get(key), value) else merged_values(merged[key], value)
+    return merged
+
+
+def is_replaced(below: Any, value: Any) -> bool:
+    """Whether an overlay's value takes the place of the base's, rather than being merged with it."""
+    if not (isinstance(below, dict) and isinstance(value, dict)):
+        return True
+    return "name" in value and below.get("name") != value["name"]
+
+
+def _at(values: Any, path: KeyPath) -> Any:
+    """The value at a path; None where there is none."""
+    for key in path:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _base(document: Document, path: Path) -> Path | None:
+    """The file that `extends:` names: relative to the recipe's folder, else a packaged one."""
+    name, where = document.values.get("extends"), document.where(("extends",))
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise RecipeError(f"{where}: `extends` must be the name or file of one recipe, got {name!r}")
+    for file in (path.parent / name, path.parent / f"{name}.yaml"):
+        if file.is_file() and file.resolve() != path.resolve():
+            return file
+    return lookup(packaged_files(), name.removesuffix(".yaml"), "base of `extends`", where)
+
+
+def packaged_files() -> dict[str, Path]:
+    """Name → file of the recipes and bases that are installed with the package (`tiny/f_dpo`, `tofu/mini_base`)."""
+    root = Path(str(resources.files("fdiv.recipes")))
+    files = (file.relative_to(root) for file in sorted(root.rglob("*.yaml")))
+    return {file.with_suffix("").as_posix(): root / file for file in files if file.parts[0] != "accelerate"}
+
+
+def _read_file(path: Path) -> Document:
+    """One file alone, `extends` among its values."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from error
     source = str(path)
+    _, values, lines = compose(text, source)
+    return Document(source, values, {key: f"{source}, line {line}" for key, line in lines.items()})
+
+
+def compose(text: str, source: str) -> tuple[yaml.MappingNode, dict[str, Any], dict[KeyPath, int]]:
+    """The node tree of a document, its mapping, and the line of every key.
+
+    Raises:
+        RecipeError: not YAML, more than one document, empty, not a mapping, a key twice.
+    """
     loader = _CoreLoader(text)
     try:
         node = loader.get_single_node()
@@ -74,7 +165,7 @@ def read_document(path: Path) -> Document:
             raise RecipeError(f"{source} must be a mapping of keys to values at the top level")
         lines: dict[KeyPath, int] = {}
         _collect_lines(node, (), source, lines)
-        return Document(source, loader.construct_document(node), lines)
+        return node, loader.construct_document(node), lines
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}, line {mark.line + 1}" if mark else source

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from fdiv.errors import RecipeError
 from fdiv.methods import METHODS, load, lookup
-from fdiv.recipe import find_recipe, packaged_recipes
-from fdiv.recipe_yaml import parse_value, read_document
+from fdiv.recipe import find_recipe, is_base, packaged_recipes
+from fdiv.recipe_whole import whole_text
+from fdiv.recipe_yaml import packaged_files, parse_value, read_document
 from fdiv.terminal import number, print_table
 
 __all__ = ["divergences", "recipes"]
@@ -115,19 +115,20 @@ def recipes(name: str | None, copy_to: str | None, method: str | None) -> int:
         if copy_to is not None:
             raise RecipeError("--copy needs the name of a recipe: fdiv recipes NAME --copy TO")
         rows = [(name, *_headline(path)) for name, path in packaged_recipes().items()]
-        notes = ["Run one: fdiv run NAME"]
+        bases = ", ".join(base for base in packaged_files() if is_base(base))
+        notes = ["Run one: fdiv run NAME", f"Bases, which a recipe of yours may extend too (`extends: NAME`): {bases}"]
         print_table("Packaged recipes", ("name", "method", "what it does"), rows, notes, text_columns=(0, 1, 2))
         return 0
     path = find_recipe(name)
     if copy_to is None:
-        sys.stdout.write(path.read_text(encoding="utf-8"))
+        sys.stdout.write(whole_text(path))
         return 0
     target = Path(copy_to)
     target = target / path.name if target.is_dir() else target
     if target.exists():
         raise RecipeError(f"{target} exists and is left alone; give another --copy")
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, target)
+    target.write_text(whole_text(path), encoding="utf-8")
     sys.stdout.write(f"{target}\n")
     return 0
 
