@@ -207,6 +207,7 @@ PREPARE: dict[str, str] = {
     "safe_rlhf_negatives": "fdiv.alignment.safe_rlhf_negatives:SafeRLHFNegativesConfig",
     "tiny_authors": "fdiv.unlearning.tiny_authors:TinyAuthorsConfig",
     "novels_unlearning": "fdiv.unlearning.novels_unlearning:NovelsUnlearningConfig",
+    "tofu_memorised": "fdiv.unlearning.tofu_memorised:TofuMemorisedConfig",
     "tofu_unlearning": "fdiv.unlearning.tofu_unlearning:TofuUnlearningConfig",
 }
 """`prepare: {name: …}`: a dataclass with `build(output_dir) -> dict` of the recipe keys it settles."""

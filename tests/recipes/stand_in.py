@@ -28,6 +28,7 @@ _CHEAP_PREPARE: dict[str, dict[str, Any]] = {
         **{"forget_passages": 2, "retain_passages": 4, "passage_words": 40, "prompt_words": 5, "epochs": 1},
         **{"vocab_size": 300, "hidden_size": 32, "layers": 2, "bf16": False},
     },
+    "tofu_memorised": {"forget_rows": 4, "retain_rows": 4, "epochs": 1},
     "tiny_authors": {"authors": 4, "forget_authors": 1, "train_steps": 2},
     "rehearsal": {"num_samples": 2, "threshold": "1", "tries": 8, "max_completion_length": 4, "seed": 1},
 }
@@ -112,7 +113,7 @@ def stand_in_recipe(path: Path, model: Path, folder: Path) -> Recipe:
         settings["model_name_or_path"] = str(model)
     if "pad_token" in values:
         settings["pad_token"] = _pad_token(model)
-    settings |= _data(values, folder) | _prepare(values, folder) | _unlearning(values, folder)
+    settings |= _data(values, folder) | _prepare(values, folder, model) | _unlearning(values, folder)
     settings |= _evaluations(values, folder)
     settings |= _rollouts(values) | _rehearsal(values, model, folder)
     return load_recipe(path, (), settings)
@@ -222,7 +223,7 @@ def _renamed(rows: list[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
     return [{k: f"{prefix}{v}" if k in ("question", "prompt", "text") else v for k, v in row.items()} for row in rows]
 
 
-def _prepare(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _prepare(values: Mapping[str, Any], folder: Path, model: Path) -> dict[str, Any]:
     block = values.get("prepare")
     if not block:
         return {}
@@ -264,6 +265,13 @@ def _prepare(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             rows = _renamed(question_rows(), prefix)
             (source / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         settings |= {"prepare.data": str(source), "prepare.retain_model": None}
+    if block["name"] == "tofu_memorised":
+        source = folder / "tofu"
+        source.mkdir(parents=True, exist_ok=True)
+        for name in ("forget01", "retain", "real_authors", "world_facts"):
+            _write_rows(source / f"{name}_perturbed.json", _renamed(question_rows(), f"{name} "))
+        _write_rows(source / "holdout01.json", _renamed(question_rows(), "holdout "))
+        settings |= {"prepare.data": str(source), "prepare.model": str(model)}
     return settings
 
 
