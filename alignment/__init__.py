@@ -3,20 +3,20 @@
 if __name__ != "fdiv.alignment":
     raise ImportError("this folder is installed as fdiv.alignment: use `import fdiv.alignment`")
 
-from importlib import import_module
-from typing import Any
 
-from fdiv.alignment.f_dpg_objective import f_dpg_coefficient, f_dpg_loss
-from fdiv.alignment.losses import d2o_loss, f_dpo_loss, f_dpo_rewards
+from fdiv.alignment.d2o.loss import d2o_loss
+from fdiv.alignment.f_dpg.loss import f_dpg_coefficient, f_dpg_loss
+from fdiv.alignment.f_dpo.loss import f_dpo_loss, f_dpo_rewards
+from fdiv.lazy import attach
 
 # The trainers import trl (seconds), so they are loaded on first use.
 _LAZY = {
-    "D2OConfig": "fdiv.alignment.d2o",
-    "D2OTrainer": "fdiv.alignment.d2o",
-    "FDPGConfig": "fdiv.alignment.f_dpg",
-    "FDPGTrainer": "fdiv.alignment.f_dpg",
-    "FDPOConfig": "fdiv.alignment.f_dpo",
-    "FDPOTrainer": "fdiv.alignment.f_dpo",
+    "D2OConfig": "fdiv.alignment.d2o.trainer",
+    "D2OTrainer": "fdiv.alignment.d2o.trainer",
+    "FDPGConfig": "fdiv.alignment.f_dpg.trainer",
+    "FDPGTrainer": "fdiv.alignment.f_dpg.trainer",
+    "FDPOConfig": "fdiv.alignment.f_dpo.trainer",
+    "FDPOTrainer": "fdiv.alignment.f_dpo.trainer",
 }
 
 __all__ = [
@@ -34,11 +34,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = attach(__name__, _LAZY)

@@ -18,13 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fdiv.completion_text import completion_text
-from fdiv.errors import FdivError
+from fdiv.errors import ScorerError
+from fdiv.inference.prompting import completion_text
 
 __all__ = [
     "SCORERS",
     "Scorer",
-    "ScorerError",
     "build_scorer",
     "checked_scorer",
     "classifier",
@@ -36,10 +35,6 @@ __all__ = [
 ]
 
 Scorer = Callable[..., Sequence[float]]
-
-
-class ScorerError(FdivError, ValueError):
-    """A scorer raised, or returned the wrong number of scores, or something that is not a finite number."""
 
 
 def _named(name: str, score: Callable[[str], float]) -> Scorer:

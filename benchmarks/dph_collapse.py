@@ -73,7 +73,7 @@ COLUMNS = {
 
 # ---------------------------------------------------------------- one cell, in a process of its own
 def load(args: argparse.Namespace, folder: Path, overrides: list[str]) -> Any:
-    from fdiv.recipe import load_recipe
+    from fdiv.recipe.load import load_recipe
 
     common = ["--output_dir", str(folder), "--overwrite_output_dir", "--report", "null"]
     return load_recipe(args.recipe, [*common, *args.override, *overrides])
@@ -81,7 +81,7 @@ def load(args: argparse.Namespace, folder: Path, overrides: list[str]) -> Any:
 
 def run_cell(args: argparse.Namespace) -> None:
     """Train and evaluate one cell (or only evaluate the base model) and write `cell.json` last."""
-    from fdiv.run import prepare, run_recipe
+    from fdiv.run.run import prepare, run_recipe
 
     folder = Path(args.cell)
     recipe = load(args, folder, args.method_options)
@@ -121,8 +121,8 @@ def evaluate(config: Any, model_path: str, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fdiv.eval.generation import _stop_ids
-    from fdiv.eval.pass_at_k_run import draw_with_transformers, write_samples
+    from fdiv.eval.pass_at_k.evaluation import draw_with_transformers, write_samples
+    from fdiv.inference.greedy import _stop_ids
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     tokenizer, model = (kind.from_pretrained(model_path) for kind in (AutoTokenizer, AutoModelForCausalLM))
@@ -147,8 +147,8 @@ def evaluate(config: Any, model_path: str, folder: Path) -> dict[str, Any]:
 
 
 def compared(config: Any, counts: Any, base: Path) -> dict[str, Any]:
-    from fdiv.eval.pass_at_k_records import counts_of_samples
-    from fdiv.eval.pass_at_k_summary import compare_with_base
+    from fdiv.eval.pass_at_k.aggregate import compare_with_base
+    from fdiv.eval.pass_at_k.records import counts_of_samples
 
     rows = [row for row in map(json.loads, base.read_text().splitlines()) if row["sample"] >= 0]
     start = counts_of_samples(rows, config.unscored, str(base))

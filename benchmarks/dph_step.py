@@ -41,8 +41,8 @@ def rehearsal_cache(model_dir: str, rows: int, length: int, prompt_length: int |
     """`rows` random completions under random prompts; their log-probabilities are made up, as only time matters."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fdiv.fingerprints import tokenizer_fingerprint, weights_fingerprint
-    from fdiv.rl.rehearsal import RehearsalCache, RehearsalHeader, RehearsalRow
+    from fdiv.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
+    from fdiv.rl.dph.rehearsal import RehearsalCache, RehearsalHeader, RehearsalRow
 
     generator = torch.Generator().manual_seed(1)
 
@@ -64,7 +64,7 @@ def build(kind: str, model_dir: str, options: argparse.Namespace, folder: str) -
     """A trainer of `kind`, with optimizer and schedule, ready to step."""
     from datasets import Dataset
 
-    from fdiv.frozen_reference import FrozenReference
+    from fdiv.models.reference import FrozenReference
     from fdiv.rl import DPHConfig, DPHTrainer
 
     class LiveReferenceTrainer(DPHTrainer):
@@ -167,8 +167,8 @@ def main() -> None:
     if options.memory_of:
         print(json.dumps(peak_memory(options.memory_of, options.model_dir, options)))
         return
+    from fdiv.models.tiny import build_tiny_model
     from fdiv.provenance import environment
-    from fdiv.tiny_models import build_tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
         model_dir = str(

@@ -123,8 +123,8 @@ def main() -> None:
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "f_dpo_step_time.json"))
     options = parser.parse_args()
 
+    from fdiv.models.tiny import build_tiny_model
     from fdiv.provenance import environment
-    from fdiv.tiny_models import build_tiny_model
 
     named = options.divergences or LAWFUL
     divergences = [json.loads(d) if isinstance(d, str) and d.startswith("{") else d for d in named]

@@ -158,7 +158,7 @@ def stop(process: subprocess.Popen[Any]) -> None:
     """
     import psutil
 
-    from fdiv.child_processes import descendants, wait_until_gone
+    from fdiv.cli.launch import descendants, wait_until_gone
 
     found = descendants(process.pid) | {psutil.Process(process.pid)}
     os.killpg(process.pid, signal.SIGTERM)

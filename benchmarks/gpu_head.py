@@ -43,7 +43,7 @@ def build(size: HeadSize, device: str) -> Any:
     """A Llama without layers, in bfloat16; tied to nothing."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from fdiv.logprobs import enable_fused_head
+    from fdiv.models.logprobs import enable_fused_head
 
     config = LlamaConfig(
         vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.hidden, num_hidden_layers=0,
@@ -59,7 +59,7 @@ def build(size: HeadSize, device: str) -> Any:
 
 def log_probs(variant: str, model: Any, ids: Tensor) -> Tensor:
     """`[rows, tokens]` log-probabilities of every token but the first, one way or another."""
-    from fdiv.logprobs import token_scores
+    from fdiv.models.logprobs import token_scores
 
     mask = torch.ones_like(ids)
     if variant == "log_softmax_gather":

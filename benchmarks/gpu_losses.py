@@ -32,7 +32,7 @@ def drift(reference: list[float], found: list[float]) -> dict[str, float]:
 
 def prepare(folder: Path) -> None:
     """The model, enough recorded rollouts for `tests.scale.run_trainers.STEPS` steps, and a rehearsal cache."""
-    from fdiv.tiny_models import build_tiny_model
+    from fdiv.models.tiny import build_tiny_model
     from tests.alignment.f_dpg_runs import recorded
     from tests.rl.dph_runs import cache
     from tests.scale.run_trainers import STEPS

@@ -76,7 +76,7 @@ def model_config(size: StepSize) -> Any:
 
 def tokenizer() -> Any:
     """One token for each byte, so that a text's length in tokens is known."""
-    from fdiv.tiny_models import build_tiny_tokenizer
+    from fdiv.models.tiny import build_tiny_tokenizer
 
     return build_tiny_tokenizer(vocab_size=_VOCABULARY)
 

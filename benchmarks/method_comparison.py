@@ -115,8 +115,8 @@ class Comparison(ABC):
         recipe, *overrides = {**self.main, **self.rest}[label]
         folder = self.folder(label, rate, seed)
         code = (
-            "import sys; from pathlib import Path; from fdiv.recipe import load_recipe; "
-            "from fdiv.run import run_recipe; "
+            "import sys; from pathlib import Path; from fdiv.recipe.model import load_recipe; "
+            "from fdiv.run.run import run_recipe; "
             "run_recipe(load_recipe(sys.argv[1], sys.argv[3:]), prepared=Path(sys.argv[2]))"
         )
         options = ["--output_dir", str(folder), "--overwrite_output_dir", "--eval", "null", *self.train_options()]

@@ -3,7 +3,7 @@
     FDIV_SHARED=DIR python benchmarks/muse_methods.py --output results/muse_novels --runs runs/muse --minutes 60
 
 The protocol is that of `method_comparison.py`; epochs are selected on 40 rows of each set. The first run builds the
-task and its two models (`fdiv.unlearning.novels_unlearning`).
+task and its two models (`fdiv.recipes.tasks.novels.unlearning`).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fdiv.eval.pass_at_k_metrics import pass_at_k
+from fdiv.eval.pass_at_k.metrics import pass_at_k
 from fdiv.provenance import command_line, environment
 
 

@@ -142,8 +142,8 @@ class Queue:
 
     def cell(self, label: str, rate: str, seed: int) -> None:
         """Train one adapter and evaluate it."""
-        from fdiv.recipe import load_recipe
-        from fdiv.run import run_recipe
+        from fdiv.recipe.load import load_recipe
+        from fdiv.run.run import run_recipe
 
         recipe, *overrides = ARMS[label]
         folder, data = self.folder(label, rate, seed), self.build / "data"
@@ -167,9 +167,9 @@ class Queue:
         """Evaluate a model on all rows and write `TOFU_EVAL.json` and `cell.json` into `folder`."""
         if (folder / "cell.json").is_file():
             return
-        from fdiv.eval.eval_log import write_eval_log
-        from fdiv.eval.model_loading import load_model, load_tokenizer
-        from fdiv.eval.tofu import TofuEvalConfig, TofuEvaluation
+        from fdiv.eval.benchmark.log import write_eval_log
+        from fdiv.eval.tofu.evaluation import TofuEvalConfig, TofuEvaluation
+        from fdiv.models.loading import load_model, load_tokenizer
 
         since = time.process_time() if since is None else since
         folder.mkdir(parents=True, exist_ok=True)

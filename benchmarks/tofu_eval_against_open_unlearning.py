@@ -67,9 +67,9 @@ def run_ours(task: dict[str, Any]) -> None:
     import scipy.stats  # noqa: F401
     from accelerate.utils import extract_model_from_parallel
 
-    from fdiv.eval.eval_log import write_eval_log
-    from fdiv.eval.model_loading import load_model, load_tokenizer
-    from fdiv.eval.tofu import TofuEvalConfig, TofuEvaluation
+    from fdiv.eval.benchmark.log import write_eval_log
+    from fdiv.eval.tofu.evaluation import TofuEvalConfig, TofuEvaluation
+    from fdiv.models.loading import load_model, load_tokenizer
 
     folder = Path(task["folder"])
     model, tokenizer = load_model(task["model"], dtype="float32"), load_tokenizer(task["model"])

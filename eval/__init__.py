@@ -5,27 +5,14 @@ are imported on first use. `fdiv eval tofu`, `fdiv eval muse`, `fdiv eval lm_eva
 `fdiv eval passk` are the same from the shell.
 """
 
-from importlib import import_module
-from typing import Any
-
 if __name__ != "fdiv.eval":
     raise ImportError("this folder is installed as fdiv.eval: use `import fdiv.eval`, not `import eval`")
 
-from fdiv.eval.membership import auc, gradnorm_score, min_k_plus_plus_score, min_k_score, privleak, zlib_score
-from fdiv.eval.memorization import exact_memorization, extraction_strength
-from fdiv.eval.pass_at_k_metrics import (
-    bootstrap_standard_error,
-    g_pass_at_k,
-    keep_and_explore,
-    majority_at_n,
-    mean_at_n,
-    mg_pass_at_k,
-    pass_at_k,
-    pass_hat_k,
-)
-from fdiv.eval.presets import PRESETS, Preset, get_preset
-from fdiv.eval.text_overlap import ngram_entropy, rouge_scores
-from fdiv.eval.truth import (
+from fdiv.eval.benchmark.presets import PRESETS, Preset, get_preset
+from fdiv.eval.metrics.membership import auc, gradnorm_score, min_k_plus_plus_score, min_k_score, privleak, zlib_score
+from fdiv.eval.metrics.memorization import exact_memorization, extraction_strength
+from fdiv.eval.metrics.text_overlap import ngram_entropy, rouge_scores
+from fdiv.eval.metrics.truth import (
     closer_to_one,
     forget_quality,
     knowledge_share,
@@ -35,34 +22,37 @@ from fdiv.eval.truth import (
     true_better,
     truth_ratio,
 )
+from fdiv.eval.pass_at_k.metrics import (
+    bootstrap_standard_error,
+    g_pass_at_k,
+    keep_and_explore,
+    majority_at_n,
+    mean_at_n,
+    mg_pass_at_k,
+    pass_at_k,
+    pass_hat_k,
+)
+from fdiv.lazy import attach
 
 _LAZY = {
-    "EvalContext": "fdiv.eval.context",
-    "EvalLog": "fdiv.eval.eval_log",
-    "MuseEvalConfig": "fdiv.eval.muse",
-    "MuseEvaluation": "fdiv.eval.muse",
-    "PassKEvalConfig": "fdiv.eval.pass_at_k_run",
-    "TofuEvalConfig": "fdiv.eval.tofu",
-    "TofuEvaluation": "fdiv.eval.tofu",
-    "aggregate_muse": "fdiv.eval.muse_aggregate",
-    "aggregate_tofu": "fdiv.eval.tofu_aggregate",
-    "generate_texts": "fdiv.eval.generation",
-    "read_eval_log": "fdiv.eval.eval_log",
-    "score_texts": "fdiv.eval.scoring",
-    "write_eval_log": "fdiv.eval.eval_log",
+    "EvalContext": "fdiv.evaluation",
+    "EvalLog": "fdiv.eval.benchmark.log",
+    "MuseEvalConfig": "fdiv.eval.muse.evaluation",
+    "MuseEvaluation": "fdiv.eval.muse.evaluation",
+    "PassKEvalConfig": "fdiv.eval.pass_at_k.evaluation",
+    "TofuEvalConfig": "fdiv.eval.tofu.evaluation",
+    "TofuEvaluation": "fdiv.eval.tofu.evaluation",
+    "aggregate_muse": "fdiv.eval.muse.aggregate",
+    "aggregate_tofu": "fdiv.eval.tofu.aggregate",
+    "generate_texts": "fdiv.inference.greedy",
+    "read_eval_log": "fdiv.eval.benchmark.log",
+    "score_texts": "fdiv.inference.scoring",
+    "write_eval_log": "fdiv.eval.benchmark.log",
 }
 """Where the names that need more than numpy are."""
 
 
-def __getattr__(name: str) -> Any:
-    """Import an evaluation on first use."""
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+__getattr__, __dir__ = attach(__name__, _LAZY)
 
 
 __all__ = [

@@ -9,7 +9,7 @@ import tempfile
 from datasets import Dataset
 
 from fdiv.alignment import D2OConfig, D2OTrainer
-from fdiv.tiny_models import build_tiny_model
+from fdiv.models.tiny import build_tiny_model
 
 
 def rudeness(completions, **columns):

@@ -9,9 +9,9 @@ import tempfile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fdiv.alignment import FDPGConfig, FDPGTrainer
-from fdiv.alignment.quasi_rejection import sample_target
-from fdiv.alignment.targets import build_target
-from fdiv.alignment.tiny_texts import TinyTextsConfig
+from fdiv.alignment.f_dpg.quasi_rejection import sample_target
+from fdiv.alignment.f_dpg.targets import build_target
+from fdiv.recipes.tasks.tiny.texts import TinyTextsConfig
 
 
 def praises(completions, **_):

@@ -10,7 +10,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from fdiv.alignment import f_dpo_loss
-from fdiv.tiny_models import build_tiny_model
+from fdiv.models.tiny import build_tiny_model
 
 
 class MyFDPOTrainer(DPOTrainer):

@@ -9,7 +9,7 @@ import tempfile
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from fdiv.tiny_models import build_tiny_model
+from fdiv.models.tiny import build_tiny_model
 from fdiv.unlearning import answer_score, flat_loss
 
 

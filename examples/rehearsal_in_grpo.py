@@ -11,9 +11,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from fdiv.logprobs import token_scores
+from fdiv.models.logprobs import token_scores
+from fdiv.models.tiny import build_tiny_model
 from fdiv.rl import rehearsal_loss
-from fdiv.tiny_models import build_tiny_model
 
 LENGTH = 8
 

@@ -6,10 +6,15 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "FdivError",
+    "MomentError",
     "NonFiniteLossError",
     "RecipeError",
     "RequirementError",
+    "RewardError",
+    "RolloutError",
+    "ScorerError",
     "TerminatedError",
+    "WorkerError",
 ]
 
 
@@ -45,3 +50,23 @@ class TerminatedError(FdivError):
     """SIGTERM ended the run; the exit code is the shell's for it, 128 + 15."""
 
     exit_code = 143
+
+
+class RolloutError(FdivError):
+    """A back end gave no completion for a prompt, an empty one, or one without its log-probabilities."""
+
+
+class ScorerError(FdivError, ValueError):
+    """A scorer raised, or returned the wrong number of scores, or something that is not a finite number."""
+
+
+class MomentError(FdivError, ValueError):
+    """No λ gives the wanted moments on these samples, or too few samples carry it."""
+
+
+class RewardError(FdivError):
+    """Rewards are missing for too many answers: training on what is left would not be what was asked for."""
+
+
+class WorkerError(FdivError):
+    """The workers cannot be started: a package is missing, or the machine has no memory or processes left."""

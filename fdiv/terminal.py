@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["binary_size", "complain", "info", "is_main_process", "number", "print_table", "run_table"]
+from fdiv.lazy import attach
+
+__all__ = ["binary_size", "complain", "info", "is_main_process", "number", "print_table"]
 
 
 def is_main_process() -> bool:
@@ -79,22 +81,6 @@ def print_table(
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
-def run_table(result: Mapping[str, Any], output_dir: Any) -> None:
-    """The end-of-run table: every summary metric before and after training, and the change."""
-    rows = []
-    for name in result["summary_metrics"]:
-        before, after = result.get(f"before/{name}"), result.get(f"after/{name}")
-        change = None if before is None or after is None else after - before
-        rows.append((name, number(before), number(after), "–" if change is None else f"{change:+.4g}"))
-    if not rows:
-        trained = {name: value for name, value in result.items() if name.startswith("train/")}
-        rows = [(name.removeprefix("train/"), "–", number(value), "–") for name, value in trained.items()]
-    title = f"{result['recipe']} · {divergence_label(result['divergence'])} · seed {result['seed']}"
-    notes = [f"{name}: {reason}" for name, reason in result["notes"].items()]
-    notes.append(f"{result['steps']} steps in {result['train_seconds']:.1f} s; everything is in {output_dir}")
-    print_table(title, ("metric", "before", "after", "change"), rows, notes)
-
-
 def divergence_label(spec: Any) -> str:
     """`reverse_kl`, `alpha(alpha=0.3)`, or `no divergence`."""
     if spec is None:
@@ -103,3 +89,7 @@ def divergence_label(spec: Any) -> str:
         return spec
     parameters = ", ".join(f"{name}={value}" for name, value in spec.items() if name != "name")
     return f"{spec.get('name')}({parameters})" if parameters else str(spec.get("name"))
+
+
+# Names of release 0.1 that live elsewhere now.
+__getattr__, __dir__ = attach(__name__, {"run_table": "fdiv.report.table"})

@@ -4,27 +4,25 @@ The losses, advantages and KL estimators are pure functions and imported with th
 rehearsal machinery are imported on first use.
 """
 
-from importlib import import_module
-from typing import Any
-
 if __name__ != "fdiv.rl":
     raise ImportError("this folder is installed as fdiv.rl: use `import fdiv.rl`, not `import rl`")
 
+from fdiv.lazy import attach
 from fdiv.rl.advantages import list_advantages, resolve_advantage
-from fdiv.rl.kl_estimators import list_kl_estimators, resolve_kl
-from fdiv.rl.losses import (
+from fdiv.rl.dph.loss import (
     check_rehearsal_divergence,
     js_on_policy,
     js_on_reference,
     rehearsal_coefficient,
     rehearsal_loss,
 )
+from fdiv.rl.kl_estimators import list_kl_estimators, resolve_kl
 
 # These import transformers and trl (seconds), so they are loaded on first use.
 _LAZY = {
-    "DPHConfig": "fdiv.rl.dph",
-    "DPHTrainer": "fdiv.rl.dph",
-    "RehearsalCache": "fdiv.rl.rehearsal",
+    "DPHConfig": "fdiv.rl.dph.trainer",
+    "DPHTrainer": "fdiv.rl.dph.trainer",
+    "RehearsalCache": "fdiv.rl.dph.rehearsal",
 }
 
 __all__ = [
@@ -43,11 +41,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = attach(__name__, _LAZY)

@@ -55,7 +55,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved random Llama with its tokenizer and chat template. Shared by all tests: read it, never write to it."""
-    from fdiv.tiny_models import build_tiny_model
+    from fdiv.models.tiny import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
 
@@ -63,7 +63,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `tiny_model_dir`, with learned absolute positions (GPT-2)."""
-    from fdiv.tiny_models import build_tiny_model
+    from fdiv.models.tiny import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny-gpt2", architecture="gpt2")
 

@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 
-from fdiv import checkpoints
-from fdiv.checkpoints import (
+from fdiv.errors import CheckpointError
+from fdiv.training import checkpoints
+from fdiv.training.checkpoints import (
     MARKER,
     STAGING,
     checkpoint_fault,
@@ -17,7 +18,6 @@ from fdiv.checkpoints import (
     read_marker,
     recover,
 )
-from fdiv.errors import CheckpointError
 
 
 def rewrite(folder, **parts):

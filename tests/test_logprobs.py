@@ -7,14 +7,7 @@ import inspect
 import pytest
 import torch
 
-from fdiv.logprobs import (
-    OUTPUTS,
-    enable_fused_head,
-    fused_head,
-    mean_log_prob,
-    sequence_log_prob,
-    token_scores,
-)
+from fdiv.models.logprobs import OUTPUTS, enable_fused_head, fused_head, mean_log_prob, sequence_log_prob, token_scores
 
 
 def _build(architecture: str, vocab: int = 123, seed: int = 0) -> torch.nn.Module:
@@ -87,7 +80,9 @@ def test_equals_unpadded_log_softmax(architecture, fused, side):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_fused_and_plain_agree_in_value_and_gradient(architecture, temperature, monkeypatch):
-    monkeypatch.setattr("fdiv.logprobs._CHUNK_LOGITS", 123 * 10)  # 138 rows in chunks of 10: the chunking is exercised
+    monkeypatch.setattr(
+        "fdiv.models.logprobs._CHUNK_LOGITS", 123 * 10
+    )  # 138 rows in chunks of 10: the chunking is exercised
     batch, results = _batch(), {}
     for fused in (True, False):
         model = _build(architecture)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fdiv.logprobs import token_scores
-from fdiv.rollouts import RecordedRollouts, RolloutError, RolloutMixin, _check_completions, record_log_probs
-from fdiv.vllm_http import VLLMServerRollouts, merged_state_dict
+from fdiv.errors import RolloutError
+from fdiv.inference.vllm_server import VLLMServerRollouts, merged_state_dict
+from fdiv.models.logprobs import token_scores
+from fdiv.training.rollouts import RecordedRollouts, RolloutMixin, _check_completions, record_log_probs
 
 
 @pytest.mark.parametrize("folder", ["tiny_model_dir", "tiny_gpt2_dir"])

@@ -15,8 +15,8 @@ import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 
-from fdiv.rl.presample import presample
-from fdiv.rollouts import RolloutError
+from fdiv.errors import RolloutError
+from fdiv.rl.presample.run import presample
 from tests.alignment.f_dpg_runs import SOFT, flat, load, trainer
 from tests.rl import dph_runs
 from tests.rl.presample_runs import config, read_lines, write_rows

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fdiv.tiny_models import build_tiny_model, build_tiny_tokenizer
+from fdiv.models.tiny import build_tiny_model, build_tiny_tokenizer
 
 
 def _digests(folder):
@@ -45,7 +45,7 @@ def test_same_arguments_same_bytes_in_another_process_and_random_state_kept(tmp_
     here = build_tiny_model(tmp_path / "here", vocab_texts=["aa bb aa bb cc dd ee ff"], seed=3)
     assert torch.equal(torch.random.get_rng_state(), before)
     script = (
-        "import sys; from fdiv.tiny_models import build_tiny_model as b;"
+        "import sys; from fdiv.models.tiny import build_tiny_model as b;"
         "b(sys.argv[1], vocab_texts=['aa bb aa bb cc dd ee ff'], seed=3)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "there")], check=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fdiv.alignment.losses import f_dpo_loss
+from fdiv.alignment.f_dpo.loss import f_dpo_loss
 from fdiv.divergences import Divergence, get_divergence
 
 DivergenceSpec = str | Mapping | Divergence
@@ -207,7 +207,7 @@ def idk_dpo(
         template_log_ratio: [B] summed log-ratio of the template answer (chosen).
         forget_log_ratio: [B] summed log-ratio of the forget answer (rejected).
         divergence: lawful for f-DPO, that is f'(0⁺) = −∞.
-        beta: β > 0. max_exponent: see `fdiv.alignment.losses.f_dpo_loss`.
+        beta: β > 0. max_exponent: see `fdiv.alignment.f_dpo.loss.f_dpo_loss`.
 
     Raises:
         ValueError: an unlawful divergence, or β not above 0.

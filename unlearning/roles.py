@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fdiv.frozen_reference import FrozenReference
-from fdiv.logprobs import token_scores
+from fdiv.models.logprobs import token_scores
+from fdiv.models.reference import FrozenReference
 
 if TYPE_CHECKING:
     from fdiv.unlearning.data import EncodedAnswer, UnlearningCollator

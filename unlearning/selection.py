@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fdiv.methods import EVALUATIONS, load
+from fdiv.catalog import EVALUATIONS, load
 
 __all__ = ["MUSE_TERMS", "TOFU_TERMS", "build_evaluation", "evaluate_epoch", "selection_score"]
 
@@ -61,7 +61,7 @@ def evaluate_epoch(trainer: Any, evaluation: Any) -> dict[str, float]:
     Raises:
         ValueError: `metric_for_best_model: selection` needs a metric that the evaluation does not give.
     """
-    from fdiv.eval.context import EvalContext
+    from fdiv.evaluation import EvalContext
 
     args, model = trainer.args, trainer.model
     folder = Path(args.output_dir) / "epoch_evaluation"

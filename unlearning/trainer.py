@@ -16,12 +16,13 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from fdiv.divergences import Divergence, get_divergence
-from fdiv.frozen_reference import FrozenReference
-from fdiv.preference_data import check_pad_token
-from fdiv.recipe_dump import plain
-from fdiv.resumable import data_fingerprint
-from fdiv.step_shape import StepShape
-from fdiv.training import ObjectiveTrainerMixin, log_ratio_quantiles
+from fdiv.files import plain
+from fdiv.memory.step_shape import StepShape
+from fdiv.models.fingerprints import data_fingerprint
+from fdiv.models.reference import FrozenReference
+from fdiv.statistics.estimates import log_ratio_quantiles
+from fdiv.training.data_checks import check_pad_token
+from fdiv.training.trainer import ObjectiveTrainerMixin
 from fdiv.unlearning.config import TemplateConfig, UnlearningConfig
 from fdiv.unlearning.data import ForgetDataset, UnlearningCollator
 from fdiv.unlearning.data.assembly import build_forget_dataset, read_retain_rows

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import fdiv
+from fdiv.catalog import EVAL_COMMANDS, load
 from fdiv.errors import FdivError
-from fdiv.methods import EVAL_COMMANDS, load
 from fdiv.terminal import complain
 
 __all__ = ["main"]
@@ -155,13 +155,13 @@ def _fail(error: Exception, args: argparse.Namespace, code: int) -> int:
 
 
 def _run(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    from fdiv.cli.run_verb import run
+    from fdiv.cli.verbs import run
 
     return run(args, rest, words)
 
 
 def _sweep(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    from fdiv.cli.run_verb import sweep
+    from fdiv.cli.verbs import sweep
 
     return sweep(args, rest, words)
 
@@ -177,7 +177,7 @@ def _eval(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
 
 
 def _presample(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    from fdiv.rl.presample_command import command
+    from fdiv.rl.presample.command import command
 
     parser = _Parser(prog="fdiv presample", description=command.__doc__)
     command.add_arguments(parser)
@@ -190,7 +190,7 @@ def _presample(args: argparse.Namespace, rest: list[str], words: list[str]) -> i
 def _report(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     from pathlib import Path
 
-    from fdiv.reporting import write_report
+    from fdiv.report.page import write_report
     from fdiv.terminal import info
 
     info(f"report: {write_report([Path(d) for d in args.directories], Path(args.output), args.title)}")
@@ -198,7 +198,7 @@ def _report(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
 
 
 def _merge(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    from fdiv.cli.merge_verb import merge
+    from fdiv.cli.verbs import merge
 
     return merge(args)
 

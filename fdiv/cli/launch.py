@@ -6,84 +6,25 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from importlib import resources
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fdiv.child_processes import descendants, wait_until_gone
 from fdiv.errors import RecipeError
-from fdiv.methods import lookup
+from fdiv.lazy import attach
+from fdiv.memory.accelerate import process_count, read_accelerate_config
 from fdiv.terminal import info
 
 if TYPE_CHECKING:
     import psutil
 
-__all__ = ["accelerate_config", "check_options", "launch", "launch_command", "process_count", "read_accelerate_config"]
+__all__ = ["check_options", "descendants", "launch", "launch_command", "wait_until_gone"]
 
 _OWN_OPTIONS = ("--accelerate", "--num_processes")
 # torchrun, which accelerate uses too, kills its workers so many seconds after SIGTERM; its default is 30, in which a
 # long step or a large save does not end.
 _SHUTDOWN_VARIABLE, _SHUTDOWN_SECONDS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 3600
-
-
-def accelerate_config(name: str) -> Path:
-    """The file of an accelerate configuration: a path, or the name of a packaged one.
-
-    Raises:
-        RecipeError: neither; the message lists the packaged names.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    folder = Path(str(resources.files("fdiv.recipes"))) / "accelerate"
-    packaged = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-    return lookup(packaged, name, "accelerate configuration", "--accelerate (neither a file nor packaged)")
-
-
-def read_accelerate_config(name: str) -> tuple[Path, dict[str, Any]]:
-    """The file of an accelerate configuration, and what it says.
-
-    Raises:
-        RecipeError: no such configuration, a file that cannot be read or is not YAML, or no mapping, at the top or in
-            the blocks for DeepSpeed and FSDP.
-    """
-    import yaml
-
-    config = accelerate_config(name)
-    remedy = "give a file that `accelerate config` wrote, or the name of a packaged configuration"
-    try:
-        content: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{config}, line {mark.line + 1}" if mark else str(config)
-        problem = getattr(error, "problem", None) or error
-        raise RecipeError(f"--accelerate {where}: not valid YAML: {problem}; {remedy}") from error
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
-        raise RecipeError(f"--accelerate {config}: cannot be read: {error}; {remedy}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"--accelerate {config}: not an accelerate configuration (a mapping); {remedy}")
-    for key in ("deepspeed_config", "fsdp_config"):
-        if not isinstance(content.get(key) or {}, dict):
-            raise RecipeError(f"--accelerate {config}: {key}: {content[key]!r} is not a mapping; {remedy}")
-    return config, content
-
-
-def process_count(content: Mapping[str, Any], origin: object, num_processes: int | None = None) -> int:
-    """How many processes a configuration asks for, one where it does not say; `num_processes` wins.
-
-    Args:
-        content: of the configuration. origin: its file or name, for the message.
-
-    Raises:
-        RecipeError: not a whole number from 1 on.
-    """
-    count = content.get("num_processes", 1) if num_processes is None else num_processes
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        stated = f"--accelerate {origin}: num_processes: {count!r}"
-        what = stated if num_processes is None else f"--num_processes {count}"
-        raise RecipeError(f"{what}: must be a whole number, 1 or more")
-    return count
 
 
 def check_options(accelerate: str | None, num_processes: int | None) -> None:
@@ -188,3 +129,40 @@ def _without_own_options(words: Sequence[str]) -> list[str]:
         elif not word.startswith(tuple(f"{option}=" for option in _OWN_OPTIONS)):
             kept.append(word)
     return kept
+
+
+def descendants(pid: int) -> set[psutil.Process]:
+    """The children of a process, theirs, and so on; none when the process is not there."""
+    import psutil
+
+    try:
+        return set(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def wait_until_gone(processes: Iterable[psutil.Process], seconds: float) -> set[psutil.Process]:
+    """Wait until the processes have ended, at most so long; those that have not.
+
+    One that has ended and that nobody has collected counts as gone: its parent may be gone before it, and not every
+    container has an init process that collects.
+    """
+    ends = time.monotonic() + seconds
+    left = {process for process in processes if _runs(process)}
+    while left and time.monotonic() < ends:
+        time.sleep(0.05)
+        left = {process for process in left if _runs(process)}
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    import psutil
+
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+# Names of release 0.1 that live elsewhere now.
+__getattr__, __dir__ = attach(__name__, {"accelerate_config": "fdiv.memory.accelerate"})

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fdiv.catalog import METHODS, load, lookup
 from fdiv.errors import RecipeError
-from fdiv.methods import METHODS, load, lookup
-from fdiv.recipe import find_recipe, is_base, packaged_recipes
-from fdiv.recipe_whole import whole_text
-from fdiv.recipe_yaml import packaged_files, parse_value, read_document
+from fdiv.recipe.document import packaged_files, parse_value, read_document
+from fdiv.recipe.load import find_recipe, is_base, packaged_recipes
+from fdiv.recipe.whole import whole_text
 from fdiv.terminal import number, print_table
 
 __all__ = ["divergences", "recipes"]
@@ -142,9 +142,9 @@ def _headline(path: Path) -> tuple[str, str]:
 
 def _keys(name: str) -> int:
     """Every key a recipe for a method may hold, by group, with its type, default and help."""
-    from fdiv.recipe_check import all_keys
-    from fdiv.recipe_dump import plain
-    from fdiv.recipe_schema import type_name
+    from fdiv.files import plain
+    from fdiv.recipe.check import all_keys
+    from fdiv.recipe.schema import type_name
 
     method = lookup(METHODS, name, "method", "--keys")
     group = None

@@ -32,8 +32,8 @@ HERE = Path(__file__).parent
 
 def run(work: Path, recipe: str, rate: float, seed: int) -> dict[str, float]:
     """The result of one run, from an earlier one where it is there."""
-    from fdiv.recipe import load_recipe
-    from fdiv.run import run_recipe
+    from fdiv.recipe.load import load_recipe
+    from fdiv.run.run import run_recipe
 
     folder = work / recipe / f"lr-{rate:g}_seed-{seed}"
     if not (folder / "result.json").is_file():

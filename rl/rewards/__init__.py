@@ -11,14 +11,15 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fdiv import methods
-from fdiv.completion_text import completion_text
+from fdiv import catalog as methods
+from fdiv.errors import RewardError, WorkerError
+from fdiv.inference.prompting import completion_text
 from fdiv.rl.rewards.code_reward import CodeReward
 from fdiv.rl.rewards.completions import extract_python, extract_sql
 from fdiv.rl.rewards.math_reward import MathReward
-from fdiv.rl.rewards.pooled_reward import PooledReward, RewardError
+from fdiv.rl.rewards.pooled_reward import PooledReward
 from fdiv.rl.rewards.sql_reward import SQLReward
-from fdiv.rl.rewards.worker_pool import Outcome, WorkerError, WorkerPool
+from fdiv.rl.rewards.worker_pool import Outcome, WorkerPool
 
 __all__ = [
     "REWARDS",

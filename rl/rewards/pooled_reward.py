@@ -7,11 +7,11 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from fdiv.completion_text import completion_text
-from fdiv.errors import DataError, FdivError
+from fdiv.errors import DataError, RewardError
+from fdiv.inference.prompting import completion_text
 from fdiv.rl.rewards.worker_pool import WorkerPool
 
-__all__ = ["PooledReward", "RewardError"]
+__all__ = ["PooledReward"]
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +20,6 @@ WINDOW = 1000  # answers over which the share of lost ones is taken
 ENOUGH = 200  # answers before that share means anything
 ALL_UNUSABLE = 64  # golds, all of them unusable, after which the wrong column is the likely reason
 NAMED_GOLDS = 100
-
-
-class RewardError(FdivError):
-    """Rewards are missing for too many answers: training on what is left would not be what was asked for."""
 
 
 class PooledReward:

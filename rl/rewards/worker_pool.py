@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fdiv.errors import FdivError
+from fdiv.errors import WorkerError
 from fdiv.rl.rewards.worker_process import Processes, Worker, has_ended, usage
 
-__all__ = ["Outcome", "WorkerError", "WorkerPool", "default_workers"]
+__all__ = ["Outcome", "WorkerPool", "default_workers"]
 
 TEMPLATE = Path(__file__).with_name("pool_template.py")
 PASSED_ON = (
@@ -41,10 +41,6 @@ LOOK = 0.05  # seconds between looks at the workers' processor time and memory
 WALL_FACTOR = 5.0
 START_FAILURES = 5  # workers in a row that end before they are ready
 LONGEST_REPLY = 1 << 20
-
-
-class WorkerError(FdivError):
-    """The workers cannot be started: a package is missing, or the machine has no memory or processes left."""
 
 
 class _TemplateLostError(WorkerError):

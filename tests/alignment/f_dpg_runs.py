@@ -62,7 +62,7 @@ def flat(model) -> Tensor:
 
 def recorded(model_dir: Any, samples: int, seed: int = 0, *, log_probs: bool = True) -> list[dict[str, Any]]:
     """`samples` rollouts of `PROMPTS` each from the model, as `RecordedRollouts` takes them."""
-    from fdiv.rollouts import record_log_probs
+    from fdiv.training.rollouts import record_log_probs
 
     model, tokenizer = load(model_dir).eval(), AutoTokenizer.from_pretrained(model_dir)
     torch.manual_seed(seed)

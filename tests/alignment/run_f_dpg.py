@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fdiv.rollouts import RecordedRollouts
+from fdiv.training.rollouts import RecordedRollouts
 from tests.alignment.f_dpg_runs import flat, load, trainer
 
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fdiv.alignment import FDPOConfig, FDPOTrainer
 from fdiv.errors import NonFiniteLossError
-from fdiv.eval.context import EvalContext
-from fdiv.eval.preferences import PreferencesEvalConfig
+from fdiv.eval.preferences.evaluation import PreferencesEvalConfig
+from fdiv.evaluation import EvalContext
 
 
 def main(model_dir: str, data: str, batch_size: str, output: str) -> None:

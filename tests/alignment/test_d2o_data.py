@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fdiv.alignment.hh_negatives import HHNegativesConfig, read_pairs
-from fdiv.alignment.safe_rlhf_negatives import SafeRLHFNegativesConfig
 from fdiv.errors import DataError
-from fdiv.eval.answer_likelihood import AnswerLikelihoodConfig
-from fdiv.eval.context import EvalContext
+from fdiv.eval.preferences.answer_likelihood import AnswerLikelihoodConfig
+from fdiv.evaluation import EvalContext
+from fdiv.recipes.tasks.negatives.hh import HHNegativesConfig, read_pairs
+from fdiv.recipes.tasks.negatives.safe_rlhf import SafeRLHFNegativesConfig
 from tests.alignment.d2o_runs import start_model, text_log_prob
 
 SMALL = {"hidden_size": 32, "layers": 1, "vocab_size": 320, "epochs": 2.0, "context": 70}

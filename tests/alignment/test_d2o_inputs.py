@@ -17,13 +17,11 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM
 
 from fdiv.alignment import D2OConfig
-from fdiv.alignment.anchors import Anchor, AnchorCache, instructed_prompt, prompt_key
-from fdiv.alignment.d2o_metrics import divergence_terms, mean_and_error
-from fdiv.alignment.scorers import ScorerError
+from fdiv.alignment.d2o.anchors import Anchor, AnchorCache, instructed_prompt, prompt_key
+from fdiv.alignment.d2o.metrics import divergence_terms, mean_and_error
 from fdiv.divergences import get_divergence
-from fdiv.errors import DataError
-from fdiv.frozen_reference import FrozenReference
-from fdiv.rollouts import RolloutError
+from fdiv.errors import DataError, RolloutError, ScorerError
+from fdiv.models.reference import FrozenReference
 from tests.alignment import run_d2o
 from tests.alignment.d2o_runs import history, make_trainer, negative_rows
 

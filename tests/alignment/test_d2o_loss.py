@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fdiv.alignment import d2o_loss, f_dpo_loss
-from fdiv.alignment.losses import d2o_experimental_reason
+from fdiv.alignment.d2o.loss import d2o_experimental_reason
 from fdiv.divergences import get_divergence
 from fdiv.unlearning import npo
 

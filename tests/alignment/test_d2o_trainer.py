@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOTrainer
 
 from fdiv.alignment import d2o_loss
-from fdiv.alignment.anchors import prompt_key
+from fdiv.alignment.d2o.anchors import prompt_key
 from fdiv.unlearning import npo
 from tests.alignment.d2o_runs import (
     SETTINGS,

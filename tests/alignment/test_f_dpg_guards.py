@@ -9,11 +9,10 @@ import torch
 from trl import GRPOConfig
 
 from fdiv.alignment import FDPGConfig, FDPGTrainer
-from fdiv.alignment.f_dpg_config import _REFUSED_OPTIONS
-from fdiv.alignment.f_dpg_objective import f_dpg_coefficient
-from fdiv.alignment.moment_matching import MomentError
-from fdiv.alignment.scorers import ScorerError
-from fdiv.rollouts import GRPO_LOSS_KEYS, RolloutError
+from fdiv.alignment.f_dpg.config import _REFUSED_OPTIONS
+from fdiv.alignment.f_dpg.loss import f_dpg_coefficient
+from fdiv.errors import MomentError, RolloutError, ScorerError
+from fdiv.training.rollouts import GRPO_LOSS_KEYS
 from tests.alignment.f_dpg_runs import HARD, SOFT, config, even, flat, load, trainer
 
 

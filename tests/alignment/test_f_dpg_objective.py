@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fdiv.alignment import f_dpg_coefficient, f_dpg_loss
-from fdiv.alignment.f_dpg_objective import (
+from fdiv.alignment.f_dpg.loss import (
     check_f_dpg_divergence,
     effective_sample_size,
     leave_one_out_mean,

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from fdiv.alignment.moment_matching import MomentError, fit_moments
-from fdiv.alignment.partition import PartitionEstimates
-from fdiv.alignment.quasi_rejection import (
+from fdiv.alignment.f_dpg.moments import fit_moments
+from fdiv.alignment.f_dpg.partition import PartitionEstimates
+from fdiv.alignment.f_dpg.quasi_rejection import (
     log_beta_for_rate,
     quasi_rejection,
     quasi_rejection_statistics,
     sample_target,
 )
+from fdiv.alignment.f_dpg.targets import as_scores, build_target
 from fdiv.alignment.scorers import (
     SCORERS,
-    ScorerError,
     build_scorer,
     checked_scorer,
     classifier,
@@ -28,8 +28,7 @@ from fdiv.alignment.scorers import (
     prepare_scorer,
     read_lexicon,
 )
-from fdiv.alignment.targets import as_scores, build_target
-from fdiv.errors import FdivError
+from fdiv.errors import FdivError, MomentError, ScorerError
 from tests.alignment.f_dpg_runs import load
 from tests.alignment.sequence_model import SequenceModel
 

@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
-from fdiv.alignment.f_dpg_objective import f_dpg_coefficient, log_partition
+from fdiv.alignment.f_dpg.loss import f_dpg_coefficient, log_partition
 from fdiv.errors import CheckpointError
-from fdiv.logprobs import sequence_log_prob, token_scores
-from fdiv.rollouts import RecordedRollouts
+from fdiv.models.logprobs import sequence_log_prob, token_scores
+from fdiv.training.rollouts import RecordedRollouts
 from tests.alignment.f_dpg_runs import HARD, PROMPTS, SOFT, even, flat, length_reward, load, recorded, trainer
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -345,7 +345,7 @@ def test_adaptive_proposal(tiny_model_dir, tmp_path, lora):
 
 
 def test_weights_are_exchanged_and_put_back(tiny_model_dir):
-    from fdiv.alignment.f_dpg_proposal import AdaptiveProposal
+    from fdiv.alignment.f_dpg.proposal import AdaptiveProposal
 
     model = load(tiny_model_dir)
     frozen = flat(model)
@@ -361,7 +361,7 @@ def test_weights_are_exchanged_and_put_back(tiny_model_dir):
 
 
 def test_proposal_decides_by_standard_errors():
-    from fdiv.alignment.f_dpg_proposal import AdaptiveProposal
+    from fdiv.alignment.f_dpg.proposal import AdaptiveProposal
 
     proposal = AdaptiveProposal(None, "reverse_kl", 2.0)
     assert proposal.decide() == {}

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
+from fdiv.alignment.f_dpg.evaluation import TargetEvalConfig, _average, _prompt_metrics
+from fdiv.alignment.f_dpg.targets import build_target
 from fdiv.alignment.scorers import compiles, contains_words
-from fdiv.alignment.target_eval import TargetEvalConfig, _average, _prompt_metrics
-from fdiv.alignment.targets import build_target
-from fdiv.alignment.tiny_texts import _CORPORA, EmptyPromptsConfig, TinyTextsConfig
 from fdiv.divergences import get_divergence
+from fdiv.recipes.tasks.tiny.texts import _CORPORA, EmptyPromptsConfig, TinyTextsConfig
 from tests.alignment.sequence_model import SequenceModel
 
 
@@ -96,8 +96,8 @@ def test_average_over_prompts():
 @pytest.mark.slow
 def test_tiny_recipe_reaches_its_target(tmp_path):
     """The packaged recipe at half its steps: "amazing" in most reviews instead of one in twenty."""
-    from fdiv.recipe import load_recipe
-    from fdiv.run import run_recipe
+    from fdiv.recipe.load import load_recipe
+    from fdiv.run.run import run_recipe
 
     recipe = load_recipe("tiny/f_dpg", ["--output_dir", str(tmp_path), "--max_steps", "40"])
     result = run_recipe(recipe)

@@ -15,8 +15,8 @@ from trl import DPOConfig, DPOTrainer
 from fdiv.alignment import FDPOTrainer
 from fdiv.divergences import get_divergence
 from fdiv.errors import NonFiniteLossError
-from fdiv.eval.calibration import length_normalised_calibration, margin_calibration
-from fdiv.logprobs import mean_log_prob, sequence_log_prob, token_scores
+from fdiv.models.logprobs import mean_log_prob, sequence_log_prob, token_scores
+from fdiv.statistics.calibration import length_normalised_calibration, margin_calibration
 from tests.alignment.f_dpo_runs import make_trainer, preference_rows, weights
 
 
@@ -180,7 +180,7 @@ def test_bad_evaluation_data_is_named(tiny_model_dir, rows, tmp_path):
 
 
 def test_precomputing_for_several_processes_needs_data_with_files(rows):
-    from fdiv.alignment.f_dpo import _check_data
+    from fdiv.alignment.f_dpo.trainer import _check_data
 
     args = SimpleNamespace(precompute_ref_log_probs=True, world_size=2)
     with pytest.raises(ValueError, match="train_dataset lies in memory only, so 2 processes"):

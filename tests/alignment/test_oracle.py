@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fdiv.alignment import f_dpo_loss
-from fdiv.alignment.closed_form import optimal_policy
 from fdiv.divergences import Divergence, get_divergence, list_divergences
+from fdiv.recipes.tasks.tiny.closed_form import optimal_policy
 
 RESPONSES = 24
 PARAMETERS = {

@@ -8,10 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fdiv.alignment.closed_form import optimal_policy
-from fdiv.alignment.tiny_world import PROMPTS, RESPONSES, TinyPreferencesConfig, TinyWorld, response_log_probs
-from fdiv.alignment.tiny_world_eval import TinyWorldEvalConfig, policy_metrics
 from fdiv.divergences import get_divergence
+from fdiv.recipes.tasks.tiny.closed_form import optimal_policy
+from fdiv.recipes.tasks.tiny.optimum import TinyWorldEvalConfig, policy_metrics
+from fdiv.recipes.tasks.tiny.preferences import (
+    PROMPTS,
+    RESPONSES,
+    TinyPreferencesConfig,
+    TinyWorld,
+    response_log_probs,
+)
 
 QUICK = {"sft_steps": 60, "train_pairs_per_prompt": 20, "test_pairs_per_prompt": 10}
 
@@ -217,8 +223,8 @@ def test_refusals_name_the_key_and_the_remedy(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("divergence", "largest_tv"), [("reverse_kl", 0.3), ("jensen_shannon", 0.6)])
 def test_the_recipe_reaches_towards_the_optimum_on_held_out_prompts(tmp_path, divergence, largest_tv):
-    from fdiv.recipe import load_recipe
-    from fdiv.run import run_recipe
+    from fdiv.recipe.load import load_recipe
+    from fdiv.run.run import run_recipe
 
     recipe = load_recipe("tiny/f_dpo", ["--divergence", divergence, "--output_dir", str(tmp_path / "run")])
     result = run_recipe(recipe, prepared=tmp_path / "prepared")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fdiv.alignment.tofu_preferences import TofuPreferencesConfig
+from fdiv.recipes.tasks.tofu.preferences import TofuPreferencesConfig
 
 SHARED = os.environ.get("FDIV_SHARED")
 

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 import fdiv
+from fdiv.catalog import EVAL_COMMANDS, EVALUATIONS, METHODS, PREPARE, load
 from fdiv.cli import main
 from fdiv.divergences import get_divergence, list_divergences
-from fdiv.methods import EVAL_COMMANDS, EVALUATIONS, METHODS, PREPARE, load
 from fdiv.provenance import command_line, environment, git_revision, package_versions
 
 

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from fdiv.checkpoints import checkpoint_fault, newest_checkpoint
-from fdiv.placement import read_placement
+from fdiv.memory.placement import read_placement
+from fdiv.training.checkpoints import checkpoint_fault, newest_checkpoint
 
 
 # ---------------------------------------------------------------- configurations

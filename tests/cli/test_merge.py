@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fdiv.cli import main
-from fdiv.tiny_models import build_tiny_model
+from fdiv.models.tiny import build_tiny_model
 
 IDS = torch.arange(5, 45).view(2, 20)
 

@@ -7,10 +7,10 @@ import yaml
 
 from fdiv.cli import main
 from fdiv.errors import RecipeError
-from fdiv.recipe import find_recipe, is_base, load_recipe, packaged_recipes
-from fdiv.recipe_dump import resolved_yaml
-from fdiv.recipe_whole import whole_text
-from fdiv.recipe_yaml import compose, merged_values, packaged_files, read_document
+from fdiv.recipe.document import compose, merged_values, packaged_files, read_document
+from fdiv.recipe.dump import resolved_yaml
+from fdiv.recipe.load import find_recipe, is_base, load_recipe, packaged_recipes
+from fdiv.recipe.whole import whole_text
 
 OVERLAYS = [name for name, file in packaged_recipes().items() if read_document(file).base is not None]
 

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from fdiv.errors import RecipeError
-from fdiv.recipe import load_recipe
-from fdiv.recipe_dump import resolved_yaml
-from fdiv.recipe_yaml import parse_value, read_document
+from fdiv.recipe.document import parse_value, read_document
+from fdiv.recipe.dump import resolved_yaml
+from fdiv.recipe.load import load_recipe
 
 
 def test_yaml_reads_numbers_and_words_as_yaml_1_2(tmp_path):

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import pytest
 
 from fdiv.cli import main
-from fdiv.reporting.comparison import frontier
-from fdiv.reporting.curves import panels, training_curves
-from fdiv.reporting.records import RunRecord, read_records
+from fdiv.report.comparison import frontier
+from fdiv.report.curves import panels, training_curves
+from fdiv.report.records import RunRecord, read_records
 from fdiv.terminal import divergence_label, number
 
 

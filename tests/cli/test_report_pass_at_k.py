@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fdiv.reporting.pass_at_k_curves import pass_at_k_curves, pass_at_k_points
-from fdiv.reporting.records import RunRecord
+from fdiv.report.pass_at_k_curves import pass_at_k_curves, pass_at_k_points
+from fdiv.report.records import RunRecord
 
 RESULT = {
     "before/pass@1": 0.2, "before/pass@1_se": 0.05, "before/pass@16": 0.9, "before/pass@2": 0.5, "before/pass^2": 0.1,

@@ -10,12 +10,12 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from fdiv import methods
+from fdiv import catalog as methods
 from fdiv.cli import main
 from fdiv.errors import FdivError
-from fdiv.recipe import load_recipe
-from fdiv.run import run_recipe
-from fdiv.run_directory import RunDirectory
+from fdiv.recipe.load import load_recipe
+from fdiv.run.directory import RunDirectory
+from fdiv.run.run import run_recipe
 from tests.cli.conftest import recipe_values, write_pairs
 
 
@@ -194,7 +194,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(write_recipe, tmp_path, mon
     keys = ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--eval.name", "weights"]
     assert main(["run", str(write_recipe()), *keys, "--output_dir", str(tmp_path / "whole")]) == 0
     broken = [*keys, "--output_dir", str(tmp_path / "broken")]
-    from fdiv.alignment.f_dpo import FDPOTrainer
+    from fdiv.alignment.f_dpo.trainer import FDPOTrainer
 
     original = FDPOTrainer.training_step
 
@@ -261,7 +261,7 @@ def test_missing_column_empty_data_missing_split_missing_file(write_recipe, tmp_
 def test_saved_datasets_and_hub_names(write_recipe, tmp_path, fails):
     from datasets import Dataset, DatasetDict
 
-    from fdiv.run_data import load_datasets
+    from fdiv.run.data import load_datasets
 
     rows = Dataset.from_dict({"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"]})
     DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(str(tmp_path / "saved"))
@@ -308,7 +308,7 @@ def test_models_that_are_not_there(write_recipe, tmp_path, fails):
 
 
 def test_non_finite_loss_is_one_line(write_recipe, fails, monkeypatch, tmp_path):
-    import fdiv.alignment.f_dpo as f_dpo
+    from fdiv.alignment.f_dpo import trainer as f_dpo
 
     monkeypatch.setattr(f_dpo, "f_dpo_loss", lambda chosen, *_, **__: chosen * float("nan"))
     message = fails_last(fails, "run", write_recipe())

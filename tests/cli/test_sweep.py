@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from fdiv import methods
+from fdiv import catalog as methods
 from fdiv.cli import main
-from fdiv.sweep import aggregate, cell_label, cell_name, run_sweep, sweep_cells, table
+from fdiv.report.table import aggregate, cell_label, table
+from fdiv.run.sweep import cell_name, run_sweep, sweep_cells
 
 
 @dataclass
@@ -62,11 +63,13 @@ def test_names_and_labels():
 
 
 def test_a_sweep_runs_resumes_and_aggregates(plan, capsys, monkeypatch):
-    import fdiv.run
+    import fdiv.run.run
 
     runs = []
-    original = fdiv.run.run_recipe
-    monkeypatch.setattr(fdiv.run, "run_recipe", lambda recipe, *rest: runs.append(recipe) or original(recipe, *rest))
+    original = fdiv.run.run.run_recipe
+    monkeypatch.setattr(
+        fdiv.run.run, "run_recipe", lambda recipe, *rest: runs.append(recipe) or original(recipe, *rest)
+    )
     assert run_sweep(plan, "fdiv sweep x") == []
     assert len(runs) == 6
     root = plan.root

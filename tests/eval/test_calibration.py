@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fdiv.eval.calibration import (
+from fdiv.statistics.calibration import (
     expected_calibration_error,
     length_normalised_calibration,
     margin_calibration,

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from fdiv.eval.diversity import distinct_n, diversity, self_bleu
+from fdiv.statistics.diversity import distinct_n, diversity, self_bleu
 
 
 def test_distinct_n_by_hand():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fdiv.cli import main
-from fdiv.eval.lm_eval_command import summarise
+from fdiv.eval.lm_eval.command import summarise
 
 TASK = """\
 task: tiny_choice
@@ -46,7 +46,7 @@ def test_a_local_task_file(task, tiny_model_dir, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'fdiv[eval]')")
     import torch
 
-    from fdiv.eval.model_loading import load_model, load_tokenizer
+    from fdiv.models.loading import load_model, load_tokenizer
 
     file, rows = task
     words = [

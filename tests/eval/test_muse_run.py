@@ -6,11 +6,11 @@ import pytest
 
 from fdiv.cli import main
 from fdiv.errors import DataError
-from fdiv.eval import muse
-from fdiv.eval.eval_log import read_eval_log
-from fdiv.eval.model_loading import load_tokenizer
-from fdiv.eval.muse import MuseEvalConfig, MuseEvaluation
-from fdiv.eval.muse_data import load_muse_rows
+from fdiv.eval.benchmark.log import read_eval_log
+from fdiv.eval.muse import evaluation as muse
+from fdiv.eval.muse.data import load_muse_rows
+from fdiv.eval.muse.evaluation import MuseEvalConfig, MuseEvaluation
+from fdiv.models.loading import load_tokenizer
 
 
 @pytest.fixture(autouse=True)

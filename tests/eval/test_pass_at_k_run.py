@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fdiv.cli import main
-from fdiv.eval.context import EvalContext
-from fdiv.eval.pass_at_k_run import PassKEvalConfig
-from fdiv.eval.pass_at_k_sampling import completion_record, stream_of
+from fdiv.eval.pass_at_k.evaluation import PassKEvalConfig
+from fdiv.eval.pass_at_k.sampling import completion_record, stream_of
+from fdiv.evaluation import EvalContext
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +114,10 @@ def test_in_a_recipe_before_and_after(tiny_model_dir, tasks, tmp_path):
 
 
 def test_greedy_is_the_argmax(tiny_model_dir):
-    from fdiv.eval.item_cache import ItemCache
-    from fdiv.eval.pass_at_k_run import draw_with_transformers
-    from fdiv.eval.pass_at_k_sampling import SamplingSettings
-    from fdiv.eval.sampling import SamplingRequest
+    from fdiv.eval.pass_at_k.evaluation import draw_with_transformers
+    from fdiv.eval.pass_at_k.sampling import SamplingSettings
+    from fdiv.inference.cache import ItemCache
+    from fdiv.inference.sampling import SamplingRequest
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
@@ -134,7 +134,7 @@ def test_greedy_is_the_argmax(tiny_model_dir):
 
 
 def test_nucleus_keeps_the_smallest_set():
-    from fdiv.eval.sampling import _nucleus
+    from fdiv.inference.sampling import _nucleus
 
     probs = torch.tensor([[0.1, 0.5, 0.25, 0.15]], dtype=torch.float64)
     assert _nucleus(probs, 0.7).tolist() == [[0.0, 0.5, 0.25, 0.0]]

@@ -8,10 +8,10 @@ import pytest
 
 from fdiv.cli import main
 from fdiv.errors import DataError
-from fdiv.eval.pass_at_k_records import read_counts
-from fdiv.eval.pass_at_k_scoring import boxed_answer, make_scorer, score_completions
-from fdiv.eval.pass_at_k_summary import compare_with_base, parse_k, summarise
-from fdiv.eval.pass_at_k_tasks import load_tasks
+from fdiv.eval.pass_at_k.aggregate import compare_with_base, parse_k, summarise
+from fdiv.eval.pass_at_k.data import load_tasks
+from fdiv.eval.pass_at_k.records import read_counts
+from fdiv.eval.pass_at_k.scoring import boxed_answer, make_scorer, score_completions
 
 
 def _file(path, *rows):
@@ -115,7 +115,7 @@ def test_recorded_qwen_samples(shared_data):
     """100 problems × 8 samples with recorded scores: pass@1 is their mean, pass@8 the share of problems ever solved."""
     path = shared_data / "data" / "passk_artifacts" / "qwen_math_cot_100.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    from fdiv.eval.pass_at_k_records import counts_of_samples
+    from fdiv.eval.pass_at_k.records import counts_of_samples
 
     samples = [
         {"task_id": row["idx"], "correct": score, "answer": answer or None}

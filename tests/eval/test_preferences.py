@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fdiv.divergences import get_divergence
 from fdiv.errors import DataError
-from fdiv.eval.context import EvalContext
-from fdiv.eval.preferences import PreferencesEvalConfig, command
-from fdiv.eval.sampling import SamplingRequest, sample_completions
-from fdiv.logprobs import mean_log_prob, sequence_log_prob, token_scores
+from fdiv.eval.preferences.command import command
+from fdiv.eval.preferences.evaluation import PreferencesEvalConfig
+from fdiv.evaluation import EvalContext
+from fdiv.inference.sampling import SamplingRequest, sample_completions
+from fdiv.models.logprobs import mean_log_prob, sequence_log_prob, token_scores
 
 
 @pytest.fixture(scope="module")

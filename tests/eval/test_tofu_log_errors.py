@@ -6,10 +6,10 @@ import math
 import pytest
 
 from fdiv.errors import DataError
-from fdiv.eval.eval_log import EvalLog, read_eval_log, write_eval_log
-from fdiv.eval.muse_aggregate import utility_curve
-from fdiv.eval.presets import get_preset
-from fdiv.eval.tofu_aggregate import aggregate_tofu
+from fdiv.eval.benchmark.log import EvalLog, read_eval_log, write_eval_log
+from fdiv.eval.benchmark.presets import get_preset
+from fdiv.eval.muse.aggregate import utility_curve
+from fdiv.eval.tofu.aggregate import aggregate_tofu
 
 OPEN = get_preset("open_unlearning")
 

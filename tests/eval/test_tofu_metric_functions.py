@@ -6,8 +6,8 @@ import zlib
 import numpy as np
 import pytest
 
-from fdiv.eval import membership, memorization, text_overlap, truth
-from fdiv.eval.presets import PRESETS, get_preset
+from fdiv.eval.benchmark.presets import PRESETS, get_preset
+from fdiv.eval.metrics import membership, memorization, text_overlap, truth
 
 
 def test_truth_ratio_geometric_is_a_mean_of_losses():

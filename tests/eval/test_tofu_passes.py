@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from fdiv.errors import DataError
-from fdiv.eval.generation import (
+from fdiv.eval.metrics.gradient_norms import gradient_norms
+from fdiv.inference.cache import ItemCache, fingerprint
+from fdiv.inference.greedy import (
     GenerationRequest,
     VLLMSource,
     draft_from_scores,
@@ -12,12 +14,11 @@ from fdiv.eval.generation import (
     generate_with_vllm,
     generates_plain_argmax,
 )
-from fdiv.eval.gradient_norms import gradient_norms
-from fdiv.eval.item_cache import ItemCache, fingerprint
-from fdiv.eval.label_logits import shares_prompts
-from fdiv.eval.model_loading import load_model, load_tokenizer, model_fingerprint
-from fdiv.eval.prompting import EncodedText, PromptFormat
-from fdiv.eval.scoring import ScoringRequest, label_statistics, score_texts
+from fdiv.inference.label_logits import shares_prompts
+from fdiv.inference.prompting import EncodedText, PromptFormat
+from fdiv.inference.scoring import ScoringRequest, label_statistics, score_texts
+from fdiv.models.fingerprints import model_fingerprint
+from fdiv.models.loading import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from fdiv.eval.eval_log import STAMP, read_eval_log, write_eval_log
-from fdiv.eval.muse_aggregate import aggregate_muse
-from fdiv.eval.presets import get_preset
-from fdiv.eval.text_overlap import rouge_scores
-from fdiv.eval.tofu_aggregate import aggregate_tofu
+from fdiv.eval.benchmark.log import STAMP, read_eval_log, write_eval_log
+from fdiv.eval.benchmark.presets import get_preset
+from fdiv.eval.metrics.text_overlap import rouge_scores
+from fdiv.eval.muse.aggregate import aggregate_muse
+from fdiv.eval.tofu.aggregate import aggregate_tofu
 
 MODEL = "tofu_Llama-3.2-1B-Instruct_"
 TOFU_LOGS = {

@@ -11,13 +11,13 @@ import pytest
 
 from fdiv.cli import main
 from fdiv.errors import DataError
-from fdiv.eval.context import EvalContext
-from fdiv.eval.eval_log import read_eval_log
-from fdiv.eval.model_loading import load_model, load_tokenizer
-from fdiv.eval.presets import get_preset
-from fdiv.eval.tofu import TofuEvalConfig, TofuEvaluation
-from fdiv.eval.tofu_aggregate import UTILITY_PARTS, aggregate_tofu
-from fdiv.eval.tofu_data import load_tofu_rows
+from fdiv.eval.benchmark.log import read_eval_log
+from fdiv.eval.benchmark.presets import get_preset
+from fdiv.eval.tofu.aggregate import UTILITY_PARTS, aggregate_tofu
+from fdiv.eval.tofu.data import load_tofu_rows
+from fdiv.eval.tofu.evaluation import TofuEvalConfig, TofuEvaluation
+from fdiv.evaluation import EvalContext
+from fdiv.models.loading import load_model, load_tokenizer
 
 
 def run(*words):
@@ -32,7 +32,7 @@ def quick(model, data, output, *more):
 @pytest.fixture(scope="module")
 def short_answers():
     """Eight generated tokens instead of 200: the tiny model never stops by itself."""
-    from fdiv.eval import presets
+    from fdiv.eval.benchmark import presets
 
     before = dict(presets.PRESETS)
     for name, preset in before.items():

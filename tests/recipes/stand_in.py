@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fdiv.methods import METHODS
-from fdiv.recipe import Recipe, load_recipe
-from fdiv.recipe_yaml import read_document
+from fdiv.catalog import METHODS
+from fdiv.recipe.document import read_document
+from fdiv.recipe.load import load_recipe
+from fdiv.recipe.model import Recipe
 
 ROWS = 8
-STAND_IN_CONTEXT = 512  # tokens, of the models of `fdiv.tiny_models`
+STAND_IN_CONTEXT = 512  # tokens, of the models of `fdiv.models.tiny`
 
 # Per builder: keys that make its build cheap. A builder that reads files gets them written by `_write_sources`.
 _CHEAP_PREPARE: dict[str, dict[str, Any]] = {
@@ -154,8 +155,8 @@ def _write_cache(model: Path, path: Path) -> Path:
     """Four rows of the stand-in's own, which it says with equal probability for every token (it is not asked)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fdiv.fingerprints import tokenizer_fingerprint, weights_fingerprint
-    from fdiv.rl.rehearsal import RehearsalCache, RehearsalHeader, RehearsalRow
+    from fdiv.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
+    from fdiv.rl.dph.rehearsal import RehearsalCache, RehearsalHeader, RehearsalRow
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     header = RehearsalHeader(

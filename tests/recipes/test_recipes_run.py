@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from fdiv.cli.launch import accelerate_config
-from fdiv.recipe import load_recipe, packaged_recipes, recipe_name
-from fdiv.recipe_dump import resolved_yaml
-from fdiv.recipe_yaml import read_document
-from fdiv.run import check_blocks, run_recipe
-from fdiv.sweep import sweep_cells
+from fdiv.memory.accelerate import accelerate_config
+from fdiv.recipe.document import read_document
+from fdiv.recipe.dump import resolved_yaml
+from fdiv.recipe.load import load_recipe, packaged_recipes, recipe_name
+from fdiv.run.run import check_blocks, run_recipe
+from fdiv.run.sweep import sweep_cells
 from tests.recipes.stand_in import stand_in_recipe
 
 RECIPES = packaged_recipes()

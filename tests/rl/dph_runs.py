@@ -9,10 +9,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from fdiv.fingerprints import tokenizer_fingerprint, weights_fingerprint
-from fdiv.logprobs import token_scores
+from fdiv.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from fdiv.models.logprobs import token_scores
 from fdiv.rl import DPHConfig, DPHTrainer
-from fdiv.rl.rehearsal import RehearsalCache, RehearsalHeader, RehearsalRow
+from fdiv.rl.dph.rehearsal import RehearsalCache, RehearsalHeader, RehearsalRow
 from tests.alignment.f_dpg_runs import PROMPTS, flat, recorded
 
 __all__ = ["PROMPTS", "cache", "correct", "flat", "load", "recorded", "reward", "sgd", "trainer", "trl_trainer"]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fdiv.rl.presample_config import PresampleConfig
+from fdiv.rl.presample.config import PresampleConfig
 
 KINDS = ["easy", "half", "never", "unknown", "half", "easy", "half", "half", "half", "half"]
 REWARD = "tests.rl.presample_rewards:by_kind"

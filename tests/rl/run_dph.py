@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from fdiv.rl.rehearsal import RehearsalCache
-from fdiv.rollouts import RecordedRollouts
+from fdiv.rl.dph.rehearsal import RehearsalCache
+from fdiv.training.rollouts import RecordedRollouts
 from tests.rl.dph_runs import flat, load, sgd, trainer
 
 

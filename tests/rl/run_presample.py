@@ -8,9 +8,9 @@ import os
 import signal
 import sys
 
-from fdiv.eval.item_cache import ItemCache
-from fdiv.rl.presample import presample
-from fdiv.rl.presample_config import PresampleConfig
+from fdiv.inference.cache import ItemCache
+from fdiv.rl.presample.config import PresampleConfig
+from fdiv.rl.presample.run import presample
 
 stored = 0
 add = ItemCache.add

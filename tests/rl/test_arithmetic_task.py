@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fdiv.rl.arithmetic_task import (
+from fdiv.recipes.tasks.arithmetic import (
     ArithmeticTaskConfig,
     ExpressionError,
     arithmetic_reward,
@@ -153,8 +153,8 @@ def test_too_few_problems_are_refused(tmp_path):
 @pytest.mark.slow
 def test_tiny_recipe_raises_pass_at_1_and_draws_its_curve(tmp_path):
     """The packaged recipe, whole: build, pre-sample, train, Pass@k of held-out problems, report."""
-    from fdiv.recipe import load_recipe
-    from fdiv.run import run_recipe
+    from fdiv.recipe.load import load_recipe
+    from fdiv.run.run import run_recipe
 
     result = run_recipe(load_recipe("tiny/dph", ["--output_dir", str(tmp_path)]))
     assert not result["unmet_requirements"]

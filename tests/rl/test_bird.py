@@ -8,7 +8,7 @@ import sqlite3
 import pytest
 
 from fdiv.errors import DataError
-from fdiv.rl.bird import bird_rows, write_bird_prompts
+from fdiv.recipes.tasks.sql.bird import bird_rows, write_bird_prompts
 
 
 def _bird(folder):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fdiv.rl.chinook_task import _KINDS, TEMPLATES, ChinookTaskConfig, _slip, chinook_problems
+from fdiv.recipes.tasks.sql.chinook import _KINDS, TEMPLATES, ChinookTaskConfig, _slip, chinook_problems
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from trl import GRPOConfig
 
-from fdiv.errors import DataError, FdivError, NonFiniteLossError
+from fdiv.errors import DataError, FdivError, NonFiniteLossError, RolloutError
 from fdiv.rl import DPHConfig, DPHTrainer
-from fdiv.rl.dph_batches import join, rows_of_slot, rows_of_step
-from fdiv.rl.dph_objective import rehearsal_weight
-from fdiv.rl.rehearsal import RehearsalCache
-from fdiv.rollouts import RecordedRollouts, RolloutError
+from fdiv.rl.dph.batches import join, rows_of_slot, rows_of_step
+from fdiv.rl.dph.loss import rehearsal_weight
+from fdiv.rl.dph.rehearsal import RehearsalCache
+from fdiv.training.rollouts import RecordedRollouts
 from tests.rl.dph_runs import cache, flat, load, recorded, settings_of, trainer
 
 

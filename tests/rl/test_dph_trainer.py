@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 
-from fdiv.logprobs import token_scores
-from fdiv.rl.losses import js_on_policy, js_on_reference, rehearsal_loss
-from fdiv.rollouts import RecordedRollouts
+from fdiv.models.logprobs import token_scores
+from fdiv.rl.dph.loss import js_on_policy, js_on_reference, rehearsal_loss
+from fdiv.training.rollouts import RecordedRollouts
 from tests.rl.dph_runs import cache, correct, flat, load, recorded, reward, sgd, trainer, trl_trainer
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}

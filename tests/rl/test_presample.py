@@ -11,8 +11,8 @@ import torch
 
 from fdiv.cli.command import main
 from fdiv.errors import DataError
-from fdiv.rl.presample import presample
-from fdiv.rl.rehearsal import RehearsalCache
+from fdiv.rl.dph.rehearsal import RehearsalCache
+from fdiv.rl.presample.run import presample
 from tests.rl.presample_runs import KINDS, REWARD, config, read_lines, settings, write_rows
 
 
@@ -179,7 +179,7 @@ def test_nothing_near_perfect_is_an_error_and_its_samples_are_used_again(tiny_mo
         DataError, match=r"no near-perfect prompts: none of 2 .* share of 1 .* the best has [0-3] of 4"
     ):
         presample(config(tiny_model_dir, rows, threshold=1), output)
-    monkeypatch.setattr("fdiv.eval.sampling._InverseCDF", None)  # any draw now fails
+    monkeypatch.setattr("fdiv.inference.sampling._InverseCDF", None)  # any draw now fails
     content = presample(config(tiny_model_dir, rows, threshold=1, allow_empty=True), output)
     assert content["counts"] == {
         "prompts": 2, "near_perfect": 0, "rehearsal": 0, "moved_to_explore": 0, "to_explore": 1, "wrong": 1,
@@ -269,8 +269,8 @@ def test_help_names_every_setting(capsys):
 
 # ---------------------------------------------------------------- the recipe block
 def test_one_recipe_prepares_rehearsal_and_trains(tiny_model_dir, tmp_path):
-    from fdiv.recipe import load_recipe
-    from fdiv.run import run_recipe
+    from fdiv.recipe.load import load_recipe
+    from fdiv.run.run import run_recipe
 
     data = tmp_path / "data"
     data.mkdir()
@@ -306,7 +306,7 @@ output_dir: {tmp_path / "run"}
 
 def test_the_block_checks_its_task(tiny_model_dir):
     from fdiv.errors import RecipeError
-    from fdiv.rl.rehearsal_recipe import RehearsalConfig
+    from fdiv.recipes.tasks.rehearsal import RehearsalConfig
 
     for values, message in (
         ({"reward": REWARD}, "prepare.model is missing: give it, or a `task`"),
@@ -322,7 +322,7 @@ def test_the_block_checks_its_task(tiny_model_dir):
 
 
 def test_a_task_gives_model_and_data(tmp_path, monkeypatch):
-    from fdiv.rl.rehearsal_recipe import RehearsalConfig
+    from fdiv.recipes.tasks.rehearsal import RehearsalConfig
 
     block = RehearsalConfig(
         task={"name": "empty_prompts"}, model="m", reward="r", num_samples=3, threshold="1/2", training_temperature=0.6
@@ -334,7 +334,7 @@ def test_a_task_gives_model_and_data(tmp_path, monkeypatch):
         (folder / "explore.parquet").write_bytes(b"rows")
         seen.append(settings)
 
-    monkeypatch.setattr("fdiv.rl.presample.presample", pretend)
+    monkeypatch.setattr("fdiv.rl.presample.run.presample", pretend)
     keys = block.build(tmp_path)
     (given,) = seen
     assert given.dataset == str(tmp_path / "task" / "data") and given.model == "m" and given.num_samples == 3
@@ -357,7 +357,7 @@ def test_models_beside_a_zero3_run_are_loaded_whole_and_its_config_comes_back():
     from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    from fdiv.rl.rehearsal_recipe import _without_deepspeed
+    from fdiv.recipes.tasks.rehearsal import _without_deepspeed
 
     kept = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # held weakly: it lives as long as `kept`
     try:

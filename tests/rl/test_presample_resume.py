@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from fdiv.rl.presample import presample
-from fdiv.rl.rehearsal import RehearsalCache
+from fdiv.rl.dph.rehearsal import RehearsalCache
+from fdiv.rl.presample.run import presample
 from tests.rl.presample_runs import config, read_lines, settings, write_rows
 
 

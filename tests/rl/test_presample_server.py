@@ -8,10 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from fdiv.eval.item_cache import ItemCache
-from fdiv.eval.sampling import SamplingRequest
-from fdiv.rl.sample_sources import ServerSource, request_seed
-from fdiv.rollouts import RolloutError
+from fdiv.errors import RolloutError
+from fdiv.inference.backends import ServerSource, request_seed
+from fdiv.inference.cache import ItemCache
+from fdiv.inference.sampling import SamplingRequest
 
 
 class StandIn(BaseHTTPRequestHandler):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fdiv.errors import DataError
-from fdiv.fingerprints import tokenizer_fingerprint, weights_fingerprint
-from fdiv.rl.rehearsal import RehearsalCache, RehearsalHeader, RehearsalRow, parse_threshold, partition_prompts
+from fdiv.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from fdiv.rl.dph.rehearsal import RehearsalCache, RehearsalHeader, RehearsalRow, parse_threshold, partition_prompts
 
 ROWS = [
     RehearsalRow("Wie groß?", [5, 6, 7], [8, 9], [-0.5, -0.25], 4),
@@ -146,7 +146,7 @@ def load(path, dtype=torch.float32):
 
 
 def test_fingerprint_follows_the_weights(tiny_model_dir, tmp_path):
-    from fdiv.tiny_models import build_tiny_model
+    from fdiv.models.tiny import build_tiny_model
 
     model = load(tiny_model_dir)
     digest = weights_fingerprint(model)
@@ -173,7 +173,7 @@ def test_a_fresh_adapter_is_the_base_model_and_a_trained_one_is_not(tiny_model_d
 def test_fingerprint_of_the_tokenizer(tiny_model_dir):
     from transformers import AutoTokenizer
 
-    from fdiv.tiny_models import build_tiny_tokenizer
+    from fdiv.models.tiny import build_tiny_tokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     digest = tokenizer_fingerprint(tokenizer)

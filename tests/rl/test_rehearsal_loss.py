@@ -7,7 +7,7 @@ import torch
 
 from fdiv.divergences import Divergence, get_divergence, list_divergences
 from fdiv.rl import check_rehearsal_divergence, js_on_policy, js_on_reference, rehearsal_coefficient, rehearsal_loss
-from fdiv.rl.losses import REHEARSAL_LEVELS, rehearsal_capped
+from fdiv.rl.dph.loss import REHEARSAL_LEVELS, rehearsal_capped
 from tests.alignment.sequence_model import SequenceModel
 
 PARAMETERS = {"alpha": {"alpha": 0.3}, "skew_jensen_shannon": {"weight": 0.3}}

@@ -3,7 +3,7 @@
 import pytest
 
 import fdiv.rl.rewards
-from fdiv.methods import load
+from fdiv.catalog import load
 from fdiv.rl.rewards import REWARDS, MathReward, PooledReward, build_reward
 
 

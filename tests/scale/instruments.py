@@ -32,7 +32,7 @@ def watched(trainer: Any) -> Iterator[Counter[str]]:
     import trl.trainer.utils
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    import fdiv.logprobs
+    import fdiv.models.logprobs
 
     counts: Counter[str] = Counter()
 
@@ -59,10 +59,10 @@ def watched(trainer: Any) -> Iterator[Counter[str]]:
         trainer.model.base_model.register_forward_pre_hook(see_batch, with_kwargs=True),
         next(layer.children()).register_forward_pre_hook(see_layer),  # hooks of the layer stay outside the checkpoint
     ]
-    plain = fdiv.logprobs._reduce_logits
+    plain = fdiv.models.logprobs._reduce_logits
     with (
         mock.patch.object(kernel, "apply", counted("fused", kernel.apply)),
-        mock.patch.object(fdiv.logprobs, "_reduce_logits", counted("plain", plain)),
+        mock.patch.object(fdiv.models.logprobs, "_reduce_logits", counted("plain", plain)),
     ):
         try:
             yield counts
@@ -77,7 +77,7 @@ def remove_fused_head(trainer: Any) -> None:
     D²O and FLAT come to that path by themselves. The others ask the model for a fused forward, as TRL's trainers do, and
     get the same values from a plain one.
     """
-    from fdiv.logprobs import fused_head, token_scores
+    from fdiv.models.logprobs import fused_head, token_scores
 
     for model in models(trainer):
         head = fused_head(model)

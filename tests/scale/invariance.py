@@ -160,7 +160,7 @@ class Invariance:
 
     def _materials(self, architecture: str) -> Path:
         """A folder with a tiny model, recorded rollouts of it and rehearsal rows."""
-        from fdiv.tiny_models import build_tiny_model
+        from fdiv.models.tiny import build_tiny_model
         from tests.alignment.f_dpg_runs import recorded
         from tests.rl.dph_runs import cache
 
@@ -178,7 +178,7 @@ class Invariance:
 
 def _rollouts(name: str, variant: str, materials: Path) -> dict[str, Any]:
     """Replayed completions and given anchors, but where the trainer's own sampling is to be seen."""
-    from fdiv.rollouts import RecordedRollouts
+    from fdiv.training.rollouts import RecordedRollouts
 
     chosen: dict[str, Any] = {}
     if name == "dph":

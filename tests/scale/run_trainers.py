@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import TrainingArguments
 
-from fdiv.rollouts import RecordedRollouts
+from fdiv.training.rollouts import RecordedRollouts
 from tests.scale.trainers import build
 
 STEPS = 10

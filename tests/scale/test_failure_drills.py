@@ -15,11 +15,17 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from fdiv.checkpoints import STAGING, checkpoint_fault, checkpoint_folders, newest_checkpoint, publish, read_marker
 from fdiv.cli import main
-from fdiv.errors import CheckpointError, DataError, NonFiniteLossError
-from fdiv.rollouts import RolloutError
-from fdiv.termination import StopOnSigterm
+from fdiv.errors import CheckpointError, DataError, NonFiniteLossError, RolloutError
+from fdiv.training.checkpoints import (
+    STAGING,
+    checkpoint_fault,
+    checkpoint_folders,
+    newest_checkpoint,
+    publish,
+    read_marker,
+)
+from fdiv.training.signals import StopOnSigterm
 from tests.cli.conftest import pairs, write_recipe  # noqa: F401 (fixtures)
 from tests.rl.dph_runs import cache
 from tests.scale.trainers import TRAINERS, build, flat_weights
@@ -63,7 +69,7 @@ def test_no_space_left_is_named(tiny_model_dir, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("fdiv.resumable.publish", full)
+    monkeypatch.setattr("fdiv.training.checkpoints.publish", full)
     with pytest.raises(CheckpointError, match=r"step 2 could not be written .*No space left on device"):
         build("flat", tiny_model_dir, tmp_path, **SAVING).train()
     assert checkpoint_folders(tmp_path) == []
@@ -81,7 +87,7 @@ def test_a_save_that_fails_while_replacing_a_checkpoint_keeps_it(tiny_model_dir,
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         rename(source, target)
 
-    monkeypatch.setattr("fdiv.checkpoints.os.replace", failing)
+    monkeypatch.setattr("fdiv.training.checkpoints.os.replace", failing)
     with pytest.raises(CheckpointError, match=r"step 2 could not be written .*Earlier checkpoints are untouched"):
         build("flat", tiny_model_dir, tmp_path, **settings, seed=7).train()
     folder, passed_over = newest_checkpoint(tmp_path)
@@ -96,7 +102,7 @@ def test_what_a_file_system_leaves_in_the_staging_folder_fails_no_save(tiny_mode
         (staged.parent / ".nfs0001").write_text("")
         return target
 
-    monkeypatch.setattr("fdiv.resumable.publish", publish_leaving)
+    monkeypatch.setattr("fdiv.training.checkpoints.publish", publish_leaving)
     trainer = build("flat", tiny_model_dir, tmp_path, **SAVING)
     trainer.train()
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["checkpoint-2", "checkpoint-4"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fdiv.checkpoints import STAGING, checkpoint_fault, checkpoint_folders
+from fdiv.training.checkpoints import STAGING, checkpoint_fault, checkpoint_folders
 from tests.scale.trainers import TRAINERS, build, flat_weights, losses
 
 SETTINGS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
@@ -20,7 +20,7 @@ def train_and_die(name, model_dir, output, death, at, settings):
     """Train until optimizer step `at` begins, or until the checkpoint of step `at` is being written, then SIGKILL."""
     from transformers import TrainerCallback
 
-    import fdiv.resumable
+    import fdiv.training.resume
 
     class Die(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
@@ -28,7 +28,7 @@ def train_and_die(name, model_dir, output, death, at, settings):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     trainer = build(name, model_dir, output, callbacks=[Die()], **settings)
-    publish, save_rng = fdiv.resumable.publish, trainer._save_rng_state
+    publish, save_rng = fdiv.training.checkpoints.publish, trainer._save_rng_state
 
     def dying_publish(*arguments):
         if trainer.state.global_step == at:
@@ -41,7 +41,7 @@ def train_and_die(name, model_dir, output, death, at, settings):
         save_rng(folder)
 
     if death == "before the rename":
-        fdiv.resumable.publish = dying_publish
+        fdiv.training.checkpoints.publish = dying_publish
     elif death == "half written":
         trainer._save_rng_state = dying_save
     trainer.train()
@@ -51,7 +51,9 @@ def killed(*arguments):
     """Run `train_and_die` in a process of its own."""
     # A server that has imported the trainers forks quickly, and before any thread of torch's was started.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.scale.trainers", "fdiv.alignment.f_dpg", "fdiv.unlearning.methods.flat"])
+    context.set_forkserver_preload(
+        ["tests.scale.trainers", "fdiv.alignment.f_dpg.trainer", "fdiv.unlearning.methods.flat"]
+    )
     process = context.Process(target=train_and_die, args=arguments)
     process.start()
     process.join(300)

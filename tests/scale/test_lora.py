@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
-from fdiv.logprobs import token_scores
+from fdiv.models.logprobs import token_scores
 from tests.alignment.d2o_runs import negative_rows
 from tests.alignment.f_dpg_runs import PROMPTS, recorded
 from tests.alignment.f_dpo_runs import preference_rows

@@ -10,14 +10,14 @@ import torch
 import yaml
 from transformers import TrainerCallback
 
+from fdiv.catalog import load
 from fdiv.cli import main
 from fdiv.errors import FdivError
-from fdiv.memory_plan import MemoryPlan, device_bytes, optimizer_bytes, plan_memory
-from fdiv.methods import load
-from fdiv.model_count import ModelCount, Weight, count_saved
-from fdiv.placement import Placement, read_placement
-from fdiv.recipe import load_recipe
-from fdiv.tiny_models import build_tiny_model
+from fdiv.memory.count import ModelCount, Weight, count_saved
+from fdiv.memory.placement import Placement, read_placement
+from fdiv.memory.plan import MemoryPlan, device_bytes, optimizer_bytes, plan_memory
+from fdiv.models.tiny import build_tiny_model
+from fdiv.recipe.load import load_recipe
 
 SIZES = {
     "small": {"hidden_size": 96, "layers": 3, "head_dim": 48, "max_positions": 256},
@@ -68,7 +68,7 @@ def planned_and_counted(model_dir: Path, tmp_path: Path, rows: Any, prompt_token
     from transformers import AutoTokenizer
     from trl import get_peft_config
 
-    from fdiv.run_data import model_arguments
+    from fdiv.run.data import model_arguments
 
     keys = {
         "model_name_or_path": str(model_dir), "output_dir": str(tmp_path / "out"), "use_cpu": True, "max_steps": 1,

@@ -8,14 +8,12 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-import fdiv.run
+import fdiv.run.run
 from fdiv.cli import main
-from fdiv.errors import DataError
-from fdiv.eval.model_loading import load_model
-from fdiv.four_bit_weights import keep_trainable_layout
-from fdiv.logprobs import token_scores
-from fdiv.rollouts import RolloutError
-from fdiv.vllm_http import merged_state_dict
+from fdiv.errors import DataError, RolloutError
+from fdiv.inference.vllm_server import merged_state_dict
+from fdiv.models.loading import keep_trainable_layout, load_model
+from fdiv.models.logprobs import token_scores
 from tests.alignment.d2o_runs import negative_rows
 from tests.alignment.f_dpg_runs import PROMPTS
 from tests.alignment.f_dpo_runs import preference_rows
@@ -53,14 +51,14 @@ METHODS = {
 def run(tiny_model_dir, tmp_path, monkeypatch):
     """Run a recipe of a method with `load_in_4bit` and some keys changed; what the command line made of it."""
     made = []
-    original = fdiv.run._trainer
+    original = fdiv.run.run._trainer
 
     def remember(*arguments):
         found = original(*arguments)
         made.append(found[0])
         return found
 
-    monkeypatch.setattr(fdiv.run, "_trainer", remember)
+    monkeypatch.setattr(fdiv.run.run, "_trainer", remember)
 
     def write_and_run(name, output="out", code=0, **changes):
         data = tmp_path / f"{name}.jsonl"
@@ -157,18 +155,18 @@ def test_an_evaluation_leaves_the_gradients_right(run, tmp_path):
     rows = tmp_path / "f_dpo.jsonl"
     for name, gradients in (("without", without), ("with", with_evaluation)):
         evaluations = {"eval_strategy": "steps", "eval_steps": 1} if name == "with" else {}
-        add = fdiv.run._trainer
+        add = fdiv.run.run._trainer
 
         def observed(*arguments, gradients=gradients, add=add):
             found = add(*arguments)
             found[0].add_callback(gradients)
             return found
 
-        fdiv.run._trainer = observed
+        fdiv.run.run._trainer = observed
         try:
             run("f_dpo", name, dataset_test_split="train", **evaluations)
         finally:
-            fdiv.run._trainer = add
+            fdiv.run.run._trainer = add
     assert rows.exists() and len(without.norms) == 4
     assert with_evaluation.norms == without.norms
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from fdiv.cli.launch import accelerate_config
-from fdiv.tiny_models import build_tiny_model
+from fdiv.memory.accelerate import accelerate_config
+from fdiv.models.tiny import build_tiny_model
 from tests.alignment.f_dpg_runs import recorded
 from tests.rl.dph_runs import cache
 from tests.scale.run_trainers import STEPS

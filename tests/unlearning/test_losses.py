@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fdiv.alignment.losses import f_dpo_loss
+from fdiv.alignment.f_dpo.loss import f_dpo_loss
 from fdiv.divergences import get_divergence
 from fdiv.unlearning import (
     ce_u,

@@ -8,8 +8,8 @@ import tarfile
 
 import pytest
 
-from fdiv.unlearning.novel_passages import Passage, cut_passages, find_names, name_question, read_novels, sentences
-from fdiv.unlearning.novels_unlearning import NovelsUnlearningConfig
+from fdiv.recipes.tasks.novels.passages import Passage, cut_passages, find_names, name_question, read_novels, sentences
+from fdiv.recipes.tasks.novels.unlearning import NovelsUnlearningConfig
 
 TEXT = 'He met Mr. Fox at noon. "Who is there?" asked Bruno, and ran. Then the rain began!'
 
@@ -83,7 +83,7 @@ SMALL = {
 def test_the_target_knows_the_forget_novel_and_the_retrained_model_does_not(folder, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fdiv.eval.muse import MuseEvalConfig, MuseEvaluation
+    from fdiv.eval.muse.evaluation import MuseEvalConfig, MuseEvaluation
 
     keys = NovelsUnlearningConfig(data=str(folder), **SMALL).build(tmp_path)
     rows = {

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fdiv.methods import EVALUATIONS
+from fdiv.catalog import EVALUATIONS
+from fdiv.recipes.tasks.tiny.authors import TinyAuthorsConfig
+from fdiv.recipes.tasks.tofu.unlearning import TofuUnlearningConfig
 from fdiv.unlearning.selection import build_evaluation, selection_score
-from fdiv.unlearning.tiny_authors import TinyAuthorsConfig
-from fdiv.unlearning.tofu_unlearning import TofuUnlearningConfig
 from tests.unlearning.setup_runs import forget_rows, history, make_trainer, weights
 
 
@@ -127,7 +127,7 @@ def authors(tmp_path_factory):
 
 
 def test_tiny_authors_are_what_tofus_evaluation_reads(authors):
-    from fdiv.eval.tofu_data import load_tofu_rows
+    from fdiv.eval.tofu.data import load_tofu_rows
 
     folder, keys = authors
     rows = load_tofu_rows("forget", str(folder / "data"), "holdout")

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from fdiv.tiny_models import build_tiny_model
-from fdiv.unlearning.tofu_memorised import TofuMemorisedConfig
+from fdiv.models.tiny import build_tiny_model
+from fdiv.recipes.tasks.tofu.memorised import TofuMemorisedConfig
 
 FORGET = [f"The author {name} wrote about birds." for name in ("Ada", "Bo")]
 RETAIN = [f"The painter {name} lived by the sea." for name in ("Cy", "Di", "Eve")]
@@ -92,7 +92,7 @@ def test_only_the_first_model_has_seen_the_forget_rows(data, tmp_path):
 
 def test_spaced_rows_cover_the_set():
     """4 of 8 rows: every second one; as many as there are, or None: all."""
-    from fdiv.unlearning.tofu_memorised import _spaced
+    from fdiv.recipes.tasks.tofu.memorised import _spaced
 
     assert _spaced(range(8), 4) == [0, 2, 4, 6]
     assert _spaced(range(3), 5) == _spaced(range(3), None) == [0, 1, 2]

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 import fdiv.unlearning as unlearning
-from fdiv.alignment.losses import f_dpo_loss
+from fdiv.alignment.f_dpo.loss import f_dpo_loss
 from fdiv.divergences import get_divergence
 from fdiv.errors import NonFiniteLossError
 from fdiv.unlearning import flat_loss

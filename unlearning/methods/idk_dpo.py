@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fdiv.alignment.losses import check_f_dpo_divergence
+from fdiv.alignment.f_dpo.loss import check_f_dpo_divergence
 from fdiv.unlearning.config import TemplateConfig, check_positive, named_divergence
 from fdiv.unlearning.losses import idk_dpo
 from fdiv.unlearning.roles import RoleScores

@@ -1,0 +1,399 @@
+"""D²O: distributional dispreference optimisation, alignment from negatives alone (Duan et al. 2024, arXiv:2403.03419).
+
+`D2OTrainer` is TRL's `GRPOTrainer` for the sampling and placement it does, with D²O's loss: each rejected answer is
+pushed below the mean of K self-samples of its prompt (the anchors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback
+from trl import GRPOTrainer
+
+from fdiv.alignment.d2o.anchors import Anchor, AnchorCache, check_context, draw_anchors, draw_offline_anchors
+from fdiv.alignment.d2o.config import D2OConfig
+from fdiv.alignment.d2o.data import collate_groups, prepare_negatives
+from fdiv.alignment.d2o.loss import d2o_loss
+from fdiv.alignment.d2o.metrics import divergence_terms, reduce_groups
+from fdiv.alignment.f_dpo.loss import check_f_dpo_divergence
+from fdiv.alignment.scorers import build_scorer, checked_scorer
+from fdiv.divergences import get_divergence
+from fdiv.errors import DataError
+from fdiv.models.fingerprints import weights_fingerprint
+from fdiv.models.logprobs import sequence_log_prob, token_scores
+from fdiv.models.reference import FrozenReference
+from fdiv.training.data_checks import check_pad_token
+from fdiv.training.rollouts import RolloutMixin
+from fdiv.training.trainer import ObjectiveTrainerMixin
+
+__all__ = ["D2OConfig", "D2OTrainer"]
+
+_ROWS = ("input_ids", "attention_mask", "completion_mask")
+
+
+class _AnchorCallback(TrainerCallback):
+    """Draws the offline anchors when the model is placed and no step was taken, and refreshes the reference."""
+
+    def __init__(self, trainer: D2OTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.require_anchors(*self.trainer.all_datasets())
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if args.refresh_every is not None and state.global_step % args.refresh_every == 0:
+            self.trainer.start_reference.refresh()
+
+
+class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
+    r"""D²O on TRL's `GRPOTrainer`; `args` is a `D2OConfig`, rows are those of `fdiv.alignment.d2o.data`.
+
+    Anchors come from a row's `anchors` column where there is one, else from the model: from the file of offline
+    anchors (drawn before the first step, for training and evaluation prompts), or from the policy in each step.
+    One forward with gradient scores the K anchors and the rejected answer of every row; log-probabilities are summed
+    over tokens at temperature 1, under the bare prompt.
+
+    Args:
+        model: path, hub id, model or `PeftModel`; as for `GRPOTrainer`.
+        harmfulness_func: a function with TRL's reward signature that scores the anchors for the log, or a sequence
+            classifier as TRL takes; wins over `harmfulness_scorer` of `args`. A score of None or NaN is left out and
+            counted in `harmfulness/unscored`.
+        ref_model_pos: π_r⁺, the denominator of the rejected answer; wins over `ref_pos` of `args`. None: the frozen
+            start model (under PEFT the base with the adapter off, or a frozen copy of the adapter where training
+            continues one or the reference is refreshed).
+        ref_model_neg: π_r⁻, the denominator of the anchors, likewise.
+        rollout_func: TRL's, to draw anchors by other means (`fdiv.training.rollouts`); one completion for
+            each prompt it gets.
+
+    Logged, over every group since the last log on all processes: `rewards/{anchors,rejected,margins,accuracies}` (the
+    f-scored β·mean and α·rejected that the loss compares), `rewards_raw/*` (of log-ratios), `logps/*`,
+    `log_ratio/{anchors,rejected}_p05|p50|p95`, `clamped_fraction`; `divergence/<f>` and `divergence/jeffreys` from the
+    policy to the reference with `_se` over prompts (`…_to_pos`, `…_to_neg` where there are two), weighted for how the
+    anchors were sampled, exact but for top-k, top-p, min-p and repetition penalty; `anchors/{online,mean_length,
+    clipped_ratio}`; with a scorer `harmfulness/{anchors,anchors_se,harmful_share,unscored}`.
+
+    Raises:
+        DataError: data, tokenizer or anchors that cannot be used.
+        RolloutError: the rollout back end failed or gave an empty completion.
+        ScorerError: the scorer raised or returned the wrong number of scores.
+        NonFiniteLossError: a NaN or infinite loss, before the optimizer step.
+    """
+
+    loss_is_scaled_for_ga = False  # a mean over the micro-batch: Trainer divides by the accumulation steps
+    config_class = D2OConfig
+    title = "distributional dispreference optimisation: rejected answers against own samples"
+    paper = "arXiv:2403.03419"
+    columns = ("prompt", "rejected")
+    optional_columns = ("anchors",)
+    check_divergence = staticmethod(check_f_dpo_divergence)
+    _tag_names = ["trl", "fdiv", "d2o"]
+    _name = "D2O"
+    _paper = {
+        "title": "Negating Negatives: Alignment with Human Negative Samples via Distributional Dispreference "
+        "Optimization",
+        "id": "2403.03419",
+        "citation": """\
+@inproceedings{duan2024negating,
+    title     = {{Negating Negatives: Alignment with Human Negative Samples via Distributional Dispreference
+                 Optimization}},
+    author    = {Shitong Duan and Xiaoyuan Yi and Peng Zhang and Yan Liu and Zheng Liu and Tun Lu and Xing Xie and
+                 Ning Gu},
+    year      = 2024,
+    booktitle = {Findings of the Association for Computational Linguistics: {EMNLP} 2024},
+    eprint    = {2403.03419}
+}""",
+    }
+
+    def __init__(
+        self,
+        model,
+        args: D2OConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        harmfulness_func=None,
+        ref_model_pos: nn.Module | None = None,
+        ref_model_neg: nn.Module | None = None,
+        rollout_func=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+    ) -> None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        if args is None:
+            args = D2OConfig(f"{Path(name).name or type(model).__name__}-D2O")
+        if not isinstance(args, D2OConfig):
+            raise TypeError(f"args is a {type(args).__name__}: D2OTrainer needs a D2OConfig, with `alpha` and `beta`")
+        processing_class = _checked_tokenizer(processing_class, model, name)
+        self.divergence = args.resolve_divergence()
+        scorer = harmfulness_func or (build_scorer(args.harmfulness_scorer) if args.harmfulness_scorer else None)
+        starting_adapter = not isinstance(model, str) and is_peft_model(model)
+        self._prepare = lambda rows, split: prepare_negatives(
+            rows, processing_class, max_length=args.max_length, anchors=args.num_generations, name=split
+        )
+        # While TRL sets up, it would load a second model for β > 0, and bake the sampling temperature into the scores.
+        beta, temperature, args.beta, args.temperature = args.beta, args.temperature, 0.0, 1.0
+        try:
+            super().__init__(
+                model,
+                reward_funcs=[_no_score if scorer is None else _checked_harmfulness(scorer)],
+                args=args,
+                train_dataset=self._prepare(train_dataset, "train_dataset"),
+                eval_dataset=_each(eval_dataset, self._prepare),
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                rollout_func=rollout_func or args.server_rollouts(),
+            )
+        finally:
+            args.beta, args.temperature = beta, temperature
+        self.scores_harmfulness = scorer is not None
+        self._set_sampling_temperature(temperature)
+        self.num_generations = self.num_generations_eval = 1  # TRL's sampler: each row once, a row is a whole group
+        loading = {} if quantization_config is None else {"quantization_config": quantization_config}
+        self._make_references(
+            _loaded(ref_model_pos, args.ref_pos, args, loading),
+            _loaded(ref_model_neg, args.ref_neg, args, loading),
+            starting_adapter,
+        )
+        check_context(self)
+        settings = {"start_model": weights_fingerprint(self.model), **args.sampling_settings()}
+        self.anchors = AnchorCache(args.anchor_cache or Path(args.output_dir) / "anchors.jsonl", settings)
+        self.add_callback(_AnchorCallback(self))
+
+    # ---------------------------------------------------------------- set-up
+    def _set_sampling_temperature(self, temperature: float) -> None:
+        self.temperature = temperature
+        if self.use_vllm:
+            self.vllm_generation.temperature = temperature
+        else:
+            self.generation_config.temperature = self.generation_kwargs["temperature"] = temperature
+
+    def _make_references(self, pos: nn.Module | None, neg: nn.Module | None, starting_adapter: bool) -> None:
+        args = self.args
+        self.start_reference = None
+        if pos is None or neg is None:
+            copy = starting_adapter or args.refresh_every is not None
+            self.start_reference = FrozenReference(self, copy_adapter=copy)
+        self.reference_pos = self.start_reference if pos is None else FrozenReference(self, pos)
+        self.reference_neg = self.start_reference if neg is None else FrozenReference(self, neg)
+        if self.reference_pos is not self.reference_neg:
+            args.warn_if_experimental(one_reference=False)
+        self.ref_model = self.reference_pos.model  # where evaluations look for it; None: the adapter switched off
+
+    def objective_settings(self) -> dict[str, Any]:
+        """The weights, the divergence, the anchors' origin and the references."""
+        names = (
+            "alpha",
+            "beta",
+            "divergence",
+            "max_exponent",
+            "num_generations",
+            "anchor_source",
+            "online_start_step",
+        )
+        names += ("refresh_every", "anchor_instruction_templates", "temperature", "top_p", "ref_pos", "ref_neg")
+        return {name: getattr(self.args, name) for name in names}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt", "rejected", "anchors", "prompt_ids", "rejected_ids", "anchor_ids"]
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        # Not GRPO's: its order depends on how often it was walked, so a run resumed after the first epoch would see
+        # other rows than the uninterrupted one. Transformers' order is a function of (seed, epoch).
+        if not self.args.shuffle_dataset:
+            return SequentialSampler(self.train_dataset if dataset is None else dataset)
+        return Trainer._get_train_sampler(self, dataset)
+
+    # ---------------------------------------------------------------- anchors
+    def all_datasets(self) -> list[Any]:
+        """The tokenised training and evaluation datasets."""
+        evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        return [self.train_dataset, *(dataset for dataset in evals.values() if dataset is not None)]
+
+    def require_anchors(self, *datasets: Any) -> None:
+        """Draw the offline anchors that are missing, where offline anchors are used at all.
+
+        Raises:
+            DataError: some are missing and training has begun, so the start model is gone.
+        """
+        count = self.args.num_generations
+        rows = [row for dataset in datasets for row in dataset if row.get("anchor_ids") is None]
+        if self._online or not rows or count == 0:
+            return
+        if self.state.global_step > 0:
+            for row in rows:
+                self.anchors.anchors(row["prompt_ids"], count)
+            return
+        draw_offline_anchors(self, self.anchors, rows, count)
+
+    @property
+    def _online(self) -> bool:
+        args = self.args
+        return args.anchor_source == "online" and self.state.global_step >= args.online_start_step
+
+    def score_harmfulness(self, rows: Sequence[Mapping[str, Any]], ids: Sequence[list[int]]) -> list[float | None]:
+        """The scorer's number for completion `ids[i]` of row i; None where it gave none, or without a scorer."""
+        if not self.scores_harmfulness:
+            return [None] * len(ids)
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        prompts = [row["prompt"] for row in rows]
+        if not isinstance(prompts[0], str):
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        scores = self._calculate_rewards(list(rows), prompts, texts, list(ids))  # gathered: this process's part stands
+        start = self.accelerator.process_index * len(rows)
+        part = scores[start : start + len(rows), 0].tolist()
+        return [score if torch.isfinite(torch.tensor(score)) else None for score in part]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        count, online = self.args.num_generations, self._online
+        if count and inputs[0].get("anchor_ids") is not None:
+            online = False
+            groups = [[Anchor(ids, None, None) for ids in row["anchor_ids"]] for row in inputs]
+        elif online:
+            groups = draw_anchors(self, inputs, count)
+        else:
+            groups = [self.anchors.anchors(row["prompt_ids"], count) if count else [] for row in inputs]
+        batch = collate_groups(inputs, groups, self._tokenizer.pad_token_id, self.eos_token_ids)
+        batch["online"] = torch.full((len(inputs),), float(online))
+        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+
+    # ---------------------------------------------------------------- loss
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        rows = {name: inputs[name].flatten(0, 1) for name in _ROWS}
+        log_prob = sequence_log_prob(token_scores(model, **rows)).view(inputs["input_ids"].shape[:2])
+        pos, neg = self._reference_log_probs(inputs, rows)
+        anchors, rejected = log_prob[:, :-1] - neg[:, :-1], log_prob[:, -1] - pos[:, -1]
+        args = self.args
+        losses = d2o_loss(anchors, rejected, args.alpha, args.beta, self.divergence, max_exponent=args.max_exponent)
+        self.record_examples({"loss": losses, **self._columns(inputs, log_prob, pos, neg)})
+        return losses.mean()
+
+    def _reference_log_probs(self, inputs: dict[str, Tensor], rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """log π_r⁺ and log π_r⁻ of every sequence, `[B, K+1]`."""
+        shape = inputs["input_ids"].shape[:2]
+        pos = sequence_log_prob(self.reference_pos.score(**rows)).view(shape)
+        if self.reference_neg is self.reference_pos:
+            return pos, pos
+        return pos, sequence_log_prob(self.reference_neg.score(**rows)).view(shape)
+
+    @torch.no_grad()
+    def _columns(self, inputs: dict[str, Tensor], log_prob: Tensor, pos: Tensor, neg: Tensor) -> dict[str, Tensor]:
+        """Per group, for `reduce_groups`: `[B]` each."""
+        args, cap = self.args, self.args.max_exponent
+        anchors, rejected = log_prob[:, :-1] - neg[:, :-1], log_prob[:, -1] - pos[:, -1]
+        count = max(anchors.size(1), 1)
+        everything = torch.cat([anchors, rejected[:, None]], dim=1)
+        columns = {
+            "rejected_log_ratio": rejected,
+            "rejected_log_prob": log_prob[:, -1],
+            "rejected_reward": args.alpha * self.divergence.score(rejected, cap),
+            "rejected_raw_reward": args.alpha * rejected,
+            "anchor_reward": args.beta * self.divergence.score(anchors, cap).sum(1) / count,
+            "anchor_raw_reward": args.beta * anchors.sum(1) / count,
+            "anchor_log_prob": log_prob[:, :-1].sum(1) / count,
+            "clamped": self.divergence.capped(everything, cap).any(1),
+            "online": inputs["online"],
+            "anchor_tokens": inputs["completion_mask"][:, :-1].sum((1, 2)),
+            "anchor_cut": inputs["anchor_cut"].float().sum(1) / count,
+            "attended": inputs["attention_mask"].sum((1, 2)),
+        }
+        if args.num_generations == 0:
+            return columns
+        columns |= {f"anchor_{k}_log_ratio": anchors[:, k] for k in range(anchors.size(1))}
+        references = {"both": pos} if pos is neg else {"pos": pos, "neg": neg}
+        # Where nobody recorded log q, offline anchors are π_r⁻'s and online ones the policy's as it is.
+        assumed = torch.where(inputs["online"].bool()[:, None], log_prob[:, :-1], neg[:, :-1])
+        sampler = torch.where(inputs["anchor_log_prob"].isnan(), assumed, inputs["anchor_log_prob"])
+        for kind, divergence in (("divergence", self.divergence), ("jeffreys", get_divergence("jeffreys"))):
+            for name, reference in references.items():
+                terms = divergence_terms(divergence, log_prob[:, :-1], reference[:, :-1], sampler)
+                columns[f"{kind}_to_{name}"] = terms.mean(1)
+        if self.scores_harmfulness:
+            harm = inputs["harmfulness"]
+            columns["harm_scored"] = (~harm.isnan()).sum(1)
+            columns["harm_sum"] = harm.nan_to_num(0.0).sum(1)
+            columns["harm_above"] = (harm > args.harmful_above).sum(1)
+        return columns
+
+    def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:
+        """See the class and `fdiv.alignment.d2o.metrics`."""
+        if mode == "train":
+            self._total_train_tokens += int(examples["attended"].sum())
+        metrics = reduce_groups(examples, self.divergence, self.args.num_generations)
+        if mode == "eval":
+            metrics["loss"] = examples["loss"].mean().item()  # each row once; Trainer's own counts a filled-up batch
+        return metrics | {"num_tokens": self._total_train_tokens}
+
+    # ---------------------------------------------------------------- evaluation and checkpoints
+    def evaluate(self, eval_dataset=None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in TRL; rows that were not given at construction are tokenised, and need anchors drawn before step 1."""
+        eval_dataset = _each(eval_dataset, self._prepare)
+        given = eval_dataset if eval_dataset is not None else self.eval_dataset
+        self.require_anchors(*(given.values() if isinstance(given, dict) else [given] if given is not None else ()))
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def save_method_state(self, folder: Path) -> None:
+        """The reference that `refresh_every` replaced."""
+        super().save_method_state(folder)
+        if self.args.refresh_every is not None:
+            self.start_reference.save(folder / "reference")
+
+    def load_method_state(self, folder: Path) -> None:
+        """Read it back."""
+        super().load_method_state(folder)
+        if self.args.refresh_every is not None:
+            self.start_reference.load(folder / "reference")
+
+
+def _each(dataset: Any, prepare: Any) -> Any:
+    """An evaluation dataset, or a dict of them, prepared; None and a key of one stay."""
+    if dataset is None or isinstance(dataset, str):
+        return dataset
+    if isinstance(dataset, dict):
+        return {name: prepare(rows, f"eval_dataset[{name!r}]") for name, rows in dataset.items()}
+    return prepare(dataset, "eval_dataset")
+
+
+def _checked_tokenizer(processing_class: Any, model: Any, name: str) -> Any:
+    """The tokenizer, loaded as TRL would; refused without a pad token (TRL would take eos silently)."""
+    if processing_class is None:
+        from transformers import AutoTokenizer
+
+        if not name:
+            raise DataError(f"pass processing_class: the {type(model).__name__} was built in memory and has no path")
+        processing_class = AutoTokenizer.from_pretrained(name, padding_side="left")
+    if hasattr(processing_class, "tokenizer"):
+        raise DataError("D2OTrainer trains on text: pass a tokenizer as processing_class, not a multimodal processor")
+    check_pad_token(processing_class, name or type(model).__name__)
+    return processing_class
+
+
+def _no_score(completions: Sequence[Any], **_: Any) -> list[None]:
+    """In the place of the reward function TRL insists on; never called."""
+    return [None] * len(completions)
+
+
+def _checked_harmfulness(scorer: Any) -> Any:
+    return scorer if isinstance(scorer, str) else checked_scorer(scorer, finite=False)
+
+
+def _loaded(
+    model: nn.Module | None, path: str | None, args: D2OConfig, loading: Mapping[str, Any]
+) -> nn.Module | None:
+    """The reference given as an object, or by its path in the config, loaded as the policy; None: the start model."""
+    if model is not None or path is None:
+        return model
+    from trl.trainer.utils import create_model_from_path
+
+    return create_model_from_path(path, **(args.model_init_kwargs or {}), **loading)

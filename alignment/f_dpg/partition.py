@@ -1,0 +1,79 @@
+"""Z of each prompt: estimated over all of training, per step, or given. The state is plain numbers, saved as JSON."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdiv.alignment.f_dpg.loss import grouped_logsumexp
+
+__all__ = ["Z_MODES", "PartitionEstimates"]
+
+Z_MODES = ("history", "group", "given")
+
+
+class PartitionEstimates:
+    """log Ẑ(x) per prompt x; Ẑ is a mean of P/q over samples, so it is unbiased (log Ẑ is not).
+
+    Args:
+        mode: `"history"`: the mean over every sample of the prompt so far (this step's among them); `"group"`: over
+            this step's samples (α-DPG); `"given"`: known, passed to `update`.
+        z_max: upper bound on Ẑ; 1 for a filter target, where Z is a probability. None: none.
+        z_floor: what an estimate below it becomes. None: prompts with Ẑ = 0 are skipped.
+    """
+
+    def __init__(self, mode: str = "history", *, z_max: float | None = None, z_floor: float | None = None) -> None:
+        self.mode, self.z_max, self.z_floor = mode, z_max, z_floor
+        self._history: dict[int, tuple[float, int]] = {}  # prompt → (log Σ P/q, number of samples)
+
+    def update(
+        self, prompts: Tensor, log_importance: Tensor, *, given: Tensor | None = None, store: bool = True
+    ) -> Tensor:
+        """log Ẑ of each row's prompt, after taking the rows in.
+
+        Args:
+            prompts: `[N]` integers that stand for prompts, over all processes.
+            log_importance: `[N]`, log P − log q of the samples.
+            given: `[N]` log Z, for mode `"given"`.
+            store: keep the rows in the history (not in evaluation).
+
+        Returns:
+            `[N]` float64; −inf where the estimate is 0, and the row must be skipped.
+        """
+        if self.mode == "given":
+            return self._bounded(given.double())
+        distinct, inverse = prompts.unique(return_inverse=True)
+        counts = torch.bincount(inverse).cpu()
+        log_sums = grouped_logsumexp(log_importance.double(), inverse, len(distinct)).cpu()
+        if self.mode == "history":
+            keys = distinct.tolist()
+            before = [self._history.get(key, (-math.inf, 0)) for key in keys]
+            log_sums = torch.logaddexp(log_sums, torch.tensor([log_sum for log_sum, _ in before], dtype=torch.float64))
+            counts = counts + torch.tensor([count for _, count in before])
+            if store:
+                entries = zip(log_sums.tolist(), counts.tolist(), strict=True)
+                self._history.update(zip(keys, entries, strict=True))
+        log_z = log_sums - counts.double().log()
+        return self._bounded(log_z.to(log_importance.device)[inverse])
+
+    def _bounded(self, log_z: Tensor) -> Tensor:
+        if self.z_floor is not None:
+            log_z = log_z.clamp(min=math.log(self.z_floor))
+        return log_z if self.z_max is None else log_z.clamp(max=math.log(self.z_max))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history as JSON-ready numbers; −inf is None."""
+        return {
+            str(prompt): [None if log_sum == -math.inf else log_sum, count]
+            for prompt, (log_sum, count) in self._history.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, to the last bit."""
+        self._history = {
+            int(prompt): (-math.inf if log_sum is None else log_sum, count)
+            for prompt, (log_sum, count) in state.items()
+        }

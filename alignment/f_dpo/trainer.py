@@ -1,0 +1,299 @@
+"""f-DPO: direct preference optimisation regularised by any lawful f-divergence (Wang et al. 2023, arXiv:2309.16240).
+
+`FDPOConfig` and `FDPOTrainer` are TRL's `DPOConfig` and `DPOTrainer` with one more idea, `divergence`. With
+`divergence="reverse_kl"` they train DPO, step for step.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from trl import DPOTrainer
+
+from fdiv.alignment.f_dpo.config import FDPOConfig
+from fdiv.alignment.f_dpo.loss import check_f_dpo_divergence, f_dpo_loss, f_dpo_rewards
+from fdiv.divergences import get_divergence
+from fdiv.errors import DataError
+from fdiv.models.loading import check_fits, context_length, keep_trainable_layout
+from fdiv.models.logprobs import with_position_ids
+from fdiv.models.reference import frozen_copy
+from fdiv.statistics.calibration import length_normalised_calibration, margin_calibration
+from fdiv.statistics.estimates import divergence_estimate, log_ratio_quantiles
+from fdiv.training.data_checks import check_pad_token, check_preference_dataset
+from fdiv.training.trainer import ObjectiveTrainerMixin
+
+__all__ = ["FDPOTrainer"]
+
+
+class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
+    r"""f-DPO on TRL's `DPOTrainer`; same arguments, same data types, `args` is an `FDPOConfig`.
+
+    The reference is, in this order: `ref_model`; for a PEFT policy the base with the adapter off (the frozen copy of
+    the adapter when training continues one); precomputed log-probabilities with `precompute_ref_log_probs`; a frozen
+    copy of the model object as it was handed over; a second load of the model named by a string.
+
+    Logged beside what `DPOTrainer` logs: `rewards/*` is the f-scored implicit reward β·f′(u), what the loss compares;
+    `rewards_raw/*` is β·log u, TRL's; `log_ratio/{chosen,rejected}_p05|p50|p95`; `divergence/<name>` with `_se`;
+    `clamped_fraction`; in evaluation `ece_length_normalised` and `ece_margin`. All are over every example since the
+    last log, on all processes.
+
+    Raises:
+        DataError: (a ValueError) data without the needed columns or rows, a tokenizer without pad or eos token, no
+            way to a reference.
+        NonFiniteLossError: a NaN or infinite loss; in training before the optimizer step.
+    """
+
+    config_class = FDPOConfig
+    title = "direct preference optimisation under any f-divergence"
+    paper = "arXiv:2309.16240"
+    columns = ("chosen", "rejected")
+    optional_columns = ("prompt",)
+    check_divergence = staticmethod(check_f_dpo_divergence)
+    _tag_names = ["trl", "fdiv", "f-dpo"]
+    _name = "f-DPO"
+    _paper = {
+        "title": "Beyond Reverse KL: Generalizing Direct Preference Optimization with Diverse Divergence Constraints",
+        "id": "2309.16240",
+        "citation": """\
+@inproceedings{wang2024beyond,
+    title     = {{Beyond Reverse KL: Generalizing Direct Preference Optimization with Diverse Divergence Constraints}},
+    author    = {Chaoqi Wang and Yibo Jiang and Chenghao Yang and Han Liu and Yuxin Chen},
+    year      = 2024,
+    booktitle = {The Twelfth International Conference on Learning Representations, {ICLR} 2024},
+    eprint    = {2309.16240}
+}""",
+    }
+
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args: FDPOConfig | None = None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        compute_metrics=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+    ) -> None:
+        model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        if args is None:
+            args = FDPOConfig(f"{Path(model_name).name or type(model).__name__}-f-DPO")
+        if not isinstance(args, FDPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}: FDPOTrainer needs an FDPOConfig, with `divergence`")
+        self.divergence = args.resolve_divergence()
+        _check_data(train_dataset, eval_dataset, args)
+        processing_class = _checked_processing_class(processing_class, model_name, model, args)
+        if ref_model is None and peft_config is None and not isinstance(model, str):
+            ref_model = _reference_of_instance(model, args)
+        super().__init__(
+            model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
+            raise DataError(
+                f"no training row is left: every prompt fills max_length={args.max_length} alone. Raise max_length"
+            )
+        _check_lengths(self.train_dataset, self.model, args.max_length)
+
+    def objective_settings(self) -> dict[str, Any]:
+        """The divergence (as the loss uses it), β and the overflow cap."""
+        return {
+            "divergence": self.args.divergence,
+            "normalized": self.args.normalized,
+            "beta": self.beta,
+            "max_exponent": self.args.max_exponent,
+        }
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """TRL's model card with the divergence among the tags and the objective's settings in a table."""
+        tags = [tags] if isinstance(tags, str) else list(tags or ())
+        super().create_model_card(model_name, dataset_name, [*tags, get_divergence(self.args.divergence).name])
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        keep_trainable_layout(self.model)  # TRL does this while it sets up, before our own turn comes
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """As TRL's; with position ids, so that a data collator may pad on either side."""
+        return super().compute_ref_log_probs(model, with_position_ids(model, inputs))
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool):
+        inputs = with_position_ids(model, inputs)
+        not_for_the_model = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+        model_kwargs = {k: v for k, v in inputs.items() if k not in not_for_the_model} | {"use_cache": False}
+        if self.aux_loss_enabled:
+            model_kwargs["output_router_logits"] = True
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        outputs = model(**model_kwargs, labels=labels, fused_lm_head=True)
+        mask = inputs["completion_mask"][:, 1:]
+        # Prompt-learning PEFT puts virtual tokens in front of the outputs: keep the positions of the real ones.
+        per_token = {
+            name: getattr(outputs, name)[:, -mask.size(1) :]
+            for name in ("log_probs", "entropy", "mean_logits", "is_top1")
+        }
+        logps = per_token.pop("log_probs").sum(dim=1)
+        if self.precompute_ref_logps:
+            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        else:
+            ref_logps = torch.cat(self.compute_ref_log_probs(self.ref_model or self.model, inputs))
+        log_ratio = logps - ref_logps
+        chosen, rejected = log_ratio.chunk(2)  # the batch is [chosen; rejected]
+        losses = f_dpo_loss(chosen, rejected, self.divergence, self.beta, max_exponent=self.args.max_exponent)
+        loss = losses.mean()
+        columns = {"loss": losses}
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+            columns = {"loss": losses + self.router_aux_loss_coef * outputs.aux_loss.detach()}
+            columns["aux_loss"] = outputs.aux_loss.detach().expand_as(losses)
+        self.record_examples(columns | self._columns(logps, log_ratio, per_token, mask, inputs["attention_mask"]))
+        if return_outputs:  # only for `compute_metrics` on logits, which the fused head does not build
+            with torch.no_grad():
+                outputs = model(**model_kwargs)
+            return loss, outputs
+        return loss
+
+    @torch.no_grad()
+    def _columns(
+        self, logps: Tensor, log_ratio: Tensor, per_token: dict[str, Tensor], mask: Tensor, attention_mask: Tensor
+    ) -> dict[str, Tensor]:
+        """Per pair, for `reduce_examples`: everything logged is arithmetic on these."""
+        rows = {
+            "log_ratio": log_ratio,
+            "reward": f_dpo_rewards(log_ratio, self.divergence, self.beta, max_exponent=self.args.max_exponent),
+            "clamped": self.divergence.capped(log_ratio, self.args.max_exponent),
+            "logps": logps,
+            "tokens": mask.sum(1),
+            "attended": attention_mask.sum(1),
+            **{name: (value * mask).sum(1) for name, value in per_token.items()},
+        }
+        halves = ("chosen", "rejected")
+        return {
+            f"{half}_{name}": part
+            for name, value in rows.items()
+            for half, part in zip(halves, value.chunk(2), strict=True)
+        }
+
+    def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:
+        """TRL's metrics and ours; see the class. Token-level ones are means over tokens, the others over pairs."""
+        pair = {name: torch.stack([examples[f"chosen_{name}"], examples[f"rejected_{name}"]], dim=1) for name in _ROWS}
+        if mode == "train":
+            self._total_train_tokens += int(pair["attended"].sum()) // self._tp_size
+        margins = pair["reward"][:, 0] - pair["reward"][:, 1]
+        raw = self.beta * pair["log_ratio"]
+        tokens = pair["tokens"].sum(0).clamp(min=1)
+        metrics = {
+            "entropy": (pair["entropy"].sum() / tokens.sum()).item(),
+            "num_tokens": self._total_train_tokens,
+            "mean_token_accuracy": (pair["is_top1"][:, 0].sum() / tokens[0]).item(),
+            "rewards/accuracies": (margins > 0).double().mean().item(),
+            "rewards/margins": margins.mean().item(),
+            "rewards_raw/margins": (raw[:, 0] - raw[:, 1]).mean().item(),
+            "clamped_fraction": pair["clamped"].amax(1).mean().item(),
+        }
+        for side, half in enumerate(("chosen", "rejected")):
+            metrics[f"logits/{half}"] = (pair["mean_logits"][:, side].sum() / tokens[side]).item()
+            metrics[f"logps/{half}"] = pair["logps"][:, side].mean().item()
+            metrics[f"rewards/{half}"] = pair["reward"][:, side].mean().item()
+            metrics[f"rewards_raw/{half}"] = raw[:, side].mean().item()
+            metrics |= log_ratio_quantiles(half, pair["log_ratio"][:, side])
+        # An estimate of D_f as far as the data were sampled from π_ref, as preference data usually are.
+        divergence = get_divergence(self.args.divergence)
+        name = f"divergence/{divergence.label}"
+        metrics[name], metrics[f"{name}_se"] = divergence_estimate(divergence, pair["log_ratio"])
+        if "aux_loss" in examples:
+            metrics["aux_loss"] = examples["aux_loss"].mean().item()
+        if mode == "eval":
+            # The mean over the pairs; Trainer's own weighs an incomplete last batch like a full one.
+            metrics["loss"] = examples["loss"].mean().item()
+            mean_logps = pair["logps"] / pair["tokens"].clamp(min=1)
+            metrics["ece_length_normalised"] = length_normalised_calibration(
+                mean_logps[:, 0], mean_logps[:, 1], self.args.ece_bins
+            )
+            metrics["ece_margin"] = margin_calibration(margins, self.args.ece_bins)
+        return metrics
+
+
+_ROWS = ("log_ratio", "reward", "clamped", "logps", "tokens", "attended", "entropy", "mean_logits", "is_top1")
+
+
+def _check_data(train_dataset: Any, eval_dataset: Any, args: FDPOConfig) -> None:
+    evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    named = {f"eval_dataset[{name!r}]" if name else "eval_dataset": dataset for name, dataset in evals.items()}
+    for name, dataset in {"train_dataset": train_dataset, **named}.items():
+        if name != "train_dataset" and dataset is None:
+            continue
+        check_preference_dataset(dataset, name)
+        # TRL hands the precomputed values over in a cache file beside the data's own, which such data have not.
+        if args.precompute_ref_log_probs and args.world_size > 1 and not getattr(dataset, "cache_files", True):
+            raise DataError(
+                f"{name} lies in memory only, so {args.world_size} processes cannot share precomputed reference "
+                "log-probs: load it from a file, or set precompute_ref_log_probs to false"
+            )
+
+
+def _checked_processing_class(processing_class: Any, model_name: str, model: Any, args: FDPOConfig) -> Any:
+    """The tokenizer or processor, loaded as TRL would; refused without a pad token (TRL would take eos silently)."""
+    if processing_class is None:
+        from transformers import AutoProcessor
+
+        if not model_name:
+            raise DataError(f"pass processing_class: the {type(model).__name__} was built in memory and has no path")
+        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+        processing_class = AutoProcessor.from_pretrained(
+            model_name, revision=revision, trust_remote_code=args.trust_remote_code
+        )
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    check_pad_token(tokenizer, model_name or type(model).__name__, args.pad_token)
+    if tokenizer.eos_token is None:
+        raise DataError(
+            f"the tokenizer of {model_name or type(model).__name__!r} has no eos token, which ends every completion: "
+            "set `tokenizer.eos_token`"
+        )
+    return processing_class
+
+
+def _reference_of_instance(model: nn.Module, args: FDPOConfig) -> nn.Module | None:
+    """A frozen copy of a model object, so that π_ref is the policy as handed over, wherever it came from.
+
+    None where TRL has a better way (an adapter to switch off, precomputed log-probabilities) or must load a second one
+    itself (weights spread by a device map, or sharded by ZeRO-3).
+    """
+    if is_peft_model(model) or args.precompute_ref_log_probs:
+        return None
+    spread = getattr(model, "hf_device_map", None) is not None
+    sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    if not spread and not sharded:
+        return frozen_copy(model)
+    if not getattr(model.config, "_name_or_path", ""):
+        raise DataError(
+            f"the {type(model).__name__} was built in memory and is spread over devices or sharded by ZeRO-3, so no "
+            "reference can be made from it: save it and pass its path, or pass ref_model"
+        )
+    return None
+
+
+def _check_lengths(dataset: Any, model: Any, max_length: int | None) -> None:
+    """Refuse rows that are longer than the model's context after truncation; streamed rows are checked when scored."""
+    limit = context_length(model)
+    if limit is None or (max_length is not None and max_length <= limit) or not hasattr(dataset, "__len__"):
+        return
+    for number, row in enumerate(dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])):
+        tokens = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        tokens = tokens if max_length is None else min(tokens, max_length)
+        check_fits(tokens, model, f"row {number} of the training data", f"set max_length to at most {limit}")

@@ -1,0 +1,1 @@
+"""What every benchmark shares: settings, presets, aggregation, logs, output, options, plots."""

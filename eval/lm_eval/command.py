@@ -1,0 +1,136 @@
+"""`fdiv eval lm_eval`: WMDP, MMLU and every other task of EleutherAI's lm-evaluation-harness, or a task file of
+one's own."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fdiv.errors import DataError
+from fdiv.inference.processes import process_state
+
+__all__ = ["LmEvalCommand", "command"]
+
+
+class LmEvalCommand:
+    """Evaluate a model on tasks of lm-evaluation-harness (wmdp, mmlu, gsm8k, …) or on local task files."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """The options."""
+        parser.add_argument("--model", required=True, help="directory or hub name")
+        parser.add_argument("--adapter", help="PEFT adapter on it")
+        parser.add_argument("--tasks", nargs="+", required=True, help="task or group names, or task files (*.yaml)")
+        parser.add_argument("--num_fewshot", type=int, help="examples in the prompt (the task's own)")
+        parser.add_argument("--limit", type=int, help="only the first so many items of every task")
+        parser.add_argument("--batch_size", default="8", help="rows of a forward, or auto (8)")
+        parser.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")
+        parser.add_argument("--apply_chat_template", action="store_true", help="ask through the chat template")
+        parser.add_argument("--seed", type=int, default=0, help="of few-shot choices and bootstrap (0)")
+        parser.add_argument("--output", required=True, metavar="DIR", help="where out.json and samples.jsonl go")
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Evaluate, write `out.json` and `samples.jsonl`, show the table. Returns the exit code 0.
+
+        Raises:
+            DataError: lm-eval is not installed, or a model, task or task file cannot be used.
+        """
+        from fdiv.eval.benchmark.output import output_paths
+        from fdiv.files import write_json
+        from fdiv.provenance import command_line, environment
+        from fdiv.terminal import info, is_main_process, number, print_table
+
+        folder, path = output_paths(args.output)
+        if folder is None:
+            raise DataError(f"--output {args.output}: name a directory, not a file")
+        results = _evaluate(args)
+        if results is None or not is_main_process():
+            return 0
+        values, errors = summarise(results)
+        folder.mkdir(parents=True, exist_ok=True)
+        content: dict[str, Any] = {"benchmark": "lm_eval", "model": args.model, **values}
+        content |= {"standard_errors": errors, "task_versions": results["versions"]}
+        content |= {"items": {task: n["effective"] for task, n in results.get("n-samples", {}).items()}}
+        content |= {"settings": {k: v for k, v in vars(args).items() if k != "debug"}}
+        write_json(path, content | {"environment": environment(command_line(), args.seed)})
+        _write_samples(folder / "samples.jsonl", results.get("samples", {}))
+        rows = [(name, number(value), number(errors.get(name))) for name, value in values.items()]
+        print_table(f"lm-eval · {args.model}", ("task/metric", "value", "s.e."), rows)
+        info(f"written: {path}")
+        return 0
+
+
+def _evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
+    from fdiv.models.loading import load_tokenizer
+
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise DataError(f"lm-eval cannot be imported ({error}): pip install 'fdiv[eval]'") from None
+    files = [Path(task) for task in args.tasks if task.endswith((".yaml", ".yml"))]
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"--tasks {file}: no such task file")
+    include = sorted({str(file.parent) for file in files})
+    # The index of all the harness's tasks takes seconds to read and is not needed for files alone.
+    manager = TaskManager(include_path=include or None, include_defaults=len(files) < len(args.tasks))
+    tasks = [_task_name(Path(task)) if Path(task) in files else task for task in args.tasks]
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise DataError(f"--tasks: lm-eval knows no {', '.join(unknown)}; `lm_eval ls tasks` lists what there is")
+    load_tokenizer(args.model, args.adapter)  # a wrong path is one clear line here
+    device = process_state().device
+    dtype = "float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
+    size = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
+    return simple_evaluate(
+        model=HFLM(pretrained=args.model, peft=args.adapter, dtype=dtype, device=str(device), batch_size=size),
+        tasks=tasks,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        task_manager=manager,
+        apply_chat_template=args.apply_chat_template,
+        random_seed=args.seed,
+        numpy_random_seed=args.seed,
+        torch_random_seed=args.seed,
+        fewshot_random_seed=args.seed,
+    )
+
+
+def _task_name(file: Path) -> str:
+    """The `task:` (or `group:`) a task file defines, read without running its `!function` tags."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        key, colon, value = line.partition(":")
+        if colon and key in ("task", "group") and value.strip():
+            return value.split("#")[0].strip().strip("'\"")
+    raise DataError(f"--tasks {file}: no `task:` line, so it defines no task")
+
+
+def summarise(results: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Values and standard errors by `task/metric` from lm-eval's results; the filter's name is kept unless it is
+    `none`."""
+    values: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for task, metrics in {**results["results"], **results.get("groups", {})}.items():
+        for key, value in metrics.items():
+            metric, _, filtered = key.partition(",")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not filtered:
+                continue
+            name = f"{task}/{metric.removesuffix('_stderr')}" + ("" if filtered == "none" else f",{filtered}")
+            (errors if metric.endswith("_stderr") else values)[name] = float(value)
+    return values, errors
+
+
+def _write_samples(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
+    import json
+
+    with path.open("w", encoding="utf-8") as file:
+        for task, rows in samples.items():
+            for row in rows:
+                line = {"task": task, "doc_id": row.get("doc_id"), "target": row.get("target")}
+                line |= {"answers": row.get("filtered_resps"), "metrics": {m: row[m] for m in row.get("metrics", [])}}
+                file.write(json.dumps(line, default=str) + "\n")
+
+
+command = LmEvalCommand()

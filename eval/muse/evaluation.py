@@ -1,0 +1,211 @@
+"""MUSE evaluation of one model: VerbMem, KnowMem, PrivLeak, extraction strength and the other attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fdiv.eval.benchmark.aggregation import Aggregates
+from fdiv.eval.benchmark.evaluation import ModelEvaluation, Records, evaluation_mode, selected_rows
+from fdiv.eval.benchmark.items import attack_rows, memorization_rows
+from fdiv.eval.benchmark.log import EvalLog, write_eval_log
+from fdiv.eval.benchmark.settings import EvaluationSettings
+from fdiv.eval.metrics.text_overlap import cut_at, rouge_scores
+from fdiv.eval.muse.aggregate import aggregate_muse
+from fdiv.eval.muse.data import MuseRows, load_muse_rows
+from fdiv.evaluation import EvalContext
+from fdiv.inference.greedy import GenerationRequest
+from fdiv.inference.processes import process_state
+from fdiv.inference.prompting import PromptFormat
+from fdiv.inference.scoring import ScoringRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["MuseEvalConfig", "MuseEvaluation"]
+
+STOP_WORDS = ("\n\n", "\nQuestion", "Question:")
+VERBATIM_TOKENS, ANSWER_TOKENS = 128, 32
+
+
+@dataclass
+class MuseEvalConfig(EvaluationSettings):
+    """Settings of a MUSE evaluation; as `eval: {name: muse, …}` of a recipe it runs before and after training.
+
+    Args:
+        corpus: `News`, `Books`, or the name of one's own; it also chooses `muse_original`'s published retain AUC.
+        data: hub dataset (default `muse-bench/MUSE-CORPUS`) or local folder, see `fdiv.eval.muse.data`.
+        max_length: tokens kept of each attacked or verbatim text.
+
+    The other settings are those of `EvaluationSettings`.
+    """
+
+    presets: ClassVar[tuple[str, ...]] = ("open_unlearning", "muse_original")
+    summary_metrics: ClassVar[tuple[str, ...]] = (
+        *("forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE", "privleak", "extraction_strength"),
+    )
+    lower_is_better: ClassVar[tuple[str, ...]] = (
+        *("forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "extraction_strength", "exact_memorization"),
+    )
+
+    corpus: str = "News"
+    max_length: int = 2048
+    question_format: str = "Question: {question}\nAnswer: "
+    answer_format: str = "{answer}"
+
+    def evaluate(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, datasets: Any, context: EvalContext
+    ) -> dict[str, float | None]:
+        """Evaluate a model in memory (the recipe's `eval:` step); also writes `muse_STAGE/MUSE_EVAL.json`."""
+        run = MuseEvaluation(self, tokenizer)
+        run.retain_log()
+        result = run.aggregate(run.run(model, reference_model=run.load_reference() or context.reference_model))
+        if process_state().is_main_process:
+            write_eval_log(Path(context.output_dir) / f"muse_{context.stage}" / "MUSE_EVAL.json", result.log)
+        return dict(result.values)
+
+
+@dataclass
+class MusePlan:
+    """Requests of a MUSE evaluation; scoring keys are `verbatim/i`, `forget/i`, `holdout/i`, generation keys
+    `METRIC/i`."""
+
+    rows: MuseRows
+    preset_name: str
+    scoring: list[ScoringRequest] = field(default_factory=list)
+    generation: list[GenerationRequest] = field(default_factory=list)
+    prompts: dict[str, str] = field(default_factory=dict)
+    truths: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+    def attacked(self) -> list[ScoringRequest]:
+        """Forget and holdout texts."""
+        return [r for r in self.scoring if r.key.split("/")[0] in ("forget", "holdout")]
+
+    def likelihoods(self) -> list[ScoringRequest]:
+        """What a retain log needs: the attacked texts, for PrivLeak."""
+        return self.attacked()
+
+    def scored_answer(self, key: str) -> str | None:
+        """Key of the scored continuation of a verbatim prompt; None for a question, whose answer is not scored."""
+        name, index = key.split("/")
+        return f"verbatim/{index}" if name == "forget_verbmem_ROUGE" else None
+
+    def empty_log(self) -> EvalLog:
+        """A log of the forget questions without values, to check a retain log before any model is loaded."""
+        rows = {
+            key.split("/")[1]: {"ground_truth": truth}
+            for key, truth in self.truths.items()
+            if key.startswith("forget_knowmem_ROUGE/")
+        }
+        metrics = {"forget_knowmem_ROUGE": {"value_by_index": rows}} if rows else {}
+        return EvalLog(metrics, "muse", self.preset_name, "this evaluation")
+
+
+class MuseEvaluation(ModelEvaluation):
+    """A MUSE evaluation; see `ModelEvaluation`."""
+
+    benchmark = "muse"
+    retain_metric = "forget_knowmem_ROUGE"
+    fluency = ("forget_verbmem_ROUGE", "forget_gibberish", 512)
+    config: MuseEvalConfig
+    plan: MusePlan
+
+    def _prepare(self) -> None:
+        self.rows = load_muse_rows(self.config.corpus, self.config.data)
+        self.missing = dict(self.rows.missing)
+        if "forget" in self.missing:
+            self.missing.setdefault("holdout", self.missing["forget"])
+        self.plan = MusePlan(self.rows, self.preset.name)
+        self._plan_verbatim()
+        self._plan_questions("forget_knowmem", self.rows.forget_knowmem, self.rows.forget_examples)
+        self._plan_questions("retain_knowmem", self.rows.retain_knowmem, self.rows.retain_examples)
+        if "holdout" not in self.missing:
+            for side in ("forget", "holdout"):
+                rows = getattr(self.rows, side)
+                for i in selected_rows(len(rows), None, self.config.max_items):
+                    self._plan_text(f"{side}/{i}", "", rows[i]["text"])
+
+    def _plan_text(self, key: str, prefix: str, text: str) -> None:
+        encoded = PromptFormat.encode_continuation(self.tokenizer, prefix, text, self.config.max_length)
+        group = "verbatim" if key.startswith("verbatim") else "attacked"
+        self.plan.scoring.append(ScoringRequest(key, encoded, True, group))
+        labels = list(encoded.input_ids[encoded.prompt_length :])
+        self.plan.texts[key] = self.tokenizer.decode(labels, skip_special_tokens=True)
+
+    def _plan_verbatim(self) -> None:
+        for i in selected_rows(len(self.rows.verbmem), None, self.config.max_items):
+            row, key = self.rows.verbmem[i], f"forget_verbmem_ROUGE/{i}"
+            self._plan_text(f"verbatim/{i}", row["prompt"], row["gt"])
+            prompt_ids = tuple(self.tokenizer(row["prompt"])["input_ids"])
+            self.plan.generation.append(GenerationRequest(key, prompt_ids, VERBATIM_TOKENS))
+            truth = row["gt"]
+            if self.preset.verbatim_truth_tokens is not None:
+                kept = self.tokenizer(truth)["input_ids"][: self.preset.verbatim_truth_tokens]
+                truth = self.tokenizer.decode(kept, skip_special_tokens=True)
+            else:
+                space = " " if self.preset.verbatim_space else ""
+                ids = self.tokenizer(row["prompt"] + space + truth)["input_ids"][len(prompt_ids) :]
+                truth = self.tokenizer.decode(ids[: self.config.max_length], skip_special_tokens=True)
+            self.plan.prompts[key], self.plan.truths[key] = row["prompt"], truth.strip()
+
+    def _plan_questions(self, name: str, rows: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> None:
+        shots = [(example["question"], example["answer"]) for example in examples]
+        prompt = self.config.prompt()
+        for i in selected_rows(len(rows), None, self.config.max_items):
+            key = f"{name}_ROUGE/{i}"
+            ids = prompt.encode_prompt(self.tokenizer, rows[i]["question"], shots)
+            self.plan.generation.append(GenerationRequest(key, ids, ANSWER_TOKENS))
+            self.plan.prompts[key], self.plan.truths[key] = rows[i]["question"], rows[i]["answer"].strip()
+
+    def row_stamp(self) -> dict[str, Any]:
+        """Corpus and fingerprint of the forget side."""
+        return {"split": self.config.corpus, "forget_rows": self.rows.forget_digest()}
+
+    def build_metrics(
+        self, records: Records, generations: Records | None, reference: Records | None, gradnorms: Records | None
+    ) -> dict[str, dict[str, Any]]:
+        """The metric tree of per-item values from the passes' results."""
+
+        def grouped(source: Records) -> dict[str, dict[int, Any]]:
+            groups: dict[str, dict[int, Any]] = {}
+            for key, record in source.items():
+                name, index = key.split("/")
+                groups.setdefault(name, {})[int(index)] = record
+            return {name: dict(sorted(group.items())) for name, group in groups.items()}
+
+        scored, metrics = grouped(records), {}
+        if "verbatim" in scored:
+            metrics |= memorization_rows(scored["verbatim"], self.preset)
+        if "forget" in scored and "holdout" in scored:
+            sides = {side: scored[side] for side in ("forget", "holdout")}
+            texts = {side: {i: self.plan.texts[f"{side}/{i}"] for i in sides[side]} for side in sides}
+            metrics |= attack_rows(sides, texts, self.preset, grouped(reference) if reference else None)
+            if gradnorms is not None:
+                metrics["mia_gradnorm"] = {
+                    side: {"value_by_index": {str(i): {"score": r["score"]} for i, r in rows.items()}}
+                    for side, rows in grouped(gradnorms).items()
+                }
+        for key, record in (generations or {}).items():
+            name, index = key.split("/")
+            words = STOP_WORDS if "knowmem" in name else ()
+            text, truth = cut_at(record["generation"], words), self.plan.truths[key]
+            row = rouge_scores(truth, text, use_stemmer=self.preset.use_stemmer)
+            row |= {"input": self.plan.prompts[key], "ground_truth": truth, "generation": text}
+            metrics.setdefault(name, {"value_by_index": {}})["value_by_index"][index] = row
+        return metrics
+
+    def retain_knowmem(self, model: PreTrainedModel, title: str) -> float:
+        """KnowMem on the retain questions alone, for a model of a fold (percent under `muse_original`)."""
+        requests = [r for r in self.plan.generation if r.key.startswith("retain_knowmem_ROUGE/")]
+        with evaluation_mode(model):
+            records = self._generate(model, title, requests)
+        metrics = self.build_metrics({}, records, None, None)
+        log = EvalLog(metrics, "muse", self.preset.name, title, self.stamp(model))
+        return aggregate_muse(log, self.preset).values["retain_knowmem_ROUGE"]
+
+    def aggregate(self, log: EvalLog) -> Aggregates:
+        """Aggregates of a log of this evaluation against its retain log."""
+        return aggregate_muse(log, self.preset, self._retain, corpus=self.config.corpus)

@@ -1,0 +1,255 @@
+"""`fdiv eval passk`: Pass@k of a model, or of recorded samples."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from fdiv.errors import DataError
+from fdiv.inference.greedy import BACKENDS
+
+__all__ = ["PassKCommand", "command"]
+
+_OWN = ("k", "stop", "greedy", "allow_code_execution", "label", "dataset")
+_MODEL_ONLY = ("adapter", "dataset", "data", "scorer", "databases")
+_FREE = ("n", "k", "greedy", "unscored", "resamples", "label", "batch_size", "allow_code_execution")
+"""Settings that may change between two runs in one folder: no completion and no score depends on them."""
+
+
+class PassKCommand:
+    """Unbiased Pass@k, pass^k, G-Pass@k, mean@n and maj@n of a model's samples, or of recorded ones."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """The options; those of `PassKEvalConfig` keep their names and defaults."""
+        from fdiv.eval.pass_at_k.evaluation import PassKEvalConfig
+
+        parser.add_argument("--from_samples", metavar="FILE", help="score these recorded samples instead of a model")
+        parser.add_argument("--base_samples", metavar="FILE", help="the base model's samples: keep and explore rates")
+        parser.add_argument("--k", default="1,8,64", help="the k of pass@k, such as 1,10,100 (1,8,64)")
+        parser.add_argument("--output", required=True, help="out.json, or a directory (always one with --model)")
+        model = parser.add_argument_group("the model")
+        model.add_argument("--model", help="directory or hub name")
+        model.add_argument("--adapter", help="PEFT adapter on it")
+        model.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")
+        model.add_argument("--backend", choices=BACKENDS, default="transformers", help="what samples (transformers)")
+        model.add_argument("--vllm_memory", type=float, default=0.5, help="share of GPU memory vLLM takes (0.5)")
+        how = parser.add_argument_group("tasks and sampling")
+        how.add_argument("--dataset", metavar="NAME_OR_FILE", help="a benchmark by name, or a JSON-lines file")
+        how.add_argument("--stop", action="append", metavar="TEXT", help="text that ends a completion; repeat it")
+        how.add_argument("--greedy", action="store_true", help="also greedy accuracy: one more completion per task")
+        how.add_argument(
+            "--allow_code_execution", action="store_true", help="run programs the model wrote (humaneval)"
+        )
+        how.add_argument("--seed", type=int, default=0, help="of the samples and the bootstrap (0)")
+        # Launchers such as torchrun take --n for a beginning of an option of their own, wherever it stands.
+        size = PassKEvalConfig.n
+        how.add_argument(
+            "--n", "--samples_per_task", type=int, default=size, dest="n", help=f"samples per task ({size})"
+        )
+        kinds = {"max_new_tokens": int, "batch_size": int, "max_tasks": int, "resamples": int}
+        kinds |= {"temperature": float, "top_p": float}
+        for field in dataclasses.fields(PassKEvalConfig):
+            if field.name not in _OWN and field.name != "n":
+                shown = "" if field.default is None else f"({field.default})"
+                kind = kinds.get(field.name, str)
+                how.add_argument(f"--{field.name}", type=kind, default=field.default, help=shown or None)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Run, write `out.json`, show the table. Returns the exit code 0.
+
+        Raises:
+            DataError: options that do not go together or are out of range; data, model or scorer that cannot be used;
+                a folder with samples of other settings; a task with fewer scored samples than the largest k.
+        """
+        if bool(args.from_samples) == bool(args.model):
+            raise DataError("give either --model (with --dataset) to sample, or --from_samples for recorded samples")
+        if args.seed < 0:
+            raise DataError(f"--seed {args.seed}: must be at least 0")
+        return _recorded(args) if args.from_samples else _sampled(args)
+
+
+def _recorded(args: argparse.Namespace) -> int:
+    from fdiv.eval.pass_at_k.aggregate import parse_k, summarise
+    from fdiv.eval.pass_at_k.records import read_counts
+    from fdiv.inference.processes import process_state
+
+    for option in _MODEL_ONLY:
+        if getattr(args, option):
+            raise DataError(f"--{option} goes with --model, not with --from_samples")
+    ks = parse_k(args.k)
+    if args.resamples < 1:
+        raise DataError(f"--resamples {args.resamples}: must be at least 1")
+    counts = read_counts(args.from_samples, args.unscored)
+    found = summarise(counts, ks, source=args.from_samples, resamples=args.resamples, seed=args.seed)
+    if process_state().is_main_process:
+        options = ("from_samples", "base_samples", "unscored", "resamples", "seed")
+        about = {"settings": {name: getattr(args, name) for name in options} | {"k": ks}}
+        _write(args, counts, found, ks, about, Path(args.from_samples).name)
+    return 0
+
+
+def _sampled(args: argparse.Namespace) -> int:
+    from fdiv.eval.benchmark.output import output_paths
+    from fdiv.eval.pass_at_k.evaluation import write_samples
+    from fdiv.eval.pass_at_k.records import read_counts
+    from fdiv.inference.processes import process_state
+
+    if not args.dataset:
+        raise DataError("--model needs --dataset: a benchmark by name, or a JSON-lines file with prompt and answer")
+    folder, _ = output_paths(args.output)
+    if folder is None:
+        raise DataError(f"--output {args.output}: the evaluation of a model writes a directory, not one file")
+    config = _config(args)
+    loaded = config.load()
+    if args.base_samples:  # found unreadable after the sampling, it would be a pity
+        read_counts(args.base_samples, args.unscored)
+    began = time.monotonic()
+    state = process_state()
+    rows, settings = _draw(args, config, loaded, folder)
+    if state.is_main_process:
+        write_samples(folder / "samples.jsonl", rows)
+        source = str(folder / "samples.jsonl")
+        counts = config.counts(rows, source)
+        found = config.metrics(rows, counts, args.seed, source)
+        lengths = [row["tokens"] for row in rows]
+        reasons = [row["finish_reason"] for row in rows]
+        about: dict[str, Any] = {
+            "mean_tokens": sum(lengths) / len(lengths),
+            "finish_reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+            "seconds": round(time.monotonic() - began, 1),
+            "model": args.model,
+            "settings": settings,
+        }
+        _write(args, counts, found, config.k, about, f"{Path(args.dataset).name} · {Path(args.model).name}")
+    state.wait_for_everyone()
+    return 0
+
+
+def _config(args: argparse.Namespace) -> Any:
+    from fdiv.eval.pass_at_k.aggregate import parse_k
+    from fdiv.eval.pass_at_k.evaluation import PassKEvalConfig
+
+    names = {field.name for field in dataclasses.fields(PassKEvalConfig)} - {"k"}
+    options = {name: value for name, value in vars(args).items() if name in names}
+    ks = parse_k(args.k)
+    try:
+        return PassKEvalConfig(**options, k=ks)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"--{error}") from None
+
+
+def _draw(args: argparse.Namespace, config: Any, loaded: Any, folder: Path) -> tuple[list[dict], dict[str, Any]]:
+    """Rows of `samples.jsonl`, and the settings they were made with."""
+    from fdiv.eval.pass_at_k.evaluation import draw_with_transformers
+    from fdiv.eval.pass_at_k.sampling import files_fingerprint, sample_with_vllm
+    from fdiv.inference.greedy import VLLMSource, _stop_ids
+    from fdiv.models.fingerprints import model_fingerprint
+    from fdiv.models.loading import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(args.model, args.adapter)
+    settings = dataclasses.asdict(config) | {"stop": list(loaded.stop), "scorer": loaded.scorer}
+    settings |= {name: getattr(args, name) for name in ("model", "adapter", "dtype", "backend", "seed")}
+    if args.backend == "vllm":
+        source = VLLMSource(args.model, args.adapter, args.dtype, args.vllm_memory)
+        settings["weights"] = files_fingerprint(args.model, args.adapter)
+        stop_ids = _end_tokens(args.model) | _stop_ids(None, tokenizer)
+
+        def draw(requests: Any, how: Any, cache: Any) -> Any:
+            return sample_with_vllm(source, requests, how, cache=cache)
+
+    else:
+        model = load_model(args.model, args.adapter, args.dtype)
+        settings["weights"] = model_fingerprint(model)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        stop_ids = _stop_ids(base, tokenizer)
+        draw = draw_with_transformers(model, tokenizer, config.batch_size)
+    _open_folder(folder, settings)
+    identity = [args.backend, args.dtype, settings["weights"]]
+    rows = config.samples(
+        loaded, tokenizer, draw, stop_ids, seed=args.seed, cache_dir=folder / "cache", identity=identity
+    )
+    return rows, settings
+
+
+def _end_tokens(model: str) -> set[int]:
+    """End tokens of the model's generation config; chat models have several."""
+    from transformers import GenerationConfig
+
+    try:
+        named = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # the model has none: the tokenizer's end token is left
+        return set()
+    return set(named if isinstance(named, list) else [] if named is None else [named])
+
+
+def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Claim `folder` for samples of these settings; call it on all processes.
+
+    Raises:
+        DataError: it holds samples of other settings; names the first that differs.
+    """
+    from fdiv.files import read_json, write_json
+    from fdiv.inference.processes import process_state
+
+    mine = {name: value for name, value in settings.items() if name not in _FREE}
+    mark = folder / "settings.json"
+    if mark.is_file():
+        theirs = read_json(mark)
+        for name in mine:
+            if theirs.get(name) != mine[name]:
+                raise DataError(
+                    f"{folder} holds samples made with {name}: {theirs.get(name)!r}, not {mine[name]!r}: choose "
+                    "another --output, or repeat the settings in its settings.json"
+                )
+    state = process_state()
+    state.wait_for_everyone()  # everybody has looked before anybody writes
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(mark, mine)
+    state.wait_for_everyone()
+
+
+def _write(
+    args: argparse.Namespace, counts: Any, found: dict[str, Any], ks: list[int], about: dict[str, Any], title: str
+) -> None:
+    """`out.json`, the plot where a directory was asked for, and the table."""
+    from fdiv.eval.benchmark.output import output_paths
+    from fdiv.eval.pass_at_k.aggregate import compare_with_base, describe_counts
+    from fdiv.eval.pass_at_k.plot import plot_pass_at_k
+    from fdiv.eval.pass_at_k.records import read_counts
+    from fdiv.files import write_json
+    from fdiv.provenance import command_line, environment
+    from fdiv.terminal import info, number, print_table
+
+    folder, path = output_paths(args.output)
+    curves = {"model": counts}
+    if args.base_samples:
+        base = read_counts(args.base_samples, args.unscored)
+        found = found | compare_with_base(
+            counts, base, ks, source=args.from_samples or args.output, base_source=args.base_samples,
+            resamples=args.resamples, seed=args.seed,
+        )  # fmt: skip
+        curves["base"] = base
+    described = describe_counts(counts)
+    content = found | described | about | {"environment": environment(command_line(), args.seed)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
+    if folder is not None:
+        plot_pass_at_k(folder / "pass_at_k.png", curves, resamples=args.resamples, seed=args.seed)
+    rows = [(name, number(entry["value"]), number(entry["se"])) for name, entry in found.items()]
+    notes = [f"{described['tasks']} tasks; samples per task {described['samples_per_task']}"]
+    if described["unscored_samples"]:
+        notes.append(
+            f"{described['unscored_samples']} samples of {described['tasks_with_unscored_samples']} tasks could not "
+            f"be scored: --unscored {args.unscored}"
+        )
+    print_table(f"Pass@k · {title}", ("metric", "value", "s.e."), rows, notes)
+    info(f"written: {path}")
+
+
+command = PassKCommand()

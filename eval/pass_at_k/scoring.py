@@ -1,0 +1,172 @@
+"""The scoring pass: is a completion correct? True, False, or None where nobody can say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fdiv.catalog import load
+from fdiv.errors import DataError
+from fdiv.eval.pass_at_k.data import EvalTask
+from fdiv.inference.batches import run_batches
+from fdiv.inference.cache import ItemCache
+
+__all__ = ["SCORERS", "Scorer", "boxed_answer", "make_scorer", "score_completions"]
+
+SCORERS: dict[str, str] = {
+    "exact": "fdiv.eval.pass_at_k.scoring:exact_match",
+    "math": "fdiv.rl.rewards:MathReward",
+    "sql": "fdiv.rl.rewards:SQLReward",
+    "code": "fdiv.rl.rewards:CodeReward",
+}
+"""`--scorer NAME`: rewards with TRL's signature, imported when they are asked for. `module:function` names another."""
+
+Reward = Callable[..., Sequence[float | None]]
+
+
+def exact_match(prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    """1.0 where the completion is the gold answer, surrounding white space apart."""
+    return [float(text.strip() == gold.strip()) for text, gold in zip(completions, answer, strict=True)]
+
+
+def _stripped(completion: str) -> str | None:
+    return completion.strip() or None
+
+
+def boxed_answer(completion: str) -> str | None:
+    r"""What stands in the last `\boxed{…}`, else after the last `####`, without spaces, `$` and commas between digits.
+
+    The vote of maj@n on mathematics: texts that are equal in this form are one answer (½ and 0.5 are two). None where
+    there is no such place, or the braces are not closed.
+    """
+    start = completion.rfind("\\boxed{")
+    if start >= 0:
+        depth, begin = 1, start + len("\\boxed{")
+        for position in range(begin, len(completion)):
+            depth += {"{": 1, "}": -1}.get(completion[position], 0)
+            if depth == 0:
+                return _normal(completion[begin:position])
+        return None
+    _, mark, after = completion.rpartition("####")
+    return _normal(after.split("\n")[0]) if mark else None
+
+
+def _normal(answer: str) -> str | None:
+    return re.sub(r"(?<=\d),(?=\d{3})", "", re.sub(r"[\s$]", "", answer)) or None
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A reward function, and how a completion's answer is read for maj@n (None: no vote)."""
+
+    name: str
+    reward: Reward
+    answer: Callable[[str], str | None] | None
+
+    def close(self) -> None:
+        """End worker processes, where the reward has some."""
+        close = getattr(self.reward, "close", None)
+        if close is not None:
+            close()
+
+
+def make_scorer(name: str, *, databases: str | None = None, allow_code_execution: bool = False) -> Scorer:
+    """The scorer of a name.
+
+    Args:
+        name: one of `SCORERS`, or `module:function` with TRL's signature,
+            `reward(prompts, completions, **columns) -> scores`; `answer` and the file's own columns are handed over.
+        databases: SQLite file, or folder with one per `database` of the tasks; for `sql`.
+        allow_code_execution: must be True for `code`, which runs what the model wrote.
+    Raises:
+        DataError: an unknown name, a module that cannot be imported, no database, code execution not allowed.
+    """
+    if name not in SCORERS and ":" not in name:
+        raise DataError(f"unknown scorer {name!r}: use {', '.join(SCORERS)}, or module:function")
+    if name == "code" and not allow_code_execution:
+        raise DataError(
+            "scorer 'code' runs programs written by the model on this machine: read what CodeReward does and does not "
+            "protect from, then pass --allow_code_execution (in a recipe: allow_code_execution: true)"
+        )
+    if name == "sql" and databases is None:
+        raise DataError(
+            "scorer 'sql' needs --databases: an SQLite file, or a folder with one per database of the tasks"
+        )
+    try:
+        made = load(SCORERS.get(name, name))
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"scorer {name!r} cannot be imported: {error}") from None
+    if name == "math":
+        return Scorer(name, made(gold="answer", answers="any", failure_limit=None), boxed_answer)
+    if name == "sql":
+        reward = made(database=databases, gold="answer", database_column="database", failure_limit=None)
+        return Scorer(name, reward, None)
+    if name == "code":
+        return Scorer(name, made(allow_execution=True, failure_limit=None), None)
+    return Scorer(name, made, _stripped if name == "exact" else None)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One completion to score, as the batched pass wants it."""
+
+    key: str
+    task: EvalTask
+    completion: str
+    group: str = ""
+    rows: int = 1
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    @property
+    def length(self) -> int:
+        return 0
+
+
+def score_completions(
+    scorer: Scorer,
+    samples: Mapping[str, tuple[EvalTask, str]],
+    *,
+    batch_size: int = 256,
+    cache: ItemCache | None = None,
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Score completions by key; call it on all processes.
+
+    A completion is correct where its score is at least 1; None stays None, and anything but a number is refused.
+
+    Returns:
+        By key: `correct` (True, False or None), and `answer` where the scorer reads one.
+    Raises:
+        DataError: the reward gives another number of scores, or one that is no number.
+    """
+
+    def compute(batch: list[_Unit]) -> list[dict[str, Any]]:
+        names = {name for unit in batch for name in unit.task.columns}
+        columns = {name: [unit.task.columns.get(name) for unit in batch] for name in sorted(names)}
+        scores = scorer.reward(
+            prompts=[unit.task.prompt for unit in batch],
+            completions=[unit.completion for unit in batch],
+            answer=[unit.task.answer for unit in batch],
+            **columns,
+        )
+        if len(scores) != len(batch):
+            raise DataError(f"scorer {scorer.name!r} gave {len(scores)} scores for {len(batch)} completions")
+        return [_verdict(scorer, unit, score) for unit, score in zip(batch, scores, strict=True)]
+
+    units = [_Unit(key, task, text) for key, (task, text) in samples.items()]
+    cache = ItemCache(None, "scores", "") if cache is None else cache
+    return run_batches(units, compute, batch_size=batch_size, cache=cache, title="scoring", progress=progress)
+
+
+def _verdict(scorer: Scorer, unit: _Unit, score: Any) -> dict[str, Any]:
+    if score is not None:
+        score = float(score)
+        if score != score:
+            raise DataError(f"scorer {scorer.name!r} gave NaN for task {unit.task.task_id!r}; None means not scored")
+    found: dict[str, Any] = {"key": unit.key, "correct": None if score is None else score >= 1.0}
+    return found | ({"answer": scorer.answer(unit.completion)} if scorer.answer is not None else {})

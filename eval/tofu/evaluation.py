@@ -1,0 +1,98 @@
+"""TOFU evaluation of one model: one scoring pass, one generation pass, every metric.
+
+evaluation = TofuEvaluation(TofuEvalConfig(split="forget10", data="path/to/tofu"), tokenizer)
+values = evaluation.aggregate(evaluation.run(model)).values
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fdiv.eval.benchmark.aggregation import Aggregates
+from fdiv.eval.benchmark.evaluation import ModelEvaluation, Records
+from fdiv.eval.benchmark.log import EvalLog, write_eval_log
+from fdiv.eval.benchmark.settings import EvaluationSettings
+from fdiv.eval.tofu.aggregate import aggregate_tofu
+from fdiv.eval.tofu.data import HUB_DATASET, TofuRows, load_tofu_rows
+from fdiv.eval.tofu.plan import TofuPlan, build_metrics, plan_tofu
+from fdiv.evaluation import EvalContext
+from fdiv.inference.processes import process_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["TofuEvalConfig", "TofuEvaluation"]
+
+
+@dataclass
+class TofuEvalConfig(EvaluationSettings):
+    """Settings of a TOFU evaluation; as `eval: {name: tofu, …}` of a recipe it runs before and after training.
+
+    Args:
+        split: forget split, `forget01`, `forget05`, `forget10`, or any NAME with a `NAME_perturbed` set.
+        holdout: holdout set for the membership attacks; by default the split's own.
+        data: hub dataset (default `locuslab/TOFU`) or local folder, see `fdiv.eval.tofu.data`.
+
+    The other settings are those of `EvaluationSettings`.
+    """
+
+    presets: ClassVar[tuple[str, ...]] = ("open_unlearning", "tofu_paper", "tofu_2024")
+    summary_metrics: ClassVar[tuple[str, ...]] = (
+        *("forget_quality", "model_utility", "forget_truth_ratio", "forget_Q_A_ROUGE", "retain_Q_A_ROUGE"),
+        *("extraction_strength", "privleak", "forget_ngram_entropy"),
+    )
+    lower_is_better: ClassVar[tuple[str, ...]] = (
+        *("forget_Q_A_ROUGE", "forget_Q_A_Prob", "extraction_strength", "exact_memorization"),
+    )
+
+    data: str | None = HUB_DATASET
+    split: str = "forget10"
+    holdout: str | None = None
+
+    def evaluate(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, datasets: Any, context: EvalContext
+    ) -> dict[str, float | None]:
+        """Evaluate a model in memory (the recipe's `eval:` step); also writes `tofu_STAGE/TOFU_EVAL.json`.
+
+        `datasets` is not used: TOFU's rows come from `data`. A reference model in the context serves the Reference
+        attack when no `reference_model` is named.
+        """
+        run = TofuEvaluation(self, tokenizer)
+        run.retain_log()
+        result = run.aggregate(run.run(model, reference_model=run.load_reference() or context.reference_model))
+        if process_state().is_main_process:
+            write_eval_log(Path(context.output_dir) / f"tofu_{context.stage}" / "TOFU_EVAL.json", result.log)
+        return dict(result.values)
+
+
+class TofuEvaluation(ModelEvaluation):
+    """A TOFU evaluation; see `ModelEvaluation`."""
+
+    benchmark = "tofu"
+    retain_metric = "forget_Q_A_PARA_Prob"
+    fluency = ("forget_Q_A_ROUGE", "forget_Q_A_gibberish", 32)
+    config: TofuEvalConfig
+    plan: TofuPlan
+    rows: TofuRows
+
+    def _prepare(self) -> None:
+        config = self.config
+        self.rows = load_tofu_rows(config.split, config.data, config.holdout)
+        self.missing = self.rows.missing
+        self.plan = plan_tofu(self.rows, self.tokenizer, config.prompt(), self.preset, config.max_items)
+
+    def row_stamp(self) -> dict[str, Any]:
+        """Split and fingerprint of the forget rows."""
+        return {"split": self.config.split, "forget_rows": self.rows.forget_digest()}
+
+    def build_metrics(
+        self, records: Records, generations: Records | None, reference: Records | None, gradnorms: Records | None
+    ) -> dict[str, dict[str, Any]]:
+        """The metric tree of per-item values from the passes' results."""
+        return build_metrics(self.plan, records, generations, reference, gradnorms)
+
+    def aggregate(self, log: EvalLog) -> Aggregates:
+        """Aggregates of a log of this evaluation against its retain log."""
+        return aggregate_tofu(log, self.preset, self._retain)

@@ -1,0 +1,173 @@
+"""What a TOFU evaluation asks of a model, and how the answers become a log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fdiv.eval.benchmark.evaluation import selected_rows
+from fdiv.eval.benchmark.items import attack_rows, memorization_rows, probability_row
+from fdiv.eval.benchmark.log import EvalLog
+from fdiv.eval.benchmark.presets import Preset
+from fdiv.eval.metrics.text_overlap import rouge_scores
+from fdiv.eval.tofu.data import TofuRows
+from fdiv.inference.greedy import GenerationRequest
+from fdiv.inference.prompting import PromptFormat
+from fdiv.inference.scoring import ScoringRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TofuPlan", "build_metrics", "plan_tofu"]
+
+Records = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass
+class TofuPlan:
+    """Every text to score once and every prompt to continue once, with what is needed to read the answers.
+
+    Attributes:
+        scoring: keys are `METRIC/index`, for perturbed answers `METRIC/index/k`, for holdout rows `holdout/index`.
+        generation: keys are `SET_Q_A_ROUGE/index`.
+        questions, truths: by generation key.
+        answer_texts: decoded label text by scoring key of forget answers and holdout rows, for ZLIB.
+    """
+
+    preset: Preset
+    rows: TofuRows
+    scoring: list[ScoringRequest] = field(default_factory=list)
+    generation: list[GenerationRequest] = field(default_factory=list)
+    questions: dict[str, str] = field(default_factory=dict)
+    truths: dict[str, str] = field(default_factory=dict)
+    answer_texts: dict[str, str] = field(default_factory=dict)
+
+    def attacked(self) -> list[ScoringRequest]:
+        """The forget answers and holdout rows."""
+        return [request for request in self.scoring if request.token_level]
+
+    def likelihoods(self) -> list[ScoringRequest]:
+        """What forget quality and PrivLeak need: truth ratios of the forget rows and the attacked texts."""
+        return [r for r in self.scoring if r.token_level or r.key.startswith("forget_")]
+
+    def scored_answer(self, key: str) -> str | None:
+        """Key of the scored true answer to a generation's question."""
+        return key.replace("_Q_A_ROUGE/", "_Q_A_Prob/")
+
+    def empty_log(self) -> EvalLog:
+        """A log of the forget rows without values, to check a retain log before any model is loaded."""
+        indices = [request.key.split("/")[1] for request in self.scoring if request.key.startswith("forget_Q_A_PARA")]
+        truths = {i: {"ground_truth": self.rows.forget[int(i)]["answer"]} for i in indices}
+        metrics = {"forget_Q_A_PARA_Prob": {"value_by_index": {i: {} for i in indices}}}
+        metrics["forget_Q_A_ROUGE"] = {"value_by_index": truths}
+        return EvalLog(metrics, "tofu", self.preset.name, "this evaluation")
+
+
+def plan_tofu(
+    rows: TofuRows,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: PromptFormat,
+    preset: Preset,
+    max_items: int | None = None,
+) -> TofuPlan:
+    """Encode everything the metrics need, each text once.
+
+    `max_items` keeps so many evenly spaced rows of every set, a cheap look at a model during training; indices stay
+    those of the full set.
+    """
+    plan = TofuPlan(preset, rows)
+
+    def score(key: str, question: str, answer: str, token_level: bool = False) -> None:
+        text = prompt.encode(tokenizer, question, answer)
+        group = "attacked" if token_level else key.split("_")[0]
+        # The true answers' argmax hits tell how the greedy answers begin.
+        plan.scoring.append(ScoringRequest(key, text, token_level, group, hits="_Q_A_Prob" in key))
+        if token_level:
+            labels = list(text.input_ids[text.prompt_length :])
+            plan.answer_texts[key] = tokenizer.decode(labels, skip_special_tokens=True)
+
+    for name in ("forget", "retain", "ra", "wf"):
+        row_set = getattr(rows, name)
+        limit = preset.max_rows if name in ("forget", "retain") else None
+        for i in selected_rows(len(row_set), limit, max_items):
+            row = row_set[i]
+            question = row["question"]
+            score(f"{name}_Q_A_Prob/{i}", question, row["answer"], token_level=name == "forget")
+            if name in ("forget", "retain"):
+                score(f"{name}_Q_A_PARA_Prob/{i}", question, row["paraphrased_answer"])
+            for k, wrong in enumerate(row["perturbed_answer"]):
+                score(f"{name}_Q_A_PERT_Prob/{i}/{k}", question, wrong)
+            key = f"{name}_Q_A_ROUGE/{i}"
+            prompt_ids = prompt.encode_prompt(tokenizer, question)
+            bound = preset.answer_tokens - (len(prompt_ids) if preset.answer_bound == "total" else 0)
+            expected = len(tokenizer(row["answer"], add_special_tokens=False)["input_ids"])
+            plan.generation.append(GenerationRequest(key, prompt_ids, max(0, bound), expected))
+            plan.questions[key], plan.truths[key] = question, row["answer"].strip()
+    for i in selected_rows(len(rows.holdout), preset.max_rows, max_items):
+        score(f"holdout/{i}", rows.holdout[i]["question"], rows.holdout[i]["answer"], token_level=True)
+    return plan
+
+
+def _by_metric(records: Records) -> dict[str, dict[int, Any]]:
+    """Records by metric and index; perturbed answers become lists."""
+    metrics: dict[str, dict[int, Any]] = {}
+    for key, record in records.items():
+        metric, index, *answer = key.split("/")
+        node = metrics.setdefault(metric, {})
+        if answer:
+            node.setdefault(int(index), {})[int(answer[0])] = record
+        else:
+            node[int(index)] = record
+    for node in metrics.values():
+        for index, value in node.items():
+            if 0 in value:
+                node[index] = [value[k] for k in sorted(value)]
+    return metrics
+
+
+def build_metrics(
+    plan: TofuPlan,
+    records: Records,
+    generations: Records | None = None,
+    reference: Records | None = None,
+    gradnorms: Records | None = None,
+) -> dict[str, dict[str, Any]]:
+    """open-unlearning's metric tree of per-item values, without aggregates.
+
+    Args:
+        plan: what was asked.
+        records: `score_texts` of `plan.scoring` (or of a part of it).
+        generations: `generate_texts` of `plan.generation`.
+        reference: the reference model's `score_texts` of `plan.attacked()`.
+        gradnorms: `gradient_norms` of `plan.attacked()`.
+    """
+    scored = _by_metric(records)
+    metrics: dict[str, dict[str, Any]] = {}
+    for name, node in scored.items():
+        if name != "holdout":
+            metrics[name] = {"value_by_index": {str(i): probability_row(node[i]) for i in sorted(node)}}
+    sides = {"forget": scored.get("forget_Q_A_Prob", {}), "holdout": scored.get("holdout", {})}
+    if sides["forget"]:
+        metrics |= memorization_rows(sides["forget"], plan.preset)
+    if sides["forget"] and sides["holdout"]:
+        keys = {"forget": "forget_Q_A_Prob", "holdout": "holdout"}
+        texts = {side: {i: plan.answer_texts[f"{keys[side]}/{i}"] for i in sides[side]} for side in sides}
+        other = None
+        if reference is not None:
+            grouped = _by_metric(reference)
+            other = {side: grouped[keys[side]] for side in sides}
+        metrics |= attack_rows(sides, texts, plan.preset, other)
+        if gradnorms is not None:
+            grouped = _by_metric(gradnorms)
+            metrics["mia_gradnorm"] = {
+                side: {"value_by_index": {str(i): {"score": r["score"]} for i, r in grouped[keys[side]].items()}}
+                for side in sides
+            }
+    for key, record in (generations or {}).items():
+        metric, index = key.split("/")
+        text, truth = record["generation"].strip(), plan.truths[key]
+        row = rouge_scores(truth, text, use_stemmer=plan.preset.use_stemmer)
+        row |= {"input": plan.questions[key], "ground_truth": truth, "generation": text}
+        metrics.setdefault(metric, {"value_by_index": {}})["value_by_index"][index] = row
+    return metrics

@@ -1,0 +1,128 @@
+"""`fdiv run` and `fdiv sweep`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from fdiv.cli.launch import check_options, launch
+from fdiv.errors import FdivError, RecipeError, RequirementError
+from fdiv.files import one_line
+from fdiv.provenance import command_line
+from fdiv.recipe.document import parse_value
+from fdiv.recipe.load import load_recipe
+from fdiv.recipe.model import Configs, Recipe
+from fdiv.report.table import run_table
+from fdiv.terminal import binary_size, complain, info, is_main_process, print_table
+from fdiv.training.merge import merge_adapter, trained_rounding
+
+__all__ = ["merge", "run", "sweep"]
+
+
+def run(args: argparse.Namespace, overrides: list[str], words: list[str]) -> int:
+    """`fdiv run RECIPE …`."""
+    check_options(args.accelerate, args.num_processes)
+    recipe = load_recipe(args.recipe, overrides)
+    if args.dry_run:
+        return _dry_run(recipe, args.accelerate, args.num_processes)
+    if args.accelerate is not None:
+        return launch(args.accelerate, words, args.num_processes, _mixed_precision(recipe))
+    from fdiv.run.run import run_recipe
+
+    result = run_recipe(recipe, command_line(words))
+    run_table(result, recipe.output_dir)
+    if result["unmet_requirements"]:
+        raise RequirementError("eval.require: " + "; ".join(result["unmet_requirements"]))
+    return 0
+
+
+def _mixed_precision(recipe: Recipe) -> str | None:
+    """What the recipe, the command line or this machine says, in accelerate's words; None: the configuration's own.
+
+    DeepSpeed refuses a configuration that says something else than the run.
+    """
+    known = {**recipe.machine, **recipe.filled, **recipe.stated}
+    if known.get("fp16"):
+        return "fp16"
+    return None if known.get("bf16") is None else "bf16" if known["bf16"] else "no"
+
+
+def _dry_run(recipe: Recipe, accelerate: str | None, num_processes: int | None) -> int:
+    """The resolved recipe on stdout and the memory plan on stderr.
+
+    A `${NAME}` that is not set is left standing: the check needs no data.
+    """
+    from fdiv.recipe.dump import resolved_yaml
+    from fdiv.run.run import check_blocks
+
+    for name in recipe.unset_variables():
+        info(f"note: the environment variable {name} is not set; the run needs it")
+        recipe.variables[name] = f"${{{name}}}"
+    if recipe.prepare:
+        recipe.variables["prepare"] = "${prepare}"
+    configs = recipe.configs()
+    check_blocks(recipe)
+    if is_main_process():
+        sys.stdout.write(resolved_yaml(recipe))
+        sys.stdout.flush()
+        _memory_plan(recipe, configs, accelerate, num_processes)
+    return 0
+
+
+def _memory_plan(recipe: Recipe, configs: Configs, accelerate: str | None, num_processes: int | None) -> None:
+    """The plan as a table on stderr, or one line that says why there is none."""
+    from fdiv.memory.placement import read_placement
+    from fdiv.memory.plan import plan_memory
+
+    try:
+        placement = read_placement(configs.training, accelerate, num_processes)
+        plan = plan_memory(recipe, configs, placement)
+    except RecipeError:
+        raise
+    except FdivError as error:
+        info(f"memory plan: unknown: {one_line(error)}")
+        return
+    rows = [(part, binary_size(size), "") for part, size in plan.device.items()]
+    rows += [(part, "", binary_size(size)) for part, size in plan.host.items()]
+    rows.append(("sum", binary_size(plan.total), binary_size(sum(plan.host.values())) if plan.host else ""))
+    processes = f"{placement.processes} process{'es' if placement.processes > 1 else ''}"
+    title = f"memory plan, each device: {placement.name}, {processes}"
+    apart = [f"not in the sum: {name}: {binary_size(size)}" for name, size in plan.apart.items()]
+    print_table(title, ("part", "device", "host"), rows, [*plan.assumptions, *apart], on_stderr=True)
+
+
+def sweep(args: argparse.Namespace, overrides: list[str], words: list[str]) -> int:
+    """`fdiv sweep RECIPE …`."""
+    check_options(args.accelerate, args.num_processes)
+    from fdiv.run.sweep import print_cells, run_sweep, sweep_cells
+
+    axes = {}
+    if args.divergences:
+        axes["divergence"] = [parse_value(word) for word in args.divergences]
+    if args.seeds:
+        axes["seed"] = args.seeds
+    plan = sweep_cells(args.recipe, overrides, axes)
+    if args.dry_run:
+        print_cells(plan)
+        return 0
+    if args.accelerate is not None:
+        return launch(args.accelerate, words, args.num_processes, _mixed_precision(plan.recipe))
+    failures = run_sweep(plan, command_line(words))
+    for failure in failures:
+        complain(failure)
+    return 1 if failures else 0
+
+
+def merge(args: argparse.Namespace) -> int:
+    """Merge as the command line says; tell which base the adapter was added to."""
+    quantization, dtype = None, args.dtype
+    rounding = trained_rounding(args.adapter)
+    if rounding is not None and args.base_weights == "as_trained":
+        quantization, dtype = rounding[0], rounding[1] if args.dtype == "auto" else args.dtype
+        bits = 4 if "load_in_4bit" in quantization else 8
+        info(f"merge: the run trained on a base in {bits} bits, so the base is rounded in the same way first")
+    elif rounding is not None:
+        info("merge: the run trained on a rounded base; the base as it is stored differs from it by rounding errors")
+    output = merge_adapter(args.adapter, args.output, base=args.base, dtype=dtype, quantization=quantization)
+    info(f"merged model: {output}")
+    return 0

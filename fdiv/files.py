@@ -1,0 +1,88 @@
+"""Files: JSON and text written whole or not at all, values as plain types, flushing to disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from fdiv.errors import FdivError
+
+__all__ = ["flush_tree", "one_line", "plain", "read_json", "write_json", "write_text"]
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(content, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all. NaN and infinity, which JSON lacks, become null."""
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        FdivError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FdivError(f"{path} does not exist") from None
+    except json.JSONDecodeError as error:
+        raise FdivError(f"{path} is not valid JSON: {error}") from error
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    if isinstance(content, dict):
+        return {str(key): _finite(value) for key, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, (list, tuple)) else content
+
+
+def flush_tree(folder: Path) -> None:
+    """Have the system write everything below `folder`, and its entries, to disk."""
+    inside = list(folder.rglob("*"))
+    for path in (path for path in inside if path.is_file()):
+        _flush(path)
+    for path in (folder, *(path for path in inside if path.is_dir())):
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def plain(value: Any) -> Any:
+    """A value as YAML's own types."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return value
+
+
+def one_line(error: BaseException | str) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())

@@ -1,0 +1,100 @@
+"""One pass over many texts: sorted by length, shared among processes, resumable, in an order that does not matter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from fdiv.errors import DataError
+from fdiv.inference.cache import ItemCache
+from fdiv.inference.processes import process_state
+
+__all__ = ["collective_forward", "run_batches"]
+
+
+class _Unit(Protocol):
+    """What is computed together: `rows` rows of a batch that give one result per key; groups never share a batch."""
+
+    @property
+    def keys(self) -> tuple[str, ...]: ...
+    @property
+    def group(self) -> str: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+
+
+U = TypeVar("U", bound=_Unit)
+
+
+def collective_forward() -> bool:
+    """Whether every process must run the same forwards in step, because parameters are sharded (ZeRO-3, FSDP)."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+
+
+def _cut(units: Sequence[U], batch_size: int) -> list[list[U]]:
+    """Batches of at most `batch_size` rows (a larger unit stands alone), group by group, longest first."""
+    batches: list[list[U]] = []
+    rows = 0
+    for unit in sorted(units, key=lambda u: (u.group, -u.length, u.keys)):
+        if not batches or rows + unit.rows > batch_size or batches[-1][0].group != unit.group:
+            batches.append([])
+            rows = 0
+        batches[-1].append(unit)
+        rows += unit.rows
+    return batches
+
+
+def run_batches(
+    units: Sequence[U],
+    compute: Callable[[list[U]], list[dict[str, Any]]],
+    *,
+    batch_size: int,
+    cache: ItemCache,
+    title: str = "evaluating",
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Compute every unit not in the cache yet and return all results by key, the same on every process.
+
+    Batches are cut from the list sorted by (group, length, key), whatever the number of processes, and the i-th
+    pending batch goes to process i mod n. So results depend on neither the order of the units nor the number of
+    processes, and on the batch size only through floating-point rounding.
+
+    Args:
+        units: with unique keys.
+        compute: one batch in, one result per key out, each with its `key`.
+        batch_size: rows of a batch.
+        cache: where finished items are looked up and stored.
+        title: shown beside the progress bar of the main process.
+        progress: False: no bar.
+    """
+    from accelerate.utils import gather_object
+    from rich.progress import Progress
+
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size}: must be at least 1")
+    keys = [key for unit in units for key in unit.keys]
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"{title}: request keys are not unique")
+    state = process_state()
+    pending = [b for b in _cut(units, batch_size) if any(key not in cache.items for unit in b for key in unit.keys)]
+    state.wait_for_everyone()  # everybody has read the cache before anybody appends
+    own = pending[state.process_index :: state.num_processes]
+    steps = -(-len(pending) // state.num_processes) if collective_forward() else len(own)
+    with Progress(disable=not progress or not state.is_main_process, transient=True) as bar:
+        task = bar.add_task(title, total=steps)
+        for step in range(steps):
+            if step < len(own):
+                cache.add(compute(own[step]))
+            else:
+                compute(pending[-1])  # keeps sharded forwards in step; the result is another process's
+            bar.advance(task)
+    if state.num_processes > 1:
+        mine = [cache.items[key] for batch in own for unit in batch for key in unit.keys]
+        for item in gather_object(mine):
+            cache.items[item["key"]] = item
+    return {key: cache.items[key] for key in keys}

@@ -1,0 +1,215 @@
+r"""Rollouts from a vLLM server over plain HTTP, with weights handed over through a directory.
+
+The server lives in an environment of its own (`make setup-vllm`); the trainer's needs no vLLM. Start it with
+
+    VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server \
+        --model MODEL --logprobs-mode processed_logprobs
+
+(`--dtype float32 --enforce-eager` on a CPU). VLLM_SERVER_DEV_MODE opens the end point that reloads weights: let
+nothing but the trainer reach that port.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fdiv.errors import RolloutError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["VLLMServer", "VLLMServerRollouts", "merged_state_dict"]
+
+
+class VLLMServer:
+    """A vLLM server with the OpenAI end points.
+
+    Args:
+        base_url: http(s)://host:port of the server.
+        timeout: seconds to wait for one answer.
+        setting: the key or flag that gave `base_url`, for messages.
+
+    Raises:
+        ValueError: `base_url` is no http(s) address.
+        RolloutError: (when asked) no answer, or one that is an error or no JSON.
+    """
+
+    def __init__(self, base_url: str, *, timeout: float = 600.0, setting: str = "rollout_server_url") -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise ValueError(f"{setting}={base_url!r}: it must start with http:// or https://")
+        self.base_url, self.timeout, self.setting = base_url.rstrip("/"), timeout, setting
+
+    def models(self) -> list[dict[str, Any]]:
+        """What the server serves: mappings with `id` and, from vLLM, `root` (the path or name it was started with)."""
+        return self.get("/v1/models")["data"]
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The JSON answer to a POST of `body`; None for an empty answer."""
+        return self._open(
+            urllib.request.Request(
+                self.base_url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+        )
+
+    def get(self, path: str) -> Any:
+        """The JSON answer to a GET."""
+        return self._open(urllib.request.Request(self.base_url + path))
+
+    def _open(self, request: urllib.request.Request) -> Any:
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                content = answer.read()
+            return json.loads(content) if content else None
+        except urllib.error.HTTPError as error:
+            detail = " ".join(error.read(1000).decode(errors="replace").split())[:200]
+            raise RolloutError(f"vLLM server: {request.full_url} answered {error.code}: {detail}") from error
+        except (OSError, http.client.HTTPException) as error:  # refused, reset or cut off half-way, timed out
+            raise RolloutError(
+                f"no vLLM server answers at {request.full_url} ({error}): start one, or correct {self.setting}"
+            ) from error
+        except json.JSONDecodeError as error:
+            raise RolloutError(f"{request.full_url} answered something that is no JSON: {error}") from error
+
+
+class VLLMServerRollouts(VLLMServer):
+    """TRL `rollout_func`: one completion per prompt from the server, which holds the weights of the last hand-over.
+
+    Weights are handed over before the first rollout and whenever `rollout_version(trainer)` changed since; a trainer
+    without that method is at version `state.global_step`. Each process asks for its own prompts; the main process
+    hands over the weights. An adapter is merged into a copy of the weights, never into the model.
+
+    Args:
+        base_url: http(s)://host:port of the server.
+        sync_dir: a directory that trainer and server both see under the same path.
+        timeout: seconds to wait for one answer.
+
+    Raises:
+        RolloutError: no answer, an answer that is not a completion per prompt, or no permission to reload weights.
+    """
+
+    def __init__(self, base_url: str, sync_dir: str | Path, *, timeout: float = 600.0) -> None:
+        super().__init__(base_url, timeout=timeout)
+        self.sync_dir = Path(sync_dir)
+        self._model: str | None = None
+        self._version: Any = None
+
+    def __call__(self, prompts: list, trainer: Any) -> dict[str, Any]:
+        self._hand_over(trainer)
+        prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
+        answer = self.post("/v1/completions", self._request(prompt_ids, trainer))
+        choices = sorted(answer.get("choices", []), key=lambda choice: choice["index"])
+        if len(choices) != len(prompts):
+            raise RolloutError(f"{self.base_url} returned {len(choices)} completions for {len(prompts)} prompts")
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": [choice["token_ids"] for choice in choices],
+            "logprobs": [choice["logprobs"]["token_logprobs"] for choice in choices],
+        }
+
+    def _request(self, prompt_ids: list[list[int]], trainer: Any) -> dict[str, Any]:
+        if self._model is None:
+            self._model = self.models()[0]["id"]
+        return {
+            "model": self._model,
+            "prompt": prompt_ids,
+            "n": 1,
+            "max_tokens": trainer.max_completion_length,
+            "temperature": trainer.temperature,
+            "top_p": trainer.top_p,
+            "top_k": trainer.top_k or -1,
+            "min_p": trainer.min_p or 0.0,
+            "repetition_penalty": trainer.repetition_penalty,
+            "stop_token_ids": list(trainer.eos_token_ids),
+            "logprobs": 0,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            **(trainer.args.generation_kwargs or {}),
+        }
+
+    # ---------------------------------------------------------------- weights
+    def _hand_over(self, trainer: Any) -> None:
+        ask = getattr(trainer, "rollout_version", None)
+        version = trainer.state.global_step if ask is None else ask()
+        if version == self._version:
+            return
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers ZeRO-3 and FSDP shards
+        if trainer.accelerator.is_main_process:
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            target = (self.sync_dir / f"version-{version}").resolve()
+            inner = model.get_base_model() if hasattr(model, "peft_config") else model
+            inner.save_pretrained(target, state_dict=merged_state_dict(model, state))
+            self._reload(target)
+            for old in self.sync_dir.glob("version-*"):
+                if old.resolve() != target:
+                    shutil.rmtree(old)
+        trainer.accelerator.wait_for_everyone()
+        self._version = version
+
+    def _reload(self, path: Path) -> None:
+        try:
+            self.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}})
+        except RolloutError as error:
+            raise RolloutError(
+                f"{error}. If that is a 404, start the server with VLLM_SERVER_DEV_MODE=1, which opens the end point "
+                f"for reloading weights; else check that the server sees {path}"
+            ) from error
+        self.post("/reset_prefix_cache", {})
+
+
+def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` of `model` with its active LoRA adapters added to the base weights, under the base model's names.
+
+    The model itself is not touched: merging and unmerging would change its weights by rounding. A model without
+    adapters gives `state` as it is.
+
+    Raises:
+        RolloutError: an adapter that is not plain LoRA (DoRA, prompt learning, …), whose merged weight is not a sum; a
+            base in 4 or 8 bits.
+    """
+    if not hasattr(model, "peft_config"):
+        return state
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    prefix = "base_model.model."
+    # What PEFT added, it keeps outside `base_layer`: lora_A, lora_B, …
+    merged = {
+        name.removeprefix(prefix).replace(".base_layer.", "."): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix) and ".lora_" not in name
+    }
+    found = False
+    for name, module in model.get_base_model().named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if (
+            not isinstance(module, LoraLayer)
+            or any(module.use_dora.values())
+            or not hasattr(module, "get_delta_weight")
+        ):
+            raise RolloutError(
+                f"{name} carries a {type(module).__name__} adapter, whose merged weight cannot be formed without "
+                "touching the model: use plain LoRA, or TRL's vLLM modes"
+            )
+        found = True
+        key = f"{name}.weight"
+        if not merged[key].is_floating_point():
+            raise RolloutError(
+                f"{name} is quantised: the base of a QLoRA run cannot be handed over to a server as weights; let "
+                "transformers sample (leave rollout_server_url out), or do without load_in_4bit and load_in_8bit"
+            )
+        for adapter in module.active_adapters:
+            delta = module.get_delta_weight(adapter)
+            merged[key] = merged[key] + delta.to(merged[key])
+    if not found:
+        raise RolloutError(
+            "the PEFT method adds no LoRA layer, so it cannot be handed over as weights: use plain LoRA"
+        )
+    return merged

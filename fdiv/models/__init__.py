@@ -1,0 +1,1 @@
+"""Models: log-probabilities, the frozen reference, loading, fingerprints, tiny models."""

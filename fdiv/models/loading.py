@@ -1,0 +1,101 @@
+"""Loading a model for evaluation, and a fingerprint of its weights that keeps stale results from being reused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fdiv.errors import DataError
+from fdiv.inference.processes import process_state
+
+if TYPE_CHECKING:
+    from torch import nn
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["check_fits", "context_length", "keep_trainable_layout", "load_model", "load_tokenizer"]
+
+
+def load_tokenizer(model: str, adapter: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the adapter where there is one, else the model's."""
+    from transformers import AutoTokenizer
+
+    if adapter is not None and (Path(adapter) / "tokenizer_config.json").exists():
+        model = adapter
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise DataError(f"no tokenizer can be loaded from {model}: {str(error).splitlines()[0]}") from None
+
+
+def load_model(model: str, adapter: str | None = None, dtype: str = "auto") -> PreTrainedModel:
+    """A causal LM in eval mode on this process's device, with a PEFT adapter on it if one is given.
+
+    Args:
+        model: local path or hub name; an adapter folder works too (its base model is loaded).
+        adapter: path or hub name of a PEFT adapter.
+        dtype: `auto` is float32 on a CPU and the checkpoint's own type elsewhere.
+    Raises:
+        DataError: the model or the adapter cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = process_state().device
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        raise DataError(f"no causal language model can be loaded from {model}: {str(error).splitlines()[0]}") from None
+    keep_trainable_layout(loaded)  # a base in 4 bits has to score as it does in training
+    if adapter is not None:
+        from peft import PeftModel
+
+        try:
+            loaded = PeftModel.from_pretrained(loaded, adapter)
+        except (OSError, ValueError) as error:
+            raise DataError(f"no PEFT adapter can be loaded from {adapter}: {str(error).splitlines()[0]}") from None
+    return loaded.to(device).eval()
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The most tokens `model` (plain or wrapped) was built for; None where its configuration does not say."""
+    while not hasattr(model, "config") and hasattr(model, "module"):  # DDP, DeepSpeed
+        model = model.module
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+
+def check_fits(tokens: int, model: nn.Module, what: str, remedy: str) -> None:
+    """Refuse a text of `tokens` tokens, called `what` in the message, that the model's context does not hold.
+
+    Raises:
+        DataError: (a ValueError) it is longer.
+    """
+    limit = context_length(model)
+    if limit is not None and tokens > limit:
+        raise DataError(f"{what} has {tokens} tokens, more than the model's context of {limit}: {remedy}")
+
+
+def keep_trainable_layout(model: nn.Module) -> None:
+    """Keep the 4-bit weights of `model` in the layout that has a backward pass; nothing to do for other models.
+
+    On a CPU with AVX512-BF16, bitsandbytes (0.50.2) rearranges a 4-bit weight at the first forward in evaluation mode
+    for a faster product in bfloat16, which has no gradient with respect to its input: an evaluation in the middle of
+    training would leave every later gradient wrong, without a word. Call it before the first forward.
+
+    Raises:
+        DataError: the weights were rearranged already. They cannot be put back: their scales were rounded.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise DataError(
+                "this model in 4 bits has been used for inference on the CPU, and bitsandbytes rearranged its weights "
+                f"({name}) into a layout that cannot be trained: load it again, and hand it over unused"
+            )
+        module.support_avx512bf16_for_cpu = False

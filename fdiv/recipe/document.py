@@ -1,0 +1,215 @@
+"""Reading a recipe file: the YAML 1.2 core types, line numbers, no duplicate keys, and the base that it `extends:`.
+
+PyYAML reads YAML 1.1, where `1e-4` is a string, `no` is False and `2024-01-01` is a date. A recipe means a number, the
+word and the word.
+
+`extends: NAME` takes every key of a base recipe that the file does not state itself. NAME is a file, relative to the
+folder of the one that names it, or a packaged recipe (`tofu/mini_base`). `merged_values` says how blocks merge.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fdiv.catalog import lookup
+from fdiv.errors import RecipeError
+
+__all__ = ["Document", "compose", "is_replaced", "merged_values", "packaged_files", "parse_value", "read_document"]
+
+KeyPath = tuple[str, ...]
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """SafeLoader with the implicit types of the YAML 1.2 core schema."""
+
+    yaml_implicit_resolvers: dict[str, list] = {}
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*\.[0-9]*)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
+    ("merge", r"<<", "<"),
+):
+    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+@dataclass(frozen=True)
+class Document:
+    """A recipe file as read, its base merged in: the mapping, and where each key stands.
+
+    `places` maps `("eval", "batch_size")` to `FILE, line 12`, FILE being the recipe or its base.
+    """
+
+    source: str
+    values: dict[str, Any]
+    places: dict[KeyPath, str]
+    base: Path | None = None
+
+    def where(self, path: KeyPath) -> str:
+        """`FILE, line N` of a key, or of the nearest enclosing key that stands in a file."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.places:
+                return self.places[path[:length]]
+        return self.source
+
+
+def read_document(path: Path) -> Document:
+    """Read a recipe file and merge the base that it `extends:`.
+
+    Raises:
+        RecipeError: not readable, not YAML, more than one document, not a mapping, a key twice; no such base, or a
+            base that has a base.
+    """
+    document = _read_file(path)
+    base = _base(document, path)
+    values = {key: value for key, value in document.values.items() if key != "extends"}
+    places = {key: place for key, place in document.places.items() if key[0] != "extends"}
+    if base is None:
+        return Document(document.source, values, places)
+    below = _read_file(base)
+    if below.values.get("extends") is not None:
+        raise RecipeError(
+            f"{below.where(('extends',))}: the base of {document.source} itself extends {below.values['extends']!r}; "
+            "one level is allowed: write the keys out in one of the two"
+        )
+    replaced = [key for key in places if is_replaced(_at(below.values, key), _at(values, key))]
+    kept = {
+        key: place
+        for key, place in below.places.items()
+        if key[0] != "extends" and not any(key[: len(other)] == other for other in replaced)
+    }
+    return Document(document.source, merged_values(below.values, values), {**kept, **places}, base)
+
+
+def merged_values(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of both mappings; the overlay's win.
+
+    Two mappings under one key (`prepare:`, `eval:`) merge key by key in the same way, unless their `name` differs:
+    another builder, evaluation or divergence has other keys, so the overlay's mapping stands alone. A list, a plain
+    value and null replace what the base says; `eval: null` removes the block.
+    """
+    merged = {key: value for key, value in base.items() if key != "extends"}
+    for key, value in overlay.items():
+        merged[key] = value if is_replaced(merged.get(key), value) else merged_values(merged[key], value)
+    return merged
+
+
+def is_replaced(below: Any, value: Any) -> bool:
+    """Whether an overlay's value takes the place of the base's, rather than being merged with it."""
+    if not (isinstance(below, dict) and isinstance(value, dict)):
+        return True
+    return "name" in value and below.get("name") != value["name"]
+
+
+def _at(values: Any, path: KeyPath) -> Any:
+    """The value at a path; None where there is none."""
+    for key in path:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _base(document: Document, path: Path) -> Path | None:
+    """The file that `extends:` names: relative to the recipe's folder, else a packaged one."""
+    name, where = document.values.get("extends"), document.where(("extends",))
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise RecipeError(f"{where}: `extends` must be the name or file of one recipe, got {name!r}")
+    for file in (path.parent / name, path.parent / f"{name}.yaml"):
+        if file.is_file() and file.resolve() != path.resolve():
+            return file
+    return lookup(packaged_files(), name.removesuffix(".yaml"), "base of `extends`", where)
+
+
+def packaged_files() -> dict[str, Path]:
+    """Name → file of the recipes and bases that are installed with the package (`tiny/f_dpo`, `tofu/mini_base`)."""
+    root = Path(str(resources.files("fdiv.recipes")))
+    files = (file.relative_to(root) for file in sorted(root.rglob("*.yaml")))
+    return {file.with_suffix("").as_posix(): root / file for file in files if file.parts[0] != "accelerate"}
+
+
+def _read_file(path: Path) -> Document:
+    """One file alone, `extends` among its values."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+    source = str(path)
+    _, values, lines = compose(text, source)
+    return Document(source, values, {key: f"{source}, line {line}" for key, line in lines.items()})
+
+
+def compose(text: str, source: str) -> tuple[yaml.MappingNode, dict[str, Any], dict[KeyPath, int]]:
+    """The node tree of a document, its mapping, and the line of every key.
+
+    Raises:
+        RecipeError: not YAML, more than one document, empty, not a mapping, a key twice.
+    """
+    loader = _CoreLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            raise RecipeError(f"{source} is empty: a recipe is a mapping with at least `method:`")
+        if not isinstance(node, yaml.MappingNode):
+            raise RecipeError(f"{source} must be a mapping of keys to values at the top level")
+        lines: dict[KeyPath, int] = {}
+        _collect_lines(node, (), source, lines)
+        return node, loader.construct_document(node), lines
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}, line {mark.line + 1}" if mark else source
+        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    finally:
+        loader.dispose()
+
+
+def _collect_lines(node: yaml.Node, path: KeyPath, source: str, lines: dict[KeyPath, int]) -> None:
+    """Fill `lines`; refuse duplicate and non-text keys."""
+    if isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            _collect_lines(child, (*path, str(index)), source, lines)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise RecipeError(f"{source}, line {line}: a key must be a word")
+        here = (*path, key_node.value)
+        if here in lines:
+            raise RecipeError(
+                f"{source}, line {line}: duplicate key {'.'.join(here)!r} "
+                f"(first on line {lines[here]}); keep one of them"
+            )
+        if key_node.tag != "tag:yaml.org,2002:merge":
+            lines[here] = line
+        _collect_lines(value_node, here, source, lines)
+
+
+def parse_value(text: str) -> Any:
+    """One value given as text, as on the command line: `1e-4`, `true`, `[1, 2]`, `{name: alpha, alpha: 0.3}`, a word.
+
+    Text that is not YAML (such as a prompt with a colon) is itself.
+    """
+    loader = _CoreLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return text
+        if isinstance(node, yaml.MappingNode) and not node.flow_style:
+            return text  # `a: b` on a command line is a sentence; a mapping is written with braces
+        return loader.construct_document(node)
+    except yaml.YAMLError:
+        return text
+    finally:
+        loader.dispose()

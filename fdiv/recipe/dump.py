@@ -1,0 +1,113 @@
+"""The resolved recipe: every key with its value, and the origin of each that is not the default. It runs again."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import yaml
+
+import fdiv
+from fdiv.files import plain
+from fdiv.recipe.check import BLOCKS, top_section
+from fdiv.recipe.model import Block, Recipe
+from fdiv.recipe.schema import section_of
+
+__all__ = ["resolved_yaml"]
+
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
+_ONCE = (
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "force_resume",
+)  # what was asked of one run is not asked of the next
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block mappings, flow lists, no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """Every key of the recipe as YAML. A comment names the origin of each value that is not the default.
+
+    `${NAME}` stays as written, so the file carries no path of this machine that the recipe did not carry; a token or
+    key (`hub_token`, secrets in `env:`) is withheld.
+    """
+    lines = [
+        f"# {recipe.name}, resolved by fdiv {fdiv.__version__}: every key; a comment marks what is not the default.",
+        "# Runs again with: fdiv run THIS_FILE --output_dir ANOTHER_DIRECTORY",
+        f"method: {recipe.method_name}",
+    ]
+    group = ""
+    for name, key in top_section(recipe.method).keys.items():
+        if name in ("method", "extends") or name in BLOCKS:
+            continue
+        if key.group != group:
+            group = key.group
+            lines += ["", f"# --- {group} ---"]
+        lines.append(_line(recipe, name, plain(key.default)))
+    lines += ["", "# --- steps ---"]
+    if recipe.prepare:
+        lines.append(_dump({"prepare": _block(recipe.prepare)}))
+    if recipe.evaluations:
+        blocks = [_block(block) for block in recipe.evaluations]
+        lines.append(_dump({"eval": blocks[0] if len(blocks) == 1 else blocks}))
+    if recipe.report:
+        lines.append(_dump({"report": dataclasses.asdict(recipe.report)}))
+    if recipe.sweep:
+        lines.append(_dump({"sweep": recipe.sweep}))
+    return "\n".join(lines) + "\n"
+
+
+def _line(recipe: Recipe, name: str, default: Any) -> str:
+    """One top-level key with the origin of its value."""
+    if name in recipe.filled and name not in recipe.stated:
+        return f"# {name}: settled by prepare"
+    if name in _ONCE:
+        return _dump({name: default})
+    if name == "output_dir" and name not in recipe.stated:
+        return _marked(name, str(recipe.output_dir), "the recipe's name")
+    value = recipe.stated.get(name, recipe.machine.get(name, default))
+    if name == "hub_token" and value is not None:
+        return f"{name}: null  # withheld"
+    if name == "env" and value:
+        value = {key: entry for key, entry in value.items() if not _SECRET.search(key)}
+    if plain(value) == default:
+        return _dump({name: default})
+    origin = recipe.origins.get((name,), "this machine has no accelerator" if name in recipe.machine else "")
+    return _marked(name, plain(value), _short(origin, recipe.source))
+
+
+def _marked(name: str, value: Any, origin: str) -> str:
+    text = _dump({name: value})
+    return f"{text}  # {origin}" if "\n" not in text else f"# {origin}\n{text}"
+
+
+def _short(origin: str, source: str) -> str:
+    """`path/to/x.yaml, line 12` → `recipe, line 12`, or `base, line 12` for a key of the recipe's base."""
+    found = "recipe" if origin.startswith(f"{source}, ") else "base"
+    return re.sub(r"^.*, line ", f"{found}, line ", origin)
+
+
+def _block(block: Block) -> dict[str, Any]:
+    """A block with all the keys of its dataclass."""
+    section = section_of(block.config)
+    values = {name: plain(block.values.get(name, key.default)) for name, key in section.keys.items()}
+    required = {name for name, key in section.keys.items() if key.required and name not in block.values}
+    result = {"name": block.name, **{name: value for name, value in values.items() if name not in required}}
+    steps = {"require": dict(block.require), "summary": list(block.summary)}
+    return {**result, **{name: value for name, value in steps.items() if value}}
+
+
+def _dump(values: dict[str, Any]) -> str:
+    """YAML of one key: a block is written in block style, the value of a top-level key on its line."""
+    (name, value), *_ = values.items()
+    flow = None if isinstance(value, (dict, list)) and value and name not in BLOCKS else False
+    text = yaml.dump(
+        values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=flow, width=10_000
+    )
+    return text.rstrip("\n")

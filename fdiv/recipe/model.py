@@ -1,0 +1,155 @@
+"""A recipe: one YAML document that describes one run, checked key by key before anything heavy happens.
+
+    recipe = load_recipe("tiny/f_dpo", ["--learning_rate", "1e-5"])
+    configs = recipe.configs()
+
+Keys at the top level are those of the method's config (TRL's names), of TRL's `ModelConfig`, `ScriptArguments` and
+`DatasetMixtureConfig`, and of `RunKeys` below; the blocks are `prepare:`, `eval:`, `report:` and `sweep:`. A value
+comes from, in rising order of authority, the dataclass default, the base that the recipe `extends:`, the recipe, the
+command line. A value that begins
+with `${NAME}` is a path below that environment variable; `${prepare}` is the directory the `prepare:` block built.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fdiv.catalog import METHODS, Method
+from fdiv.errors import RecipeError
+from fdiv.files import one_line
+from fdiv.recipe.overrides import KeyPath
+from fdiv.recipe.variables import VARIABLE, interpolate, texts
+
+__all__ = ["Block", "Configs", "Recipe", "ReportKeys", "RunKeys"]
+
+
+@dataclass
+class RunKeys:
+    """Top-level keys that belong to the run and not to TRL."""
+
+    method: str = field(metadata={"help": "The training method; `fdiv recipes --keys METHOD` lists its keys."})
+    extends: str | None = field(
+        default=None, metadata={"help": "A base recipe (file or packaged name) whose keys hold unless stated here."}
+    )
+    pad_token: str | None = field(
+        default=None, metadata={"help": "Padding token, for a tokenizer that has none. Must be in its vocabulary."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the files of an earlier run in output_dir."}
+    )
+    resume_from_checkpoint: bool | str | None = field(
+        default=None, metadata={"help": "true: the newest complete checkpoint in output_dir; or the path of one."}
+    )
+    force_resume: bool = field(
+        default=False,
+        metadata={"help": "Resume although divergence, data, batch or number of processes have changed."},
+    )
+    env: dict | None = field(
+        default=None, metadata={"help": "Environment variables to set before anything is imported."}
+    )
+
+
+@dataclass
+class ReportKeys:
+    """`report:` block: with it, the run ends by writing `report.html` and its plots."""
+
+    title: str | None = field(default=None, metadata={"help": "Heading of the page; the recipe's name when null."})
+
+
+class Configs(NamedTuple):
+    """What TRL's parser made of the top-level keys."""
+
+    script: Any
+    training: Any
+    model: Any
+    mixture: Any
+
+
+@dataclass
+class Block:
+    """One `prepare:` or `eval:` block: the dataclass that `name` selects and its stated values."""
+
+    title: str
+    name: str
+    config: type
+    values: dict[str, Any]
+    where: str
+    require: dict[str, str] = field(default_factory=dict)
+    summary: list[str] = field(default_factory=list)
+
+    def instance(self, variables: Mapping[str, str] | None = None) -> Any:
+        """The dataclass, with `${NAME}` replaced. A `ValueError` of its own checks becomes a `RecipeError`."""
+        values = interpolate(self.values, variables or {}, f"{self.title}.", self.where)
+        try:
+            return self.config(**values)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{self.where}: {self.title}: {one_line(error)}") from error
+
+
+@dataclass
+class Recipe:
+    """A checked recipe. `stated` holds what the recipe and the command line say, coerced; defaults are not in it."""
+
+    name: str
+    source: str
+    method_name: str
+    stated: dict[str, Any]
+    origins: dict[KeyPath, str]
+    prepare: Block | None = None
+    evaluations: list[Block] = field(default_factory=list)
+    report: ReportKeys | None = None
+    sweep: dict[str, Any] | None = None
+    filled: dict[str, Any] = field(default_factory=dict)
+    """Top-level keys that the `prepare:` block settled; a stated key wins over them."""
+    machine: dict[str, Any] = field(default_factory=dict)
+    """Top-level keys that this machine settles: no bf16 where there is no accelerator."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """`${NAME}` that are not environment variables (`prepare`)."""
+
+    @property
+    def method(self) -> Method:
+        """The entry of the table of methods."""
+        return METHODS[self.method_name]
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run writes: `output_dir`, or `runs/NAME` where the recipe does not say."""
+        stated = interpolate({"output_dir": self.stated.get("output_dir")}, self.variables, "", self.source)
+        return Path(stated["output_dir"] or Path("runs") / self.name)
+
+    def unset_variables(self) -> list[str]:
+        """The environment variables that the recipe uses and that are not set."""
+        blocks = [block.values for block in (self.prepare, *self.evaluations) if block]
+        found = [VARIABLE.match(text) for text in texts([self.stated, *blocks])]
+        used = {match.group(1) for match in found if match}
+        return sorted(name for name in used if name not in os.environ and name not in ("prepare", *self.variables))
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """A top-level key as stated, else as filled in, else `default`."""
+        return self.stated.get(key, self.filled.get(key, default))
+
+    def configs(self) -> Configs:
+        """Construct the dataclasses with TRL's parser.
+
+        Raises:
+            RecipeError: a config refuses its values (an unlawful divergence, α outside its domain).
+        """
+        from trl import TrlParser
+
+        from fdiv.recipe.schema import method_config, trl_configs
+
+        values = {**self.machine, **self.filled, **self.stated, "output_dir": str(self.output_dir)}
+        values = {key: value for key, value in values.items() if key not in RunKeys.__dataclass_fields__}
+        # Before the `prepare:` block has run, its directory is not known: what is checked here does not look into it.
+        variables = self.variables or ({"prepare": "prepared"} if self.prepare else {})
+        values = interpolate(values, variables, "", self.source)
+        script, model, mixture = trl_configs()
+        parser = TrlParser((script, method_config(self.method), model, mixture))
+        try:
+            return Configs(*parser.parse_dict(values))
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{self.source}: {one_line(error)}") from error

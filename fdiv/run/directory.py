@@ -1,0 +1,104 @@
+"""The directory of a run: what may be written into it, and how."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from fdiv.errors import FdivError
+from fdiv.files import write_text
+from fdiv.training.checkpoints import checkpoint_folders
+
+__all__ = ["RunDirectory"]
+
+FINISHED = "result.json"
+_MARKS = ("recipe_resolved.yaml", "environment.json")
+_OUTPUTS = (
+    FINISHED,
+    "metrics.jsonl",
+    "eval_before.json",
+    "eval_after.json",
+    "README.md",
+    "report.html",
+    "error.txt",
+)
+
+
+class RunDirectory:
+    """`output_dir` of one run. `result.json` is written last: where it stands, the run is finished."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run came to its end here."""
+        return (self.path / FINISHED).is_file()
+
+    def checkpoints(self) -> list[Path]:
+        """The training checkpoints, oldest first."""
+        return checkpoint_folders(self.path)
+
+    def check(self, overwrite: bool, resume: bool | str | None) -> None:
+        """Refuse to write where that would touch an earlier result. Reads only.
+
+        Raises:
+            FdivError: a finished run, an unfinished one with checkpoints, or a directory that is no run of fdiv;
+                or nothing to resume from.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise FdivError(f"output_dir {self.path} is a file; choose another --output_dir")
+        if self.finished and not overwrite:
+            raise FdivError(
+                f"{self.path} holds a finished run, which is left alone; choose another --output_dir, or replace it "
+                "with --overwrite_output_dir true"
+            )
+        if resume is True and not self.checkpoints():
+            raise FdivError(
+                f"resume_from_checkpoint: there is no checkpoint in {self.path}; leave the key out to start"
+            )
+        if isinstance(resume, str) and not Path(resume).is_dir():
+            raise FdivError(f"resume_from_checkpoint: no such directory: {resume}")
+        if not self.path.exists():
+            return
+        strangers = [entry.name for entry in self.path.iterdir() if entry.name not in ("prepared", "error.txt")]
+        if strangers and not any((self.path / mark).exists() for mark in _MARKS):
+            raise FdivError(
+                f"output_dir {self.path} is not empty and not a run of fdiv (it holds {sorted(strangers)[0]!r}); "
+                "choose another --output_dir"
+            )
+        if self.checkpoints() and not (resume or overwrite):
+            raise FdivError(
+                f"{self.path} holds checkpoints of an unfinished run; continue it with --resume_from_checkpoint true, "
+                "start again with --overwrite_output_dir true, or choose another --output_dir"
+            )
+
+    def open(self) -> None:
+        """Make the directory, and see that it can be written.
+
+        Raises:
+            FdivError: it cannot be made, or not written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write(".writable", "")
+            (self.path / ".writable").unlink()
+        except OSError as error:
+            raise FdivError(
+                f"output_dir {self.path} cannot be written ({error.strerror}); choose another --output_dir"
+            ) from error
+
+    def clear(self) -> None:
+        """Remove what an earlier run of fdiv wrote, its checkpoints too (nothing that it did not write).
+
+        The files that mark it as a run of fdiv stay until they are written again.
+        """
+        for name in _OUTPUTS:
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (*self.checkpoints(), self.path / "eval", self.path / "plots"):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+
+    def write(self, name: str, content: str) -> None:
+        """Write a file so that it is either whole or absent."""
+        write_text(self.path / name, content)

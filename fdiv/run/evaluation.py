@@ -1,0 +1,123 @@
+"""Evaluation around training: the same measurements before the first step and after the last."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from fdiv.errors import FdivError
+from fdiv.evaluation import EvalContext
+from fdiv.files import read_json, write_json
+from fdiv.recipe.model import Block
+
+__all__ = ["Evaluations", "preserved_random_state", "unmet_requirements"]
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Whatever is drawn inside, the random streams outside go on as if nothing had been: an evaluation must not change
+    the training it looks at."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+class Evaluations(TrainerCallback):
+    """The `eval:` blocks of a run. As a callback it measures the start when training has prepared the model for its
+    devices (DDP, DeepSpeed and FSDP do that inside `train()`); `measure("after")` is called when training is over.
+
+    Args:
+        evaluations: `(block, instance)` pairs.
+        datasets: Split → untokenised rows.
+        output_dir: The run's directory.
+    """
+
+    def __init__(self, evaluations: list[tuple[Block, Any]], datasets: Mapping[str, Any], output_dir: Path):
+        self.evaluations, self.datasets, self.output_dir = evaluations, datasets, output_dir
+        self.trainer: Any = None
+        self.results: dict[str, dict[str, float | None]] = {}
+        self.notes: dict[str, str] = {}
+        self.seconds = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Measure the start; a resumed run takes what its first part measured."""
+        if not self.evaluations:
+            return
+        earlier = self.output_dir / "eval_before.json"
+        if state.global_step == 0:
+            self.measure("before")
+        elif earlier.is_file():
+            self.results["before"] = read_json(earlier)["metrics"]
+        else:
+            self.results["before"] = {}
+            self.notes["before"] = f"not measured: the run was resumed at step {state.global_step}"
+
+    def measure(self, stage: str) -> dict[str, float | None]:
+        """Run every evaluation on the model as it is, on every process; the main process writes `eval_STAGE.json`."""
+        started = time.perf_counter()
+        trainer = self.trainer
+        model, was_training = trainer.model, trainer.model.training
+        metrics: dict[str, float | None] = {}
+        notes: dict[str, str] = {}
+        model.eval()
+        with preserved_random_state(), torch.no_grad():
+            for block, evaluation in self.evaluations:
+                found = dict(evaluation.evaluate(model, trainer.processing_class, self.datasets, self._context(stage)))
+                notes.update(found.pop("notes", {}))
+                for name, value in found.items():
+                    if name in metrics:
+                        name = f"{block.name}_{name}"
+                    metrics[name] = None if value is None else float(value)
+        model.train(was_training)
+        self.results[stage] = metrics
+        self.notes.update(notes)
+        self.seconds += time.perf_counter() - started
+        if trainer.is_world_process_zero():
+            write_json(self.output_dir / f"eval_{stage}.json", {"metrics": metrics, "notes": notes})
+        return metrics
+
+    def _context(self, stage: str) -> EvalContext:
+        folder = self.output_dir / "eval" / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        return EvalContext(
+            training_args=self.trainer.args,
+            output_dir=folder,
+            reference_model=getattr(self.trainer, "ref_model", None),  # GRPO-like trainers without a KL have none
+            seed=self.trainer.args.seed,
+            stage=stage,
+            extra={"trainer": self.trainer},
+        )
+
+
+def unmet_requirements(
+    evaluations: list[tuple[Block, Any]], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> list[str]:
+    """One line for every `require:` entry that does not hold.
+
+    Raises:
+        FdivError: a required metric was not measured.
+    """
+    unmet = []
+    for block, evaluation in evaluations:
+        lower = getattr(evaluation, "lower_is_better", ())  # optional class attribute, see fdiv.catalog.EVALUATIONS
+        for metric, direction in block.require.items():
+            start, end = before.get(metric), after.get(metric)
+            if start is None or end is None:
+                known = ", ".join(sorted(after)) or "none"
+                raise FdivError(f"eval.require: {metric!r} was not measured before and after; metrics are: {known}")
+            down = direction == "decreased" or (direction == "improved" and metric in lower)
+            if not (end < start if down else end > start):
+                unmet.append(f"{metric} has not {direction}: {start:.6g} before training, {end:.6g} after")
+    return unmet

@@ -1,0 +1,1 @@
+"""Estimates with standard errors, calibration, diversity."""

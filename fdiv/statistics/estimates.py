@@ -1,0 +1,44 @@
+"""Estimates from samples: quantiles of log-ratios, divergences with their standard errors."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fdiv.divergences import Divergence
+
+__all__ = ["divergence_estimate", "log_ratio_quantiles"]
+
+
+_QUANTILES = (("p05", 0.05), ("p50", 0.50), ("p95", 0.95))
+
+
+def log_ratio_quantiles(name: str, log_ratio: Tensor) -> dict[str, float]:
+    """The 5, 50 and 95 % quantiles of `log_ratio` (any shape, nats) as `log_ratio/{name}_p05` … `_p95`.
+
+    Linear interpolation between order statistics, as in numpy.
+    """
+    probabilities = torch.tensor([p for _, p in _QUANTILES], dtype=log_ratio.dtype, device=log_ratio.device)
+    values = torch.quantile(log_ratio.flatten(), probabilities).tolist()
+    return {f"log_ratio/{name}_{suffix}": value for (suffix, _), value in zip(_QUANTILES, values, strict=True)}
+
+
+def divergence_estimate(divergence: Divergence, log_ratio: Tensor) -> tuple[float, float]:
+    """D_f(π‖π_ref) = E_{y~π_ref}[f(π/π_ref)] and its standard error, from completions of π_ref.
+
+    Args:
+        divergence: f.
+        log_ratio: log π − log π_ref, `[N]`, or `[N, K]` with the K completions of one prompt in a row: the standard
+            error is that of the N row means, since completions of one prompt are not independent draws of (prompt,
+            completion).
+
+    Returns:
+        (value, standard error); the latter is NaN for N = 1.
+    """
+    terms = divergence.generator(log_ratio.reshape(log_ratio.size(0), -1)).mean(-1)
+    standard_error = terms.std(correction=1).item() / math.sqrt(len(terms)) if len(terms) > 1 else math.nan
+    return terms.mean().item(), standard_error

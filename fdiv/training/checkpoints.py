@@ -1,0 +1,154 @@
+"""Training checkpoints that are either whole or not there.
+
+A checkpoint is written in `OUTPUT_DIR/_saving`, flushed to disk, given its marker (`fdiv_checkpoint.json`: every
+file with its size and digest, and what the run was), and only then renamed to `OUTPUT_DIR/checkpoint-STEP`. A process
+killed at any moment leaves the earlier checkpoints as they were. State files of Trainer and DeepSpeed are pickles:
+they are loaded only from a folder whose marker stands and agrees with its files, to the last one: nothing is added to
+a checkpoint. Hidden files, which nothing loads and file systems leave behind, do not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fdiv.errors import CheckpointError
+from fdiv.files import _flush, flush_tree
+
+__all__ = [
+    "MARKER",
+    "STAGING",
+    "checkpoint_fault",
+    "checkpoint_folders",
+    "newest_checkpoint",
+    "publish",
+    "read_marker",
+    "recover",
+]
+
+MARKER = "fdiv_checkpoint.json"
+STAGING = "_saving"  # TRL's upload to the hub leaves out names that begin with an underscore
+
+_PARTS = ("files", "identity", "settings")
+_REPLACED = "replaced-"
+_EDGE = 32 * 2**20  # bytes hashed at each end of a file: hashing terabytes of optimizer state would cost minutes
+
+
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """The folders `checkpoint-STEP` of `output_dir`, smallest step first, whole or not."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.partition("-")[2]))
+
+
+def publish(
+    staged: Path, output_dir: Path, identity: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+) -> Path:
+    """Make `staged`, a finished `checkpoint-STEP` folder below `STAGING`, the checkpoint of that step.
+
+    Args:
+        staged: the folder, on the file system of `output_dir`.
+        output_dir: where checkpoints stand.
+        identity: what a run that resumes from it must share (JSON values).
+        settings: what it is told of where it differs (JSON values).
+
+    Returns:
+        The folder's new place. A checkpoint of the same step is replaced.
+    """
+    marker = {
+        "files": {name: _digest(staged / name) for name in _names(staged)},
+        "identity": dict(identity),
+        "settings": dict(settings or {}),
+    }
+    (staged / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
+    flush_tree(staged)
+    target, replaced = output_dir / staged.name, staged.parent / f"{_REPLACED}{staged.name}"
+    if target.exists():
+        os.replace(target, replaced)  # stays complete, and is put back by `recover`, if we die before the next line
+    os.replace(staged, target)
+    _flush(output_dir)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return target
+
+
+def recover(output_dir: Path) -> None:
+    """Remove what an interrupted save left, and put back a checkpoint that was about to be replaced."""
+    staging = output_dir / STAGING
+    for folder in staging.glob(f"{_REPLACED}*"):
+        target = output_dir / folder.name.removeprefix(_REPLACED)
+        if not target.exists():
+            os.replace(folder, target)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def read_marker(checkpoint: Path) -> dict[str, Any] | None:
+    """The marker of a checkpoint; None where there is none that can be read."""
+    try:
+        marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    marker = {"settings": {}, **marker} if isinstance(marker, dict) else {}
+    return marker if all(isinstance(marker.get(part), dict) for part in _PARTS) else None
+
+
+def checkpoint_fault(checkpoint: Path) -> str | None:
+    """Why a folder is no complete checkpoint of ours; None where it is one."""
+    marker = read_marker(checkpoint)
+    if marker is None:
+        return f"it has no {MARKER} that can be read, so the save was not finished or was not ours"
+    files, found = marker["files"], _names(checkpoint)
+    if not files:
+        return f"its {MARKER} lists no files"
+    if missing := sorted(files.keys() - set(found)):
+        return f"{missing[0]} is missing"
+    for name in found:
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if name not in files and not hidden:
+            return f"{name} was not saved with it (take what was added out of the folder)"
+    for name, digest in files.items():
+        path = checkpoint / name
+        if not isinstance(digest, dict) or not isinstance(digest.get("bytes"), int):
+            return f"its {MARKER} gives no size of {name}"
+        if path.stat().st_size != digest["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {digest['bytes']}"
+        if _digest(path) != digest:
+            return f"the content of {name} has changed"
+    return None
+
+
+def newest_checkpoint(output_dir: Path) -> tuple[Path, list[str]]:
+    """The complete checkpoint with the largest step, and one line for each newer folder that was passed over.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    passed_over = []
+    for folder in reversed(checkpoint_folders(output_dir)):
+        fault = checkpoint_fault(folder)
+        if fault is None:
+            return folder, passed_over
+        passed_over.append(f"{folder.name} is incomplete: {fault}")
+    reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
+    raise CheckpointError(f"there is no complete checkpoint in {output_dir}{reasons}: leave the key out to start anew")
+
+
+def _names(folder: Path) -> list[str]:
+    """The files below a checkpoint folder, as its marker names them and without the marker."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return sorted(names - {MARKER})
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    """Size in bytes, and SHA-256 of the file, or of its first and last 32 MiB where it is longer than both."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= 2 * _EDGE:
+            return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        digest = hashlib.sha256(file.read(_EDGE))
+        file.seek(-_EDGE, os.SEEK_END)
+        digest.update(file.read(_EDGE))
+    return {"bytes": size, "sha256_of_ends": digest.hexdigest()}

@@ -1,0 +1,188 @@
+"""What our trainers add to TRL's: per-example metrics, the stop on a non-finite loss, the model card section.
+
+A trainer derives from `ObjectiveTrainerMixin` and its TRL class, hands the per-example values of each micro-batch to
+`record_examples`, and says in `reduce_examples` what to log of them. One gather and one host read per micro-batch; the
+rest is reduced when TRL logs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fdiv.errors import NonFiniteLossError
+from fdiv.models.loading import keep_trainable_layout
+from fdiv.training.resume import ResumableMixin
+
+if TYPE_CHECKING:
+    from fdiv.memory.step_shape import StepShape
+
+__all__ = ["ObjectiveTrainerMixin"]
+
+
+class ObjectiveTrainerMixin(ResumableMixin):
+    """Per-example metrics, guards and whole checkpoints for a TRL trainer; put it before the TRL class in the bases.
+
+    A subclass calls `record_examples` once per micro-batch from its loss, overrides `reduce_examples`, and may
+    override `objective_settings`, which goes to error messages, the model card and checkpoints.
+
+    What listings, recipes and the model card say of a method stands on its trainer class, and only there:
+
+    Attributes:
+        config_class: the dataclass of its options; `args=None` makes one.
+        title: one line for listings. paper: where the method comes from, as `arXiv:NUMBER`.
+        columns: columns that the training rows must have. optional_columns: columns used where they are there.
+        check_divergence: a static method that raises ValueError, with the reason, for a divergence that the objective
+            cannot use; None for a method that has no `divergence`.
+        tags: of the model card; the name of the method's file or folder is added.
+
+    The name and the paper of the model card follow from the class, too (`NPOTrainer`: "NPO"), unless it gives TRL's
+    `_name`, `_tag_names` or `_paper` itself.
+    """
+
+    config_class: ClassVar[type]
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    columns: ClassVar[tuple[str, ...]] = ()
+    optional_columns: ClassVar[tuple[str, ...]] = ()
+    check_divergence: ClassVar[Callable[[Any], Any] | None] = None
+    tags: ClassVar[tuple[str, ...]] = ("trl", "fdiv")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "_name" not in own:
+            cls._name = cls.__name__.removesuffix("Trainer")
+        if "_tag_names" not in own:
+            home = [part for part in cls.__module__.split(".") if part != "trainer"][-1]
+            cls._tag_names = [*cls.tags, home.strip("_").replace("_", "-")]
+        if "_paper" not in own and "paper" in own:
+            cls._paper = {"title": cls.paper, "id": cls.paper.removeprefix("arXiv:")}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._examples: dict[str, list[Tensor]] = {"train": [], "eval": []}
+        self._example_columns: tuple[str, ...] = ()
+        super().__init__(*args, **kwargs)
+        keep_trainable_layout(self.model)
+
+    # ---------------------------------------------------------------- to be overridden
+    def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:
+        """What to log of `examples`: the recorded columns since the last log, `[N]` float64 on the host."""
+        raise NotImplementedError
+
+    def objective_settings(self) -> dict[str, Any]:
+        """The settings that define the objective (divergence, β, …), for error messages and the model card."""
+        return {}
+
+    def run_settings(self) -> dict[str, Any]:
+        """What a resumed run may change, and is told of: the objective's settings and the optimizer's."""
+        return super().run_settings() | self.objective_settings()
+
+    @classmethod
+    def step_shape(cls, args: Any, *, peft: bool, processes: int, prompt_tokens: int | None = None) -> StepShape:
+        """One micro-batch under `args`, for the memory plan.
+
+        Args:
+            args: the trainer's config. peft: whether an adapter is trained. processes: how many share the work.
+            prompt_tokens: length of the prompts of rollouts, where it is known.
+        """
+        return args.step_shape(peft=peft, processes=processes, prompt_tokens=prompt_tokens)
+
+    @classmethod
+    def freeze_untrained(cls, args: Any, model: torch.nn.Module) -> None:
+        """Freeze the parameters of `model` that the method does not train; most train what they are given."""
+
+    # ---------------------------------------------------------------- metrics
+    def record_examples(self, columns: dict[str, Tensor]) -> None:
+        """Keep the per-example values of one micro-batch, gathered over the processes, until the next log.
+
+        Args:
+            columns: `[B]` tensors, the same names each time; `"loss"` is required and is what training stops on.
+
+        Raises:
+            NonFiniteLossError: when any example's loss, on any process, is NaN or infinite. All processes raise, in
+                training before the backward pass, so no weight is touched.
+        """
+        training = self.model.training
+        self._example_columns = tuple(columns)
+        rows = torch.stack([column.detach().float() for column in columns.values()], dim=1)
+        # Rows that the sampler repeats to fill the last batch are trained on, so they count in training only.
+        rows = self.accelerator.gather(rows) if training else self.accelerator.gather_for_metrics(rows)
+        finite = torch.isfinite(rows[:, self._example_columns.index("loss")])
+        if not finite.all():
+            self._raise_non_finite(rows[~finite][0].tolist(), training)
+        self._examples["train" if training else "eval"].append(rows)
+
+    def _raise_non_finite(self, row: list[float], training: bool) -> None:
+        example = dict(zip(self._example_columns, row, strict=True))
+        value = example.pop("loss")
+        settings = ", ".join(f"{name}={setting}" for name, setting in self.objective_settings().items())
+        last = self.state.log_history[-1] if self.state.log_history else {}
+        shown = [key for key in ("loss", "grad_norm", "learning_rate") if key in last]
+        last_metrics = ", ".join(f"{key}={last[key]:.4g}" for key in shown) or "none yet"
+        step = self.state.global_step
+        place = f"step {step + 1}" if training else f"evaluation at step {step}"
+        stopped = "Training stopped before the optimizer step, so the weights are those of the last good step. "
+        raise NonFiniteLossError(
+            f"{place}: the loss is {value} ({settings}); the example that made it so: "
+            + ", ".join(f"{name}={number:.6g}" for name, number in example.items())
+            + f"; last logged metrics: {last_metrics}. {stopped if training else ''}Remedies: a lower "
+            "learning_rate, max_exponent or max_grad_norm, float32 instead of half precision, or resuming from "
+            "the last checkpoint"
+        )
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As in Trainer; a gradient that is not finite stops the run before the optimizer step.
+
+        Under fp16 the gradient scaler meets such gradients by skipping the step, which is left to it; so it is to
+        DeepSpeed, which has made its step by now.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self.args.fp16 and not self.is_deepspeed_enabled and not math.isfinite(float(norm)):
+            settings = ", ".join(f"{name}={setting}" for name, setting in self.objective_settings().items())
+            raise NonFiniteLossError(
+                f"step {self.state.global_step + 1}: the gradient norm is {float(norm)} with a finite loss "
+                f"({settings}). Training stopped before the optimizer step, so the weights are those of the last good "
+                "step. Remedies: a lower learning_rate or max_exponent, float32 instead of half precision, or "
+                "resuming from the last checkpoint"
+            )
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Reduce what was recorded since the last log and add it to `logs` under TRL's naming."""
+        mode = "train" if self.model.training else "eval"
+        recorded = self._examples[mode]
+        if recorded:
+            table = torch.cat(recorded).cpu().double()
+            recorded.clear()
+            examples = dict(zip(self._example_columns, table.unbind(1), strict=True))
+            for name, value in self.reduce_examples(examples, mode).items():
+                self._metrics[mode][name] = [value]  # TRL averages this list, adds the prefix, and clears it
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in TRL, from a clean slate: a `predict` before it leaves nothing behind."""
+        self._examples["eval"].clear()
+        return super().evaluate(*args, **kwargs)
+
+    # ---------------------------------------------------------------- model card
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's model card with the settings of the objective and, for a local base model, its path."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        from huggingface_hub import ModelCard
+
+        path = Path(self.args.output_dir) / "README.md"
+        card = ModelCard.load(path)
+        base = getattr(self.model.config, "_name_or_path", "") or "a model built in memory"
+        card.text = card.text.replace("[None](https://huggingface.co/None)", f"`{base}`")
+        rows = "\n".join(f"| {name} | `{value}` |" for name, value in self.objective_settings().items())
+        section = f"### Objective\n\n| setting | value |\n| --- | --- |\n{rows}\n\n"
+        card.text = card.text.replace("### Framework versions", section + "### Framework versions")
+        card.save(path)

@@ -1,0 +1,1 @@
+"""Builders of the data and toy worlds that recipes train on."""

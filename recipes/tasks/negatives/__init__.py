@@ -1,0 +1,1 @@
+"""Rejected answers for D²O from public preference data."""

@@ -1,0 +1,1 @@
+"""Unlearning tasks from public-domain novels."""

@@ -1,0 +1,154 @@
+"""Recipe block `prepare: {name: rehearsal}`: pre-sampling before training, on a task's own data or one's own.
+
+    prepare:
+      name: rehearsal
+      task: {name: arithmetic, seed: 0}      # any other builder of `prepare:`, with its keys
+      reward: "fdiv.recipes.tasks.arithmetic:arithmetic_reward"
+      threshold: 7/8
+
+or, with `model` and `dataset` instead of `task`, on a model and rows that exist.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from fdiv.rl.presample.config import PresampleConfig
+from fdiv.rl.presample.output import EXPLORE, REHEARSAL, write_rows
+
+__all__ = ["RehearsalConfig"]
+
+
+@dataclass
+class RehearsalConfig(PresampleConfig):
+    """`prepare: {name: rehearsal}`: the keys of `fdiv presample`, and `task`.
+
+    The model, the dataset, its split and the reward may come from `task`: the recipe keys `model_name_or_path`,
+    `dataset_name`, `dataset_train_split` and `reward` that its builder settles. What stands here wins.
+
+    It runs on the main process alone while the others of a launcher wait; for a large model run `fdiv presample` on
+    all of them first, and give the recipe its files.
+
+    Args:
+        task: Another builder of `prepare:` with its keys, `{name: …}`, built first, into `task/`.
+    """
+
+    task: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Another builder that makes model and data first: {name: ...} with its keys."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task is None:
+            for name in ("model", "dataset", "reward"):
+                if not getattr(self, name):
+                    raise ValueError(f"prepare.{name} is missing: give it, or a `task` that builds it")
+        else:
+            self._builder()
+
+    def build(self, output_dir: Path) -> dict[str, Any]:
+        """Build `task/`, pre-sample into `rehearsal/`.
+
+        Returns:
+            The recipe keys it settles: those of the task; `dataset_name`, the explore set as split `train` and, where
+            the data has a test split, that as `test`; `rehearsal_cache`; `temperature`, that of its
+            log-probabilities; and `reward`.
+
+        Raises:
+            ValueError: the task settles no model or dataset, and none is given; there is no reward.
+            DataError, RolloutError: see `fdiv.rl.presample.run.presample`.
+        """
+        from fdiv.inference.processes import alone
+        from fdiv.rl.presample.run import presample
+
+        output_dir = Path(output_dir)
+        folder = output_dir / "rehearsal"
+        with _without_deepspeed(), alone():
+            keys = {} if self.task is None else self._builder().build(output_dir / "task")
+            settings = self._settled(keys)
+            presample(settings, folder)
+        data = output_dir / "data"
+        data.mkdir(exist_ok=True)
+        shutil.copyfile(folder / EXPLORE, data / "train.parquet")
+        _keep_test_split(settings.dataset, keys.get("dataset_test_split", "test"), data / "test.parquet")
+        return {
+            **{key: value for key, value in keys.items() if key != "dataset_config"},
+            "model_name_or_path": settings.model,
+            "dataset_name": str(data),
+            "dataset_train_split": "train",
+            "dataset_test_split": "test",
+            "rehearsal_cache": str(folder / REHEARSAL),
+            "reward": settings.reward,
+            "temperature": self.scoring_temperature,
+        }
+
+    def _settled(self, keys: dict[str, Any]) -> PresampleConfig:
+        """The settings of the pass, with what the task settled."""
+        settings = {entry.name: getattr(self, entry.name) for entry in fields(PresampleConfig)}
+        if not settings["dataset"] and "dataset_train_split" in keys:
+            settings["split"] = keys["dataset_train_split"]
+        for name, key in (("model", "model_name_or_path"), ("dataset", "dataset_name"), ("reward", "reward")):
+            settings[name] = settings[name] or keys.get(key)
+            if not settings[name]:
+                raise ValueError(f"the task {self.task} settles no {key}: give prepare.{name}")
+        return PresampleConfig(**settings)
+
+    def _builder(self) -> Any:
+        """The builder of the task, its keys checked like those of a block.
+
+        Raises:
+            RecipeError: an unknown builder or key, or a value of the wrong type.
+            ValueError: no name, a missing key, or a value the builder refuses.
+        """
+        from fdiv.catalog import PREPARE, load, lookup
+        from fdiv.errors import RecipeError
+        from fdiv.recipe.schema import coerce, nearest_key, section_of
+
+        where = "prepare.task"
+        values = dict(self.task)
+        if "name" not in values:
+            raise ValueError(f"{where} needs a `name`: one of {', '.join(sorted(PREPARE))}")
+        name = values.pop("name")
+        config = load(lookup(PREPARE, name, f"`{where}.name`", where))
+        if issubclass(config, RehearsalConfig):
+            raise ValueError(f"{where} cannot be {name!r} itself")
+        section = section_of(config, where)
+        for key, value in values.items():
+            if key not in section.keys:
+                near = nearest_key(key, section, lambda: iter(()))
+                hint = f"did you mean {near!r}?" if near else f"there are: {', '.join(section.keys)}"
+                raise RecipeError(f"unknown key {key!r} in `{where}`; {hint}")
+            values[key] = coerce(value, section.keys[key], where)
+        missing = [key.name for key in section.keys.values() if key.required and key.name not in values]
+        if missing:
+            raise ValueError(f"`{where}.{missing[0]}` is missing")
+        return config(**values)
+
+
+def _keep_test_split(dataset: str, split: str, path: Path) -> None:
+    """Write the test split of the data that was pre-sampled, if it has one."""
+    from fdiv.run.data import named_dataset
+
+    found = named_dataset(dataset)
+    if hasattr(found, "keys") and split in found:
+        write_rows(path, found[split])
+
+
+@contextmanager
+def _without_deepspeed() -> Iterator[None]:
+    """Models loaded inside are whole: with ZeRO-3 on, `from_pretrained` would wait for the other processes."""
+    from transformers.integrations import deepspeed
+
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    active = reference() if reference is not None else None
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if active is not None:
+            deepspeed.set_hf_deepspeed_config(active)

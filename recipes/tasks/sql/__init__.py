@@ -1,0 +1,1 @@
+"""SQL tasks: Chinook and BIRD."""

@@ -1,0 +1,1 @@
+"""Tasks from TOFU rows."""

@@ -1,0 +1,369 @@
+"""DPH-RL: reinforcement learning with verifiable rewards that rehearses what the reference already masters
+(Li et al. 2025, arXiv:2509.07430).
+
+`DPHTrainer` is TRL's `GRPOTrainer` with its loss on rollouts (no KL term, no reference model) and, in the same
+forward, an f-divergence on cached samples of the reference.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from trl import GRPOTrainer
+
+from fdiv.errors import DataError, FdivError, RolloutError
+from fdiv.models.fingerprints import data_fingerprint
+from fdiv.models.reference import FrozenReference
+from fdiv.rl.dph.batches import explore_mean, group_advantages, join, rows_of_slot, rows_of_step
+from fdiv.rl.dph.config import DPHConfig
+from fdiv.rl.dph.loss import (
+    check_rehearsal_divergence,
+    js_on_policy,
+    js_on_reference,
+    rehearsal_loss,
+    rehearsal_weight,
+)
+from fdiv.rl.dph.metrics import dph_metrics, gathered_log_ratios, rehearsal_columns
+from fdiv.rl.dph.rehearsal import RehearsalBatch, RehearsalCache
+from fdiv.training.rollouts import RolloutMixin
+from fdiv.training.trainer import ObjectiveTrainerMixin
+
+__all__ = ["DPHConfig", "DPHTrainer"]
+
+
+class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
+    r"""DPH-RL on TRL's `GRPOTrainer`: L_explore + w·(mean of f over rehearsal rows); see `DPHConfig` for w.
+
+    Args (those of `GRPOTrainer` not listed are passed on):
+        model: the policy's start, which must be the reference of the rehearsal cache; path, hub name or model object.
+        args: a `DPHConfig`.
+        train_dataset: rows to explore: `prompt` (plain or conversational) and the columns the reward needs.
+        reward_funcs: as for `GRPOTrainer`; None takes `args.reward`. None as a reward means "not scored": the
+            completion gets advantage 0, takes no part in its group, and is counted.
+        rehearsal: a `RehearsalCache`; None loads `args.rehearsal_cache`, if that is set.
+
+    Every optimizer step rehearses R rows, spread evenly over micro-steps and processes; which, follows from
+    (seed, step). Rollouts and rehearsal rows share the one gradient-enabled forward of a micro-step. Cached
+    log-probabilities stand for the reference, so no reference model is held, unless `kl` or `rehearsal_form:
+    definition` ask for one (under PEFT: the policy with the adapter off).
+
+    Logged: see `fdiv.rl.dph.metrics.dph_metrics`; `kl/<estimator>`; `reward/unscored_fraction`,
+    `advantage/skipped_fraction` (groups with too few scored samples); and what GRPO logs.
+
+    Raises:
+        ValueError: no reward; options that exclude each other; more rehearsal rows per step than there are.
+        DataError: a cache that is empty, damaged, or of another tokenizer, model or temperature.
+        RolloutError: the rollout back end failed, or gave a log-probability that is not finite.
+        NonFiniteLossError: a NaN or infinite loss, before the optimizer step.
+    """
+
+    config_class = DPHConfig
+    title = "verifiable rewards with rehearsal of reference samples, every f-divergence"
+    paper = "arXiv:2509.07430"
+    columns = ("prompt",)
+    check_divergence = staticmethod(check_rehearsal_divergence)
+    _tag_names = ["trl", "fdiv", "dph-rl"]
+    _name = "DPH-RL"
+    _paper = {
+        "title": "The Choice of Divergence: A Neglected Key to Mitigating Diversity Collapse in Reinforcement "
+        "Learning with Verifiable Reward",
+        "id": "2509.07430",
+    }
+
+    def __init__(
+        self,
+        model,
+        args: DPHConfig | None = None,
+        train_dataset=None,
+        *,
+        reward_funcs=None,
+        rehearsal: RehearsalCache | None = None,
+        rollout_func=None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, DPHConfig):
+            raise TypeError(f"args is a {type(args).__name__}: DPHTrainer needs a DPHConfig")
+        columns = getattr(train_dataset, "column_names", None)
+        if columns is not None and "prompt" not in columns:
+            raise ValueError(f"train_dataset has no column 'prompt'; it has {', '.join(columns)}")
+        self.divergence, self.kl, self.advantage = (
+            args.resolve_divergence(), args.resolve_kl(), args.resolve_advantage()
+        )  # fmt: skip
+        self.rehearsal = _loaded(args) if rehearsal is None else rehearsal
+        self._completions_per_step = (
+            args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        )
+        self._rows_per_step = self._checked_rows(args)
+        starting_adapter = not isinstance(model, str) and is_peft_model(model)
+        super().__init__(
+            model,
+            args=args,
+            train_dataset=train_dataset,
+            reward_funcs=_rewards(reward_funcs, args),
+            rollout_func=rollout_func or args.server_rollouts(),
+            **kwargs,
+        )
+        if self.rehearsal is not None:
+            self.rehearsal.check(tokenizer=self._tokenizer, model=self.model, temperature=self.temperature)
+        self.reference: FrozenReference | None = None
+        if self.kl is not None or (args.rehearsal_form == "definition" and self.rehearsal is not None):
+            self.reference = FrozenReference(self, copy_adapter=starting_adapter, temperature=self.temperature)
+            self.ref_model = self.reference.model
+        self._joining: RehearsalBatch | None = None
+        self._scored: tuple[Tensor, Tensor | None] | None = None
+        self._log_ratios: list[Tensor] = []
+        self._window = (-1, 0)
+
+    def _checked_rows(self, args: DPHConfig) -> int:
+        if self.rehearsal is None:
+            return 0
+        self.rehearsal.check(temperature=args.temperature)  # the rest needs the model
+        if not len(self.rehearsal):
+            raise DataError(
+                f"{self.rehearsal.name} holds no rows: the reference has no near-perfect prompt, so there is nothing "
+                "to rehearse. Pre-sample with a lower threshold, or leave rehearsal_cache out"
+            )
+        return args.rehearsal_rows(len(self.rehearsal), self._completions_per_step)
+
+    def objective_settings(self) -> dict[str, Any]:
+        """The exploring loss, the advantage, the KL penalty and the rehearsal term."""
+        names = ("loss_type", "scale_rewards", "advantage", "kl", "num_generations", "temperature")
+        settings = {name: getattr(self.args, name) for name in names}
+        if self.kl is not None:
+            settings["kl_coefficient"] = self.args.kl_coefficient
+        if self.rehearsal is None:
+            return settings | {"rehearsal": "none"}
+        names = ("divergence", "rehearsal_coefficient", "rehearsal_weighting", "level", "rehearsal_form")
+        settings |= {name: getattr(self.args, name) for name in (*names, "coefficient_clip", "max_exponent")}
+        return settings | {"rehearsal_rows_per_step": self._rows_per_step, "rehearsal_rows": len(self.rehearsal)}
+
+    def run_identity(self) -> dict[str, Any]:
+        """Also the rehearsal rows."""
+        return super().run_identity() | {"rehearsal cache": data_fingerprint(self.rehearsal)}
+
+    # ---------------------------------------------------------------- rollouts, rewards, advantages
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        recorded = batch.get("sampling_per_token_logps")
+        if recorded is not None and not torch.isfinite(recorded[_mask(batch).bool()]).all():
+            raise RolloutError(
+                "the rollout back end returned a log-probability that is not finite: the engine's weights or its "
+                "numbers are broken; look at its log, and try float32 or another attention back end there"
+            )
+        if self.reference is not None:
+            with self.reference.active() as model:
+                batch["ref_per_token_logps"] = self._score(model, batch)
+        if self.advantage is not None:
+            batch["advantages"] = self._group_advantages(batch)
+        return batch
+
+    @torch.no_grad()
+    def _score(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """`[B, C]` log-probabilities of the completions under `model`."""
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        size = self.args.per_device_train_batch_size
+        return self._get_per_token_logps_and_entropies(
+            model, ids, mask, batch["completion_ids"].size(1), batch_size=size
+        )[0]
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        infinite = rewards.isinf().any(dim=0).tolist()
+        if any(infinite):
+            name = self.reward_func_names[infinite.index(True)]
+            raise FdivError(f"reward {name!r} is infinite: rewards are finite numbers, or None for 'not scored'")
+        unscored = rewards.isnan().all(dim=1)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["reward/unscored_fraction"].append(unscored.float().mean().item())
+        total = (rewards * self.reward_weights.to(rewards)).nansum(dim=1)
+        self._rewards = total.masked_fill(unscored, torch.nan)
+        return rewards
+
+    def _group_advantages(self, batch: dict[str, Tensor]) -> Tensor:
+        """This process's part of the advantages, from the rewards of all processes."""
+        mode = "train" if self.model.training else "eval"
+        size = self.num_generations if mode == "train" else self.num_generations_eval
+        if size < self.advantage.least:  # evaluation with fewer samples: nothing to compare
+            return torch.zeros_like(batch["advantages"])
+        rewards = self._rewards
+        if self.kl is not None and self.kl.enters == "reward":
+            penalty = self.accelerator.gather((self.kl(self._rollout_log_ratio(batch)) * _mask(batch)).sum(-1))
+            self._metrics[mode][f"kl/{self.kl.name}"].append(penalty.mean().item())
+            rewards = rewards - self.args.kl_coefficient * penalty
+        advantages, skipped = group_advantages(rewards, size, self.advantage)
+        self._metrics[mode]["advantage/skipped_fraction"].append(skipped.float().mean().item())
+        shown = self._logs["advantages"]  # TRL's table of completions shows its own
+        for _ in range(min(len(advantages), len(shown))):
+            shown.pop()
+        shown.extend(advantages.tolist())
+        start = self.accelerator.process_index * len(batch["advantages"])
+        return advantages[start : start + len(batch["advantages"])]
+
+    def _rollout_log_ratio(self, batch: dict[str, Tensor]) -> Tensor:
+        """log π − log π_ref of the sampled tokens under the weights they were sampled with, `[B, C]`."""
+        log_policy = batch.get("old_per_token_logps", batch.get("sampling_per_token_logps"))
+        if log_policy is None:
+            log_policy = self._score(self.model, batch)
+        return log_policy - batch["ref_per_token_logps"]
+
+    # ---------------------------------------------------------------- the one forward
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        """As TRL's. While the loss is formed, the rehearsal rows ride along, and log-probabilities are kept."""
+        score = super()._get_per_token_logps_and_entropies
+        rows = self._joining
+        if rows is None:
+            result = score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+            self._scored = (result[0], None)
+            return result
+        if kwargs.get("pixel_values") is not None:
+            raise ValueError("rehearsal rows hold no images: leave rehearsal_cache out, or train on text")
+        pad = self._tokenizer.pad_token_id
+        joint = join(input_ids, attention_mask, logits_to_keep, rows, pad, self.pad_to_multiple_of)
+        log_probs, entropy, aux_loss = score(
+            model, joint.input_ids, joint.attention_mask, joint.completion_length, *args, **kwargs
+        )
+        self._scored = joint.split(log_probs)
+        return self._scored[0], None if entropy is None else joint.split(entropy)[0], aux_loss
+
+    def _next_rows(self) -> RehearsalBatch | None:
+        """The rehearsal rows of this micro-step on this process; None where it has none."""
+        step, index = self.state.global_step, self._window[1] if self._window[0] == self.state.global_step else 0
+        self._window = (step, index + 1)
+        processes = self.accelerator.num_processes
+        window = self.current_gradient_accumulation_steps
+        rows = rows_of_step(len(self.rehearsal), self._rows_per_step, step, self.args.seed)
+        mine = rows_of_slot(
+            rows, (index % window) * processes + self.accelerator.process_index, window * processes
+        )  # fmt: skip
+        if not mine:
+            return None
+        batch = self.rehearsal.batch(mine, self._tokenizer.pad_token_id)
+        return RehearsalBatch(*(tensor.to(self.accelerator.device) for tensor in batch))
+
+    # ---------------------------------------------------------------- loss
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        training = self.model.training
+        rows = self._next_rows() if training and self.rehearsal is not None else None
+        self._joining = rows
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self._joining = None
+        log_policy, log_rehearsal = self._scored
+        self._scored = None
+        steps = self.current_gradient_accumulation_steps if training else 1
+        explore = loss.detach() * steps
+        if self.kl is not None and self.kl.enters == "loss":
+            loss = loss + self._kl_loss(log_policy, inputs)
+        if training and self.rehearsal is not None:
+            loss = loss + self._rehearsal_part(log_policy, log_rehearsal, rows, inputs, explore, loss.detach() * steps)
+        elif training:
+            self._record(inputs, log_policy, {"loss": loss * steps, "explore_loss": explore}, {}, rows=1)
+        return loss
+
+    def _kl_loss(self, log_policy: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """β·KL in the place and with the normaliser of GRPO's own."""
+        mask = _mask(inputs)
+        old = inputs.get("old_per_token_logps", log_policy.detach())
+        per_token = self.kl(log_policy - inputs["ref_per_token_logps"], log_policy - old)
+        totals = torch.stack([(per_token.detach() * mask).sum(), mask.sum().to(per_token)])
+        total, count = self.accelerator.reduce(totals, reduction="sum").tolist()
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode][f"kl/{self.kl.name}"].append(total / max(count, 1.0))
+        return self.args.kl_coefficient * explore_mean(per_token, mask, inputs, self)
+
+    def _rehearsal_part(self, log_policy, log_rehearsal, rows, inputs, explore, loss) -> Tensor:
+        """w·(mean over the step's R rows): this micro-step's share of it, recorded."""
+        args = self.args
+        weight = rehearsal_weight(
+            args.rehearsal_coefficient, args.rehearsal_weighting, self._rows_per_step, self._completions_per_step
+        )
+        steps, processes = self.current_gradient_accumulation_steps, self.accelerator.num_processes
+        part, columns = log_policy.new_zeros(()), {}
+        if rows is not None:
+            log_ratio, mask = log_rehearsal - rows.reference_log_probs, rows.completion_mask
+            losses = self._row_losses(log_ratio, mask)
+            # Gradients are averaged over processes and summed over micro-steps; rows differ in number.
+            part = weight * losses.sum() * processes / self._rows_per_step
+            detached = log_ratio.detach()
+            columns = {
+                "rehearsal_loss": losses, **rehearsal_columns(detached, mask, self.divergence, args.level)
+            }  # fmt: skip
+            token_level = args.level == "token"
+            values = detached[mask.bool()] if token_level else (detached * mask).sum(-1)
+            self._log_ratios.append(values.cpu())  # tokens of many steps: not where memory is scarce
+        if self.reference is not None and args.rehearsal_form == "definition":
+            on_policy = js_on_policy(
+                log_policy - inputs["ref_per_token_logps"], _mask(inputs), args.level,
+                gradient=args.definition_gradient,
+            )  # fmt: skip
+            part = part + weight * on_policy.mean() / steps
+        shared = {"loss": loss + part * steps, "explore_loss": explore}
+        self._record(inputs, log_policy, shared, columns, -(-self._rows_per_step // (steps * processes)))
+        return part if args.rehearsal_coefficient else log_policy.new_zeros(())
+
+    def _row_losses(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        """`[R]`, what is averaged over rehearsal rows."""
+        args = self.args
+        if args.rehearsal_form == "definition":
+            return js_on_reference(log_ratio, mask, args.level)
+        return rehearsal_loss(
+            log_ratio, mask, self.divergence, args.level, max_exponent=args.max_exponent,
+            coefficient_clip=args.coefficient_clip,
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------- metrics
+    @torch.no_grad()
+    def _record(self, inputs, log_policy: Tensor, shared: dict, columns: dict[str, Tensor], rows: int) -> None:
+        """One table row per rehearsal row, `rows` on every process; `shared` are values of the whole micro-step."""
+        recorded = inputs.get("sampling_per_token_logps")
+        if recorded is not None:
+            now = inputs.get("old_per_token_logps", log_policy)
+            shared["sampling_difference"] = ((now - recorded).abs() * _mask(inputs)).max()
+        have = next(iter(columns.values())).size(0) if columns else 0
+        table = {name: value.float().expand(rows) for name, value in shared.items()}
+        table["counted"] = (torch.arange(rows, device=log_policy.device) < have).float()
+        for name in ("rehearsal_loss", "divergence", "forward_kl", "tokens") if self.rehearsal is not None else ():
+            filled = log_policy.new_zeros(rows)
+            if have:
+                filled[:have] = columns[name].to(filled)
+            table[name] = filled
+        self.record_examples(table)
+
+    def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:
+        """See `fdiv.rl.dph.metrics.dph_metrics`."""
+        if self.rehearsal is None:
+            return dph_metrics(examples, torch.empty(0), self.divergence, self.args)
+        log_ratio = gathered_log_ratios(self.accelerator, self._log_ratios)
+        self._log_ratios = []
+        return dph_metrics(examples, log_ratio, self.divergence, self.args)
+
+
+def _mask(batch: dict[str, Any]) -> Tensor:
+    """`[B, C]`, 1 on the tokens the policy wrote."""
+    mask = batch["completion_mask"]
+    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
+
+
+def _loaded(args: DPHConfig) -> RehearsalCache | None:
+    if args.rehearsal_cache is None:
+        return None
+    try:
+        return RehearsalCache.load(Path(args.rehearsal_cache))
+    except FileNotFoundError as error:
+        raise DataError(str(error)) from error
+
+
+def _rewards(reward_funcs: Any, args: DPHConfig) -> Any:
+    if reward_funcs is not None:
+        return reward_funcs
+    if args.reward is None:
+        raise ValueError("no reward: set `reward: {name: …}` in the config, or pass reward_funcs")
+    from fdiv.rl.rewards import build_reward
+
+    return build_reward(args.reward)

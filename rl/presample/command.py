@@ -1,0 +1,122 @@
+"""`fdiv presample`: the pre-sampling pass as a command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+import typing
+from pathlib import Path
+from typing import Any
+
+from fdiv.errors import RecipeError
+
+__all__ = ["PresampleCommand", "command"]
+
+
+class PresampleCommand:
+    """Sample the reference n times per prompt, score, split the prompts into rehearsal and exploration, and cache one
+    verified sample with reference log-probabilities for each near-perfect prompt. Go on after a kill with the same
+    command; several processes: `torchrun --nproc_per_node N -m fdiv presample …`."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """One flag per field of `PresampleConfig`, with its name and default."""
+        from fdiv.rl.presample.config import PresampleConfig
+
+        hints = typing.get_type_hints(PresampleConfig)
+        for field in dataclasses.fields(PresampleConfig):
+            text = field.metadata["help"].replace("%", "%%")
+            if hints[field.name] is bool:
+                parser.add_argument(f"--{field.name}", action="store_true", help=text)
+                continue
+            required = field.name in ("model", "dataset", "reward")
+            shown = "" if required or field.default is None else f" ({field.default})"
+            parser.add_argument(
+                f"--{field.name}",
+                type=_reader(hints[field.name]),
+                default=argparse.SUPPRESS,
+                required=required,
+                choices=field.metadata.get("choices"),
+                help=text + shown,
+            )
+        parser.add_argument("--output", required=True, metavar="DIR", help="new, or that of a run to go on with")
+        parser.add_argument("--repartition", action="store_true", help="split the samples of a finished DIR again")
+        parser.add_argument("--dry_run", "--dry-run", action="store_true", help="check, print the settings and stop")
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Run it, print the partition. Returns the exit code 0.
+
+        Raises:
+            RecipeError: an option outside its range.
+            DataError, RolloutError: see `fdiv.rl.presample.run.presample`.
+        """
+        from fdiv.rl.presample.config import PresampleConfig
+
+        names = {field.name for field in dataclasses.fields(PresampleConfig)}
+        try:
+            config = PresampleConfig(**{name: value for name, value in vars(args).items() if name in names})
+        except ValueError as error:
+            raise RecipeError(f"--{error}") from None
+        if args.dry_run:
+            return _dry_run(config, Path(args.output))
+        from fdiv.rl.presample.run import presample
+        from fdiv.terminal import info
+
+        began = time.monotonic()
+        content = presample(config, Path(args.output), repartition=args.repartition)
+        show_partition(content)
+        info(f"written: {args.output} ({time.monotonic() - began:.1f} s)")
+        return 0
+
+
+def _reader(hint: Any) -> Any:
+    """How a flag's word is read: numbers as numbers, mappings as YAML, all else as text."""
+    from fdiv.recipe.document import parse_value
+
+    options = typing.get_args(hint) or (hint,)
+    if any(typing.get_origin(option) is dict for option in options):
+        return lambda word: parse_value(word) if word.lstrip().startswith("{") else word
+    return next((kind for kind in (int, float) if kind in options and str not in options), str)
+
+
+def _dry_run(config: Any, output: Path) -> int:
+    import yaml
+
+    from fdiv.rl.presample.data import load_prompts, load_reward
+    from fdiv.terminal import is_main_process
+
+    rows = load_prompts(config)
+    load_reward(config.reward)
+    if is_main_process():
+        settings = {"output": str(output), **dataclasses.asdict(config)}
+        sys.stdout.write(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        sys.stdout.write(f"# {len(rows)} prompts, {len(rows) * config.num_samples} samples\n")
+    return 0
+
+
+def show_partition(content: dict[str, Any]) -> None:
+    """The partition as a table on stdout."""
+    from fdiv.terminal import print_table
+
+    names = {
+        "near_perfect": f"near-perfect (share of correct ≥ {content['threshold']} of {content['num_samples']})",
+        "rehearsal": "  rehearsed: verified sample in the cache",
+        "moved_to_explore": "  without a correct verification sample: explored",
+        "to_explore": "to explore",
+        "wrong": "wrong (no correct sample)",
+        "dropped": "  dropped",
+        "explore": "explore set, all together",
+    }
+    rows = [
+        (text, str(content["counts"][name]), f"{100 * content['shares'][name]:.1f} %") for name, text in names.items()
+    ]
+    tally = content["samples"]
+    notes = [
+        f"{tally['drawn']} samples: {tally['correct']} correct, {tally['unscored']} not scored, "
+        f"{tally['truncated']} truncated, {tally['empty']} empty"
+    ]
+    print_table(f"{content['counts']['prompts']} prompts", ("part", "prompts", "share"), rows, notes)
+
+
+command = PresampleCommand()

@@ -1,0 +1,181 @@
+"""The directory of a pre-sampling: whether it may be written, and its files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fdiv.errors import DataError
+from fdiv.files import read_json, write_json
+from fdiv.inference.processes import process_state
+from fdiv.terminal import info
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fdiv.rl.dph.rehearsal import Partition, RehearsalCache
+    from fdiv.rl.presample.config import PresampleConfig
+
+__all__ = ["EXPLORE", "PARTITION", "REHEARSAL", "Sample", "enter_directory", "write_outputs", "write_rows"]
+
+SETTINGS, PARTITION = "settings.json", "partition.json"
+SAMPLES, VERIFICATION = "samples.jsonl", "verification.jsonl"
+EXPLORE, REHEARSAL = "explore.parquet", "rehearsal.safetensors"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sample `number` of prompt `index`, scored. `correct` is None where the reward gave no score; `truncated`: it
+    was cut at the bound on its length."""
+
+    index: int
+    number: int
+    completion_ids: tuple[int, ...]
+    completion: str
+    truncated: bool
+    reward: float | None
+    correct: bool | None
+
+
+def enter_directory(
+    path: Path, drawing: Mapping[str, Any], decisions: Mapping[str, Any], repartition: bool
+) -> dict[str, Any] | None:
+    """Claim `path` for a run with these settings; the content of `partition.json` where that very run is finished.
+
+    Raises:
+        DataError: it holds a run with other settings, or something that is no pre-sampling.
+    """
+    state = process_state()
+    settings, finished = path / SETTINGS, path / PARTITION
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{path} is a file: choose another output directory")
+    if settings.is_file():
+        _compare(path, read_json(settings), json.loads(json.dumps(drawing)))
+    elif path.is_dir() and any(path.iterdir()):
+        raise DataError(f"{path} is not empty and no pre-sampling: choose another output directory")
+    content = read_json(finished) if finished.is_file() else None
+    state.wait_for_everyone()  # everybody has looked before anybody writes
+    if content is not None:
+        if content["decisions"] == decisions:
+            info(f"pre-sampling is finished: {path}")
+            return content
+        if not repartition:
+            name = next(name for name, value in decisions.items() if content["decisions"].get(name) != value)
+            raise DataError(
+                f"{path} holds a finished partition with {name}={content['decisions'].get(name)!r}, now it is "
+                f"{decisions[name]!r}: choose another output directory, or replace the partition (not the samples) "
+                "with --repartition"
+            )
+    if state.is_main_process:
+        path.mkdir(parents=True, exist_ok=True)
+        finished.unlink(missing_ok=True)
+        write_json(settings, drawing)
+    state.wait_for_everyone()
+    return None
+
+
+def _compare(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name, value in wanted.items():
+        if name not in found or found[name] != value:
+            raise DataError(
+                f"{path} was begun with {name}={found.get(name)!r}, now it is {value!r}: restore the setting, or "
+                "choose another output directory"
+            )
+
+
+def write_outputs(
+    path: Path,
+    config: PresampleConfig,
+    drawing: Mapping[str, Any],
+    rows: Dataset,
+    samples: Mapping[int, Sequence[Sample]],
+    verification: Sequence[Sample],
+    partition: Partition,
+    cache: RehearsalCache,
+) -> dict[str, Any]:
+    """Write every file of the directory (main process only), `partition.json` last; returns its content."""
+    kept = {row.index for row in cache}
+    moved = [index for index in partition.near_perfect if index not in kept]
+    dropped = partition.wrong if config.wrong == "drop" else []
+    explore = sorted({*partition.explore, *partition.wrong, *moved} - {*dropped})
+    flat = [sample for index in sorted(samples) for sample in samples[index]]
+    counts = {
+        "prompts": len(rows),
+        "near_perfect": len(partition.near_perfect),
+        "rehearsal": len(kept),
+        "moved_to_explore": len(moved),
+        "to_explore": len(partition.explore),
+        "wrong": len(partition.wrong),
+        "dropped": len(dropped),
+        "explore": len(explore),
+    }
+    parts = {index: name for name, indices in partition._asdict().items() for index in indices}
+    correct = [sum(sample.correct is True for sample in samples[index]) for index in range(len(rows))]
+    histogram = Counter(correct)
+    content = {
+        "counts": counts,
+        "shares": {name: count / len(rows) for name, count in counts.items() if name != "prompts"},
+        "threshold": config.decisions()["threshold"],
+        "num_samples": config.num_samples,
+        "samples": _tally(flat),
+        "verification": _tally(verification),
+        "prompts_by_correct": [histogram[number] for number in range(config.num_samples + 1)],
+        "prompts": {
+            "correct": correct,
+            "scored": [sum(sample.correct is not None for sample in samples[i]) for i in range(len(rows))],
+            "part": [parts[index] for index in range(len(rows))],
+        },
+        "decisions": config.decisions(),
+        "drawing": dict(drawing),
+    }
+    if process_state().is_main_process:
+        _write_samples(path / SAMPLES, flat)
+        _write_samples(path / VERIFICATION, sorted(verification, key=lambda sample: (sample.index, sample.number)))
+        write_rows(path / EXPLORE, rows.select(explore))
+        cache.save(path / REHEARSAL)
+        from fdiv.provenance import command_line, environment
+
+        write_json(path / PARTITION, {**content, "environment": environment(command_line(), config.seed)})
+    return content
+
+
+def _tally(samples: Sequence[Sample]) -> dict[str, Any]:
+    correct = sum(sample.correct is True for sample in samples)
+    return {
+        "drawn": len(samples),
+        "correct": correct,
+        "unscored": sum(sample.correct is None for sample in samples),
+        "truncated": sum(sample.truncated for sample in samples),
+        "empty": sum(not sample.completion.strip() for sample in samples),
+        "share_correct": correct / len(samples) if samples else None,
+    }
+
+
+def _write_samples(path: Path, samples: Iterable[Sample]) -> None:
+    """One JSON object per sample; `task_id` and `correct` are what `fdiv eval passk --from_samples` reads."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            record = {"task_id": sample.index, "sample": sample.number, **asdict(sample)}
+            del record["index"], record["number"]
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def write_rows(path: Path, rows: Dataset) -> None:
+    """Parquet keeps every column's type; JSON would guess at them again."""
+    import datasets
+
+    partial, shown = path.with_name(path.name + ".partial"), not datasets.utils.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        rows.to_parquet(str(partial))
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    os.replace(partial, path)
