@@ -160,7 +160,7 @@ class _MovedModules(MetaPathFinder, Loader):
         warnings.warn(
             f"{old} is now {' and '.join(homes)}; the old name goes with release 0.3",
             DeprecationWarning,
-            stacklevel=_frames_to_importer(),
+            stacklevel=2,  # frames of importlib do not count
         )
 
         def look_up(name: str) -> Any:
@@ -174,15 +174,7 @@ class _MovedModules(MetaPathFinder, Loader):
         module.__doc__ = f"Moved to {' and '.join(homes)}."
 
 
-def _frames_to_importer() -> int:
-    """How many frames up the `import` statement stands, so that the warning names its file."""
-    depth, frame = 1, sys._getframe(1)
-    while frame and (frame.f_globals.get("__name__") == __name__ or "importlib" in frame.f_code.co_filename):
-        frame, depth = frame.f_back, depth + 1
-    return depth
-
-
 def install() -> None:
-    """Let the old names be found, after everything that exists."""
+    """Let the old names be found; first, for a folder that only holds stale bytecode counts as a package."""
     if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
-        sys.meta_path.append(_MovedModules())
+        sys.meta_path.insert(0, _MovedModules())

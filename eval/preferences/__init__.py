@@ -2,9 +2,9 @@
 
 from fdiv.lazy import attach
 
-__all__ = ["PreferencesEvalConfig"]
+__all__ = ["PreferencesEvalConfig", "command"]
 
 __getattr__, __dir__ = attach(
     __name__,
-    {"PreferencesEvalConfig": "fdiv.eval.preferences.evaluation"},
+    {"PreferencesEvalConfig": "fdiv.eval.preferences.evaluation", "command": "fdiv.eval.preferences.command"},
 )

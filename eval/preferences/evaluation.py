@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fdiv.divergences import get_divergence
 from fdiv.errors import DataError
-from fdiv.eval.preferences.command import command
 from fdiv.statistics.calibration import length_normalised_calibration, margin_calibration
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from fdiv.evaluation import EvalContext
 
-__all__ = ["PreferencesEvalConfig", "command"]
+__all__ = ["PreferencesEvalConfig"]
 
 _HALVES = ("chosen", "rejected")
 

@@ -1,0 +1,197 @@
+"""The rules that keep the layout: floors, doors, packages instead of prefixes (CONTRIBUTING, "The layout")."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = {
+    "fdiv": "fdiv",
+    "alignment": "fdiv.alignment",
+    "unlearning": "fdiv.unlearning",
+    "rl": "fdiv.rl",
+    "eval": "fdiv.eval",
+    "recipes": "fdiv.recipes",
+}
+# Ground first. A module imports from its own package, from lower floors, and from packages of its floor as long as no
+# circle comes of it. `fdiv` itself is the version.
+FLOORS = (
+    ("fdiv", "lazy", "moved", "errors", "divergences"),
+    ("terminal", "files", "provenance", "catalog", "evaluation", "statistics"),
+    ("inference", "models", "recipe", "report", "testing"),
+    ("training", "memory"),
+    ("run", "alignment"),
+    ("unlearning", "rl", "eval"),
+    ("recipes", "cli"),
+    ("__main__",),
+)
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+# Objective folders have the first three, benchmark folders the others.
+OBJECTIVES = ("alignment/f_dpo", "alignment/d2o", "alignment/f_dpg", "rl/dph")
+OBJECTIVE_DOORS = ("loss.py", "config.py", "trainer.py")
+BENCHMARKS = ("eval/tofu", "eval/muse", "eval/pass_at_k")
+BENCHMARK_DOORS = ("data.py", "aggregate.py", "evaluation.py", "command.py")
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Module name → file, for everything that is installed."""
+    found = {}
+    for folder, package in FOLDERS.items():
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            parts = file.relative_to(ROOT / folder).with_suffix("").parts
+            name = ".".join([package, *parts])
+            found[name.removesuffix(".__init__")] = file
+    return found
+
+
+@cache
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@cache
+def imports() -> dict[str, dict[str, int]]:
+    """Module → the modules of ours it imports, inside functions too, with a line of each; typing-only ones left out."""
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    for name, file in modules().items():
+        typing_only = {
+            id(inner)
+            for node in ast.walk(tree(file))
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            for inner in ast.walk(node)
+        }
+        for node in ast.walk(tree(file)):
+            if id(node) in typing_only:
+                continue
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fdiv":
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    found[name][inner if inner in modules() else str(node.module)] = node.lineno
+            elif isinstance(node, ast.Import):
+                found[name].update({alias.name: node.lineno for alias in node.names if alias.name in modules()})
+    return found
+
+
+def package_of(module: str) -> str:
+    """`fdiv.eval.tofu.data` → `eval`; `fdiv` → `fdiv`."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Strongly connected groups of two or more (Tarjan)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in edges.get(node, ()):
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            group = [stack.pop()]
+            while group[-1] != node:
+                group.append(stack.pop())
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in list(edges):
+        if node not in index:
+            visit(node)
+    return found
+
+
+def test_every_package_has_a_floor():
+    assert {package_of(name) for name in modules()} <= set(FLOOR)
+
+
+def test_no_import_goes_up():
+    up = [
+        f"{modules()[name].relative_to(ROOT)}:{line} imports {other}"
+        for name, others in imports().items()
+        for other, line in others.items()
+        if FLOOR[package_of(other)] > FLOOR[package_of(name)]
+    ]
+    assert not up, "\n".join(up)
+
+
+def test_packages_have_no_circle():
+    edges: dict[str, set[str]] = defaultdict(set)
+    for name, others in imports().items():
+        edges[package_of(name)] |= {package_of(other) for other in others} - {package_of(name)}
+    assert circles(edges) == []
+
+
+def test_modules_have_no_circle_outside_the_divergences():
+    edges = {
+        name: {other for other in others if not other.startswith("fdiv.divergences")}
+        for name, others in imports().items()
+    }
+    assert circles(edges) == []
+
+
+def test_the_circle_finder_finds_circles():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b"}, "b": set()}) == []
+
+
+@pytest.mark.parametrize("folder", OBJECTIVES)
+def test_an_objective_has_its_doors(folder):
+    assert [door for door in OBJECTIVE_DOORS if not (ROOT / folder / door).is_file()] == []
+
+
+@pytest.mark.parametrize("folder", BENCHMARKS)
+def test_a_benchmark_has_its_doors(folder):
+    assert [door for door in BENCHMARK_DOORS if not (ROOT / folder / door).is_file()] == []
+
+
+@pytest.mark.parametrize("folder", OBJECTIVES)
+def test_a_loss_needs_torch_and_divergences_only(folder):
+    allowed = {"__future__", "collections", "math", "typing", "warnings", "torch", "fdiv"}
+    for node in ast.walk(tree(ROOT / folder / "loss.py")):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            assert name.split(".")[0] in allowed, name
+            if name.startswith("fdiv."):
+                assert name.startswith("fdiv.divergences") or name.endswith(".loss"), name
+
+
+def test_a_prefix_is_a_package():
+    """Two siblings `x_a.py` and `x_b.py`, or `x.py` and `x_b.py`, are a package `x/` that is missing."""
+    found = []
+    for folder in sorted({file.parent for file in modules().values()}):
+        stems = [file.stem for file in sorted(folder.glob("*.py")) if file.stem != "__init__"]
+        heads: dict[str, list[str]] = defaultdict(list)
+        for stem in stems:
+            heads[stem.split("_")[0]].append(stem)
+        found += [
+            f"{folder.relative_to(ROOT)}: {', '.join(members)}"
+            for head, members in heads.items()
+            if len(members) > 1 and head not in METHODS_BY_THEIR_NAMES.get(str(folder.relative_to(ROOT)), ())
+        ]
+    assert not found, "\n".join(found)
+
+
+# Methods are called what their papers call them.
+METHODS_BY_THEIR_NAMES = {
+    "unlearning/methods": ("grad",),
+    "unlearning/baselines": ("grad",),
+    "rl/rewards": ("math", "python", "sql", "worker"),
+}
+
+
+def test_no_module_is_called_utils():
+    assert [str(file) for file in modules().values() if file.stem in ("utils", "helpers", "common", "misc")] == []
