@@ -16,9 +16,9 @@ from fdiv.errors import RewardError, WorkerError
 from fdiv.inference.prompting import completion_text
 from fdiv.rl.rewards.code_reward import CodeReward
 from fdiv.rl.rewards.completions import extract_python, extract_sql
-from fdiv.rl.rewards.math_reward import MathReward
+from fdiv.rl.rewards.math.reward import MathReward
 from fdiv.rl.rewards.pooled_reward import PooledReward
-from fdiv.rl.rewards.sql_reward import SQLReward
+from fdiv.rl.rewards.sql.reward import SQLReward
 from fdiv.rl.rewards.worker_pool import Outcome, WorkerPool
 
 __all__ = [
@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 REWARDS: dict[str, str] = {
-    "math": "fdiv.rl.rewards.math_reward:MathReward",
-    "sql": "fdiv.rl.rewards.sql_reward:SQLReward",
+    "math": "fdiv.rl.rewards.math.reward:MathReward",
+    "sql": "fdiv.rl.rewards.sql.reward:SQLReward",
     "code": "fdiv.rl.rewards.code_reward:CodeReward",
 }
 """What a recipe can name under `reward:`; the class's arguments are its keys, `as` renames it in the logs."""

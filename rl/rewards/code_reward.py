@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fdiv.rl.rewards.completions import extract_python
-from fdiv.rl.rewards.pooled_reward import PooledReward
+from fdiv.rl.rewards.completions import tested_names
+from fdiv.rl.rewards.pooled_reward import PooledReward, reasoning_open
 from fdiv.rl.rewards.worker_pool import WorkerPool
 
 __all__ = ["CodeReward"]
@@ -24,10 +24,11 @@ class CodeReward(PooledReward):
     that looks for the token of its run in its own process finds it. For models or prompts that you do not trust, run
     the whole trainer in a container or virtual machine without network and secrets.
 
-    Program and tests are the answer (`extract_python`), the column `test`, and, where there is a column `entry_point`,
-    the call `check(ENTRY_POINT)`: HumanEval's format. An answer without `def ENTRY_POINT` continues the prompt, if
-    that is plain text. A run passes when it comes to its end and delivers a random token, which it is only then
-    given; what it prints or its exit status does not matter.
+    Program and tests are the answer (`find_program`: its last block that defines what is tested, after the imports and
+    helpers of the prompt and of its earlier blocks), the column `test` (text, or MBPP's list of asserts), and, where
+    there is a column `entry_point`, the call `check(ENTRY_POINT)`: HumanEval's format. An answer that does not define
+    ENTRY_POINT continues the prompt, if that is plain text. A run passes when it comes to its end and delivers a
+    random token, which it is only then given; what it prints or its exit status does not matter.
 
     Verdicts: `correct` 1. 0 by definition: `wrong` (a failed test, an exception, an early exit, over its memory),
     `over_time` (as HumanEval counts it), `no_answer` (an empty or cut-off completion). `unusable_gold` None: no tests.
@@ -92,19 +93,32 @@ class CodeReward(PooledReward):
             names = self.column(self.entry_point, columns, len(completions))
         return [self._item(*row) for row in zip(prompts, completions, tests, names, strict=True)]
 
-    def _item(self, prompt: Any, completion: str, test: str, entry_point: str) -> dict[str, str] | str:
-        if not (test or "").strip():
+    def _item(self, prompt: Any, completion: str, test: Any, entry_point: str) -> dict[str, Any] | str:
+        test = tests_text(test)
+        if not test.strip():
             return "unusable_gold"
         if entry_point and not entry_point.isidentifier():
             raise ValueError(f"reward {self.__name__!r}: entry point {entry_point!r} is not the name of a function")
-        program = extract_python(completion)
-        if not program.strip():
-            return "no_answer"
-        defined = re.search(rf"^\s*(async\s+)?def\s+{re.escape(entry_point)}\b", program, re.MULTILINE)
-        if entry_point and not defined and isinstance(prompt, str):
-            program = prompt + program
         call = f"\ncheck({entry_point})\n" if entry_point else "\n"
-        return {"program": f"{program}\n\n{test}\n{call}"}
+        return {
+            "completion": completion, "prompt": prompt, "opened": reasoning_open(prompt),
+            "names": [entry_point] if entry_point else _tested_names(test), "continues": bool(entry_point),
+            "tests": f"{test}\n{call}",
+        }  # fmt: skip
 
     def gold_name(self, row: int, columns: Mapping[str, Sequence[Any]]) -> str:
         return str(columns[self.test][row])
+
+
+def tests_text(test: Any) -> str:
+    """Tests as one text: a text, or a list of asserts (MBPP). "" where there are none."""
+    if hasattr(test, "tolist"):
+        test = test.tolist()
+    if isinstance(test, list | tuple):
+        return "\n".join(part for part in test if isinstance(part, str))
+    return test if isinstance(test, str) else ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _tested_names(test: str) -> list[str]:
+    return sorted(tested_names(test))

@@ -13,13 +13,14 @@ A worker speaks JSON, one object per line: `{"ready": pid}` first, then one answ
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import os
 import resource
 import signal
 import socket
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -67,10 +68,11 @@ def serve(channel: socket.socket, task: ModuleType, settings: dict[str, Any]) ->
 
 
 def _load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pool_task", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The task's module, as `task.NAME`: relative imports find its neighbours, and no package above is imported."""
+    file = Path(path)
+    package = sys.modules["task"] = ModuleType("task")
+    package.__path__ = [str(file.parent)]
+    return importlib.import_module(f"task.{file.stem}")
 
 
 def main(control_number: int, task_file: str, settings: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,9 @@ from typing import Any, ClassVar
 
 from fdiv.errors import DataError, RewardError
 from fdiv.inference.prompting import completion_text
-from fdiv.rl.rewards.worker_pool import WorkerPool
+from fdiv.rl.rewards.worker_pool import Outcome, WorkerPool
 
-__all__ = ["PooledReward"]
+__all__ = ["PooledReward", "reasoning_open"]
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ class PooledReward:
     `reward(prompts, completions, **columns)` returns one score per completion: 1.0, 0.0, or None where there is no
     verdict. TRL reads None as "not scored": the row has no part in the group's mean and brings no gradient.
 
-    A subclass gives `verdicts`, the score of each verdict, and `items`.
+    A subclass gives `verdicts`, the score of each verdict, and `items`; and, where an answer that runs into its own
+    limits is wrong, the verdicts for that (`own_limits`).
 
     Args:
         name: Name in TRL's logs.
@@ -42,6 +44,8 @@ class PooledReward:
     """
 
     verdicts: ClassVar[Mapping[str, float | None]] = {}
+    own_limits: ClassVar[Mapping[str, str]] = {}
+    """The verdict on an answer that used up its own time or memory, by the outcome's status."""
 
     def __init__(
         self, name: str, pool: WorkerPool, *, failure_score: float | None = None, failure_limit: float | None = 0.05
@@ -53,6 +57,7 @@ class PooledReward:
         self.counts: Counter[str] = Counter()
         self.unusable_golds: dict[str, str] = {}
         self._recent: deque[bool] = deque(maxlen=WINDOW)
+        self._gold_reasons: dict[str, str] = {}
 
     def items(
         self, prompts: Sequence[Any], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -69,6 +74,7 @@ class PooledReward:
         items = self.items(prompts, texts, columns)
         sent = [row for row, item in enumerate(items) if not isinstance(item, str)]
         outcomes = dict(zip(sent, self.pool.map([items[row] for row in sent]), strict=True))
+        outcomes |= self._blamed({row: items[row] for row in sent}, outcomes)
         scores: list[float | None] = []
         for row, item in enumerate(items):
             if row not in outcomes:
@@ -87,6 +93,29 @@ class PooledReward:
             columns["log_metric"](f"{self.__name__}/not_scored", sum(score is None for score in scores) / len(scores))
         self._check_losses()
         return scores
+
+    def _blamed(self, items: Mapping[int, dict[str, Any]], outcomes: Mapping[int, Outcome]) -> dict[int, Outcome]:
+        """New outcomes for the items that used up their own time or memory: the gold alone is tried in their place.
+
+        Where it passes, the answer is to blame; where it does not, the gold is unusable.
+        """
+        suspects = {
+            row: {**items[row], "completion": None}
+            for row, outcome in outcomes.items()
+            if outcome.status in self.own_limits and outcome.own
+        }
+        keys = {row: json.dumps(item, sort_keys=True) for row, item in suspects.items()}
+        unknown = {key: suspects[row] for row, key in keys.items() if key not in self._gold_reasons}
+        for key, outcome in zip(unknown, self.pool.map(list(unknown.values())), strict=True):
+            value = outcome.value or {}
+            unusable = value.get("verdict") == "unusable_gold"
+            self._gold_reasons[key] = value["detail"] if unusable else outcome.detail
+        found = {}
+        for row, key in keys.items():
+            reason = self._gold_reasons[key]
+            verdict = "unusable_gold" if reason else self.own_limits[outcomes[row].status]
+            found[row] = Outcome("ok", {"verdict": verdict, "detail": reason})
+        return found
 
     def summary(self) -> dict[str, int]:
         """Counts since the beginning: `answers`, `scored`, each verdict, `timeout`, `memory`, `crash`, `restarts`."""
@@ -140,3 +169,10 @@ class PooledReward:
                     f"({counts}), more than failure_limit={self.failure_limit}; raise the limits of time or memory, "
                     "or failure_limit"
                 )
+
+
+def reasoning_open(prompt: Any) -> bool:
+    """Whether a prompt ends in an open `<think>`, so that a completion begins inside the reasoning."""
+    if not isinstance(prompt, str):
+        prompt = str(prompt[-1].get("content") or "") if prompt and prompt[-1].get("role") == "assistant" else ""
+    return prompt.rstrip().endswith(("<think>", "<thinking>", "<reasoning>", "[THINK]"))

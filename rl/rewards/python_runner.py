@@ -9,6 +9,7 @@ import contextlib
 import hmac
 import math
 import os
+import runpy
 import secrets
 import selectors
 import signal
@@ -24,6 +25,9 @@ __all__ = ["answer", "prepare"]
 CHILD = Path(__file__).with_name("python_child.py")
 FILE_BYTES = 1 << 20
 
+# By path: importing it as part of the package would bring the whole package into the worker.
+find_program = runpy.run_path(str(Path(__file__).with_name("completions.py")))["find_program"]
+
 _settings: dict[str, Any] = {}
 
 
@@ -34,7 +38,7 @@ def prepare(settings: dict[str, Any]) -> None:
         RuntimeError: it cannot: every answer would look wrong.
     """
     _settings.update(settings)
-    if answer({"program": "import collections, math, re, typing\nassert math.pi > 3\n"})["verdict"] != "correct":
+    if _run("import collections, math, re, typing\nassert math.pi > 3\n")["verdict"] != "correct":
         raise RuntimeError(
             f"a program that is right fails under its limits: is memory={settings['memory']} or "
             f"program_time={settings['program_time']} too small, or {sys.executable} not readable by others?"
@@ -57,12 +61,19 @@ def _delivered(descriptor: int, deadline: float) -> bytes | None:
     return received
 
 
-def answer(item: dict[str, str]) -> dict[str, Any]:
-    """`{"verdict": correct | wrong | over_time}` for `{"program": source with its tests}`."""
+def answer(item: dict[str, Any]) -> dict[str, Any]:
+    """`{"verdict": correct | wrong | over_time | no_answer}` for a completion, its prompt, and the tests."""
+    program = find_program(
+        item["completion"], item["prompt"], item["names"], continues=item["continues"], opened=item["opened"]
+    )
+    return _run(f"{program}\n\n{item['tests']}") if program else {"verdict": "no_answer"}
+
+
+def _run(source: str) -> dict[str, Any]:
     token = secrets.token_hex(32).encode()
     with tempfile.TemporaryDirectory(prefix="fdiv-code-") as folder, contextlib.ExitStack() as stack:
         program = Path(folder) / "program.py"
-        program.write_text(item["program"], encoding="utf-8", errors="replace")
+        program.write_text(source, encoding="utf-8", errors="replace")
         Path(folder).chmod(0o755)
         pipes = [os.pipe(), os.pipe()]
         opened = {number for pipe in pipes for number in pipe}

@@ -55,11 +55,13 @@ class Outcome:
         status: `ok`; or why there is no answer: `timeout`, `memory`, or `crash` (the worker ended or raised).
         value: The task's answer where `status` is `ok`, else None.
         detail: A line for the log where it is not.
+        own: The item used up its own processor time or memory; False where the clock ran out, or the worker ended.
     """
 
     status: Literal["ok", "timeout", "memory", "crash"]
     value: dict[str, Any] | None = None
     detail: str = ""
+    own: bool = False
 
 
 def default_workers() -> int:
@@ -261,11 +263,11 @@ class _Run:
     def _beyond_limits(self, worker: Worker) -> Outcome | None:
         seconds, resident = usage(worker.pid)
         if seconds > worker.processor_end:
-            return Outcome("timeout", detail=f"no answer within {self.pool.time_limit} s of processor time")
+            return Outcome("timeout", detail=f"no answer within {self.pool.time_limit} s of processor time", own=True)
         if time.monotonic() > worker.wall_end:
             return Outcome("timeout", detail=f"no answer within {self.pool.wall_limit} s")
         if resident > self.pool.memory_limit:
-            return Outcome("memory", detail=f"more than {self.pool.memory_limit} bytes resident")
+            return Outcome("memory", detail=f"more than {self.pool.memory_limit} bytes resident", own=True)
         return None
 
     def _assign(self, worker: Worker) -> None:
@@ -305,7 +307,7 @@ class _Run:
             worker.pid, self.start_failures = reply["ready"], 0
             return
         if "error" in reply:
-            self.results[worker.item] = Outcome(reply["error"], detail=reply["detail"])
+            self.results[worker.item] = Outcome(reply["error"], detail=reply["detail"], own=reply["error"] == "memory")
         else:
             self.results[worker.item] = Outcome("ok", reply["value"])
         worker.item = None

@@ -15,7 +15,7 @@ from fdiv.rl.rewards import SQLReward, extract_sql
 
 @pytest.fixture(scope="module")
 def executor():
-    path = Path(fdiv.rl.rewards.__file__).with_name("sql_executor.py")
+    path = Path(fdiv.rl.rewards.__file__).parent / "sql" / "executor.py"
     spec = importlib.util.spec_from_file_location("sql_executor", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -132,16 +132,19 @@ def test_refused_with_zero(reward, shop, query, expected):
 @pytest.mark.parametrize(
     ("query", "expected"),
     [
-        ("WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n+1 FROM c) SELECT count(*) FROM c", {"timeout"}),
-        ("SELECT count(*) FROM big a, big b, big c, big d, big e", {"timeout"}),
-        ("SELECT group_concat(a.n) FROM big a, big b, big c, big d", {"invalid", "timeout"}),
+        ("WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n+1 FROM c) SELECT count(*) FROM c", {"over_time"}),
+        ("SELECT count(*) FROM big a, big b, big c, big d, big e", {"over_time"}),
+        ("SELECT group_concat(a.n) FROM big a, big b, big c, big d", {"invalid", "over_time"}),
         (
             "WITH RECURSIVE c(n, t) AS (SELECT 1, printf('%900000d', 1) UNION ALL SELECT n+1, t||n FROM c) "
             "SELECT t FROM c ORDER BY t",
-            {"memory", "timeout", "invalid"},
+            {"over_memory", "over_time", "invalid"},
         ),
         # One opcode: the progress handler never gets a turn. The pool's own limit ends it.
-        ("SELECT length(printf('%.*c', 2000000000, 'x')), n FROM big", {"timeout", "invalid", "memory", "wrong"}),
+        (
+            "SELECT length(printf('%.*c', 2000000000, 'x')), n FROM big",
+            {"over_time", "invalid", "over_memory", "wrong"},
+        ),
     ],
 )
 def test_bombs_cost_one_answer(reward, query, expected):
@@ -151,16 +154,87 @@ def test_bombs_cost_one_answer(reward, query, expected):
     assert scores[0] == scores[2] == 1.0
     new = {name for name, count in reward.counts.items() if count != before.get(name, 0)} - {"correct"}
     assert new and new <= expected
-    assert scores[1] is (None if new & {"timeout", "memory"} else scores[1]) and scores[1] in (None, 0.0)
+    assert scores[1] == 0.0
 
 
 def test_written_out_results(shop):
     hard_coded = "SELECT 5 FROM item LIMIT 1"
-    plain, halves = (SQLReward(shop, workers=1, time_limit=5.0, check_on_halves=on) for on in (False, True))
+    plain, halves = (SQLReward(shop, workers=1, time_limit=5.0, check_on_halves=on) for on in (False, None))
     assert verdict(plain, hard_coded) == (1.0, "correct")  # one database cannot tell
     assert verdict(halves, hard_coded) == (0.0, "wrong_on_half")
     assert verdict(halves, "SELECT count(name) FROM item") == (1.0, "correct")
     plain.close(), halves.close()
+
+
+SHADOWS = [
+    "WITH item AS (SELECT 1) SELECT 5 FROM item",
+    "WITH item(name) AS (SELECT 5) SELECT name FROM item",
+    "WITH item AS MATERIALIZED (SELECT 5 AS a) SELECT a FROM item",
+    "WITH RECURSIVE item(n) AS (SELECT 5 UNION ALL SELECT n FROM item WHERE 0) SELECT n FROM item",
+    "SELECT 5 FROM (SELECT 1) AS item",
+    "WITH big AS (SELECT 1), item AS (SELECT * FROM big) SELECT 5 FROM item, big",
+    "WITH ITEM AS (SELECT 1) SELECT count(*) + 4 FROM ITEM",
+    "WITH cheap AS (VALUES (1)) SELECT 5 FROM cheap",
+]
+
+
+@pytest.mark.parametrize("query", SHADOWS)
+def test_a_name_that_shadows_a_table_reads_no_table(shop, query):
+    with SQLReward(shop, workers=1, check_on_halves=False).pool as pool:
+        reward = SQLReward(shop, check_on_halves=False)
+        reward.pool = pool
+        assert verdict(reward, query) == (0.0, "reads_no_table")
+        assert verdict(reward, "WITH c AS (SELECT * FROM item) SELECT count(*) FROM c") == (1.0, "correct")
+
+
+def test_whole_numbers_are_exact_and_others_within_the_tolerance(executor):
+    """Every pair of neighbours: n and n + 1 at every size, as integers, as floats, and one of each."""
+    for exponent in range(1, 16):
+        number = 10**exponent + 3
+        for first in (number, float(number)):
+            assert executor.same_rows([(first,)], [(number,)], 1e-6)
+            assert executor.same_rows([(first,)], [(float(number),)], 1e-6)
+            for step in {1, number // 10**7 + 1, -1}:
+                if abs(step) > number * 1e-12:
+                    assert not executor.same_rows([(first,)], [(number + step,)], 1e-6)
+                    assert not executor.same_rows([(first,)], [(float(number + step),)], 1e-6)
+    assert executor.same_rows([(0.1 + 0.2,)], [(0.3,)], 1e-6)
+    assert executor.same_rows([(2328.6000000000004,)], [(2328.6,)], 1e-6)
+    assert executor.same_rows([(3,)], [(3.0000000000000004,)], 1e-6)
+    assert not executor.same_rows([(3,)], [(3.000001,)], 1e-6)
+
+
+def test_slow_answers_are_wrong_and_slow_golds_are_unusable(shop):
+    """None of them ends the run, under the default failure_limit."""
+    slow = "SELECT count(*) FROM big a, big b, big c, big d, big e"
+    reward = SQLReward(shop, workers=1, time_limit=0.1)
+    rows = [("SELECT count(*) FROM item", slow), (slow, "SELECT count(*) FROM item"), (slow, slow)]
+    reward._recent.extend([False] * 200)
+    scores = reward(["?"] * 30, [answer for _, answer in rows] * 10, query=[gold for gold, _ in rows] * 10)
+    assert scores == [0.0, None, None] * 10
+    assert (reward.counts["over_time"], reward.counts["unusable_gold"], reward.counts["timeout"]) == (10, 20, 0)
+    assert "TimeoutError" in reward.unusable_golds[slow]
+    reward.close()
+
+
+def test_halves_are_left_out_where_the_copies_do_not_fit(shop, caplog):
+    small = {"workers": 1, "memory_limit": 48 << 10}
+    with pytest.raises(ValueError, match=r"check_on_halves: two copies of shop.sqlite .* raise memory_limit"):
+        SQLReward(shop, check_on_halves=True, **small)(["?"], ["SELECT 1"], query=["SELECT 1"])
+    assert SQLReward(shop, **small)._on_halves(shop) is False
+    assert "answers are not checked on halves" in caplog.text
+    assert SQLReward(shop)._on_halves(shop) is True
+
+
+def test_a_gold_that_fails_on_a_half_decides_nothing_there(tmp_path):
+    path = tmp_path / "two.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE t (x TEXT)")
+        connection.executemany("INSERT INTO t VALUES (?)", [("[1]",), ("[1, 2]",), ("nonsense",)])
+    gold = "SELECT json_array_length(x) FROM t WHERE rowid < (SELECT count(*) FROM t)"
+    reward = SQLReward(path, workers=1)
+    assert verdict(reward, gold + " ORDER BY 1", gold) == (1.0, "correct")
+    reward.close()
 
 
 def test_order_counts_only_when_asked_for(shop):

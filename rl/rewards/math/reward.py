@@ -61,7 +61,7 @@ class MathReward(PooledReward):
         if answers not in ("boxed", "any"):
             raise ValueError(f"math reward: answers={answers!r} must be 'boxed' or 'any'")
         pool = WorkerPool(
-            Path(__file__).with_name("math_verifier.py"), {"answers": answers}, workers=workers,
+            Path(__file__).with_name("verifier.py"), {"answers": answers}, workers=workers,
             time_limit=time_limit, wall_limit=wall_limit, memory_limit=memory_limit,
         )  # fmt: skip
         super().__init__(name, pool, failure_score=failure_score, failure_limit=failure_limit)

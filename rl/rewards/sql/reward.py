@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from fdiv.errors import DataError
-from fdiv.rl.rewards.completions import extract_sql
-from fdiv.rl.rewards.pooled_reward import PooledReward
+from fdiv.rl.rewards.pooled_reward import PooledReward, reasoning_open
 from fdiv.rl.rewards.worker_pool import WorkerPool
 
 __all__ = ["SQLReward"]
+
+log = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -20,9 +22,10 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 class SQLReward(PooledReward):
     """1.0 where the completion's query gives the gold query's rows, 0.0 where it does not, None where nobody knows.
 
-    The query is found by `extract_sql`. Rows are compared as multisets: how often a row comes counts, the order of
-    rows does not (see `ordered`), columns count by position and not by name, numbers within `tolerance`, text exactly
-    and never as a number. A gold of several statements (`a; b; c`) accepts the rows of any of them.
+    The query is found by `extract_sql`, in the worker. Rows are compared as multisets: how often a row comes counts,
+    the order of rows does not (see `ordered`), columns count by position and not by name, whole numbers exactly, other
+    numbers within `tolerance`, text exactly and never as a number. A gold of several statements (`a; b; c`) accepts
+    the rows of any of them.
 
     A query may SELECT (WITH and recursion included) from the tables and views of its own database and call a list of
     deterministic functions; everything else is refused: writes, ATTACH, PRAGMA and its table-valued forms, the
@@ -31,8 +34,9 @@ class SQLReward(PooledReward):
 
     Verdicts: `correct` 1. 0 by definition: `wrong`, `no_answer` (an empty or cut-off completion), `invalid` (SQLite
     refuses it), `denied` (the guard does), `reads_no_table` (the gold reads tables and the answer none: a written-out
-    result), `wrong_on_half` (see `check_on_halves`). None: `unusable_gold`: it fails, has more than `max_rows` rows,
-    or none at all, which any query that finds nothing would match. `timeout`, `memory`, `crash`: `failure_score`.
+    result), `wrong_on_half` (see `check_on_halves`), `over_time` and `over_memory` (it ran into its own limit). None:
+    `unusable_gold`: it fails, runs into a limit, has more than `max_rows` rows, or none at all, which any query that
+    finds nothing would match. `timeout` (by the clock: the machine is busy), `memory`, `crash`: `failure_score`.
 
     Args:
         database: An SQLite file; or a folder with `NAME.sqlite`, `NAME.db`, or `NAME/NAME.sqlite` (Spider, BIRD), one
@@ -43,11 +47,13 @@ class SQLReward(PooledReward):
             counts. Ties have no order: rows that tie under `gold` can be judged wrong.
         check_on_halves: Compare also on two copies of the database in memory, with the even or the odd rows of every
             table alone. A result that is written out (`SELECT 42 FROM t LIMIT 1`) fails there; so does a query that is
-            right only by coincidence.
-        tolerance: Relative tolerance of numbers.
+            right only by coincidence. None: where the copies fit into a quarter of `memory_limit`; databases that are
+            too large are named in the log.
+        tolerance: Relative tolerance of numbers that are not whole.
         max_rows: Most rows of a gold query.
         time_limit: Seconds of processor time for one query, by SQLite's progress handler. The worker is killed after
-            4 · time_limit + 1 of them, or five times that by the clock, with one answer.
+            8 · time_limit + 1 of them (without halves 4 · time_limit + 1), or five times that by the clock, with one
+            answer.
         memory_limit: Bytes of resident memory for a worker; half of it is SQLite's heap limit.
         workers: Worker processes; None: the processors of this rank, at most 8.
         failure_score: Score of an answer that was lost.
@@ -62,8 +68,10 @@ class SQLReward(PooledReward):
 
     verdicts: ClassVar[Mapping[str, float | None]] = {
         "correct": 1.0, "wrong": 0.0, "no_answer": 0.0, "invalid": 0.0, "denied": 0.0, "reads_no_table": 0.0,
-        "wrong_on_half": 0.0, "unusable_gold": None,
+        "wrong_on_half": 0.0, "over_time": 0.0, "over_memory": 0.0, "unusable_gold": None,
     }  # fmt: skip
+
+    own_limits: ClassVar[Mapping[str, str]] = {"timeout": "over_time", "memory": "over_memory"}
 
     def __init__(
         self,
@@ -72,7 +80,7 @@ class SQLReward(PooledReward):
         *,
         database_column: str = "db_id",
         ordered: Literal["never", "gold"] = "never",
-        check_on_halves: bool = False,
+        check_on_halves: bool | None = None,
         tolerance: float = 1e-6,
         max_rows: int = 10_000,
         time_limit: float = 5.0,
@@ -92,14 +100,16 @@ class SQLReward(PooledReward):
             raise DataError(f"sql reward: database {self.database}: no such file or folder")
         settings = {
             "query_time": time_limit, "heap": memory_limit // 2, "max_rows": max_rows, "ordered": ordered,
-            "tolerance": tolerance, "halves": check_on_halves,
+            "tolerance": tolerance,
         }  # fmt: skip
         pool = WorkerPool(
-            Path(__file__).with_name("sql_executor.py"), settings, workers=workers,
-            time_limit=4 * time_limit + 1, memory_limit=memory_limit,
+            Path(__file__).with_name("executor.py"), settings, workers=workers,
+            time_limit=(4 if check_on_halves is False else 8) * time_limit + 1, memory_limit=memory_limit,
         )  # fmt: skip
         super().__init__(name, pool, failure_score=failure_score, failure_limit=failure_limit)
         self.gold, self.database_column = gold, database_column
+        self.check_on_halves, self.memory_limit = check_on_halves, memory_limit
+        self._halves: dict[Path, bool] = {}
 
     def items(
         self, prompts: Sequence[Any], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -109,11 +119,37 @@ class SQLReward(PooledReward):
             paths = [self.database] * len(completions)
         else:
             paths = [self._path(name) for name in self.column(self.database_column, columns, len(completions))]
-        queries = [extract_sql(completion) for completion in completions]
         return [
-            {"database": str(path.resolve()), "gold": gold or "", "query": query} if query else "no_answer"
-            for path, gold, query in zip(paths, golds, queries, strict=True)
+            {
+                "database": str(path.resolve()),
+                "gold": gold if isinstance(gold, str) else "",
+                "completion": completion,
+                "halves": self._on_halves(path),
+                "opened": reasoning_open(prompt),
+            }
+            for path, gold, completion, prompt in zip(paths, golds, completions, prompts, strict=True)
         ]
+
+    def _on_halves(self, path: Path) -> bool:
+        """Whether the two copies of a database fit.
+
+        Raises:
+            ValueError: they do not, and `check_on_halves` is True.
+        """
+        if self.check_on_halves is False:
+            return False
+        if path not in self._halves:
+            size = 2 * path.stat().st_size
+            self._halves[path] = size <= self.memory_limit // 4
+            if not self._halves[path]:
+                reason = (
+                    f"two copies of {path.name} in memory take {size >> 20} MiB, more than a quarter of "
+                    f"memory_limit={self.memory_limit >> 20} MiB"
+                )
+                if self.check_on_halves:
+                    raise ValueError(f"{self.__name__}: check_on_halves: {reason}; raise memory_limit")
+                log.warning("%s: answers are not checked on halves: %s", self.__name__, reason)
+        return self._halves[path]
 
     def _path(self, name: str) -> Path:
         # A name is data: it must not lead out of the folder.

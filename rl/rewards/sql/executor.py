@@ -11,14 +11,18 @@ import contextlib
 import functools
 import math
 import re
+import runpy
 import sqlite3
 import time
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 __all__ = ["Guard", "answer", "ordered_at_top", "prepare", "same_rows", "statements"]
+
+EXACT = 1e-12
+"""Relative tolerance where a whole number takes part: integers are exact, a whole float is off by rounding alone."""
 
 LIMITS = {
     sqlite3.SQLITE_LIMIT_LENGTH: 1_000_000,  # bytes of one text, blob or row
@@ -46,6 +50,9 @@ FUNCTIONS = frozenset(
     """.split()
 )
 """What a query may call: deterministic functions of its arguments (`date('now')` apart). No random, no extensions."""
+
+# By path: importing it as part of the package would bring the whole package into the worker.
+extract_sql = runpy.run_path(str(Path(__file__).parent.with_name("completions.py")))["extract_sql"]
 
 _settings: dict[str, Any] = {}
 
@@ -155,7 +162,13 @@ def ordered_at_top(query: str) -> bool:
 
 
 def _close(first: Any, second: Any, tolerance: float) -> bool:
+    """Equality of two values: whole numbers (keys, counts, sums of integers) exactly, others within the tolerance."""
+    if isinstance(first, int) and isinstance(second, int):
+        return first == second
     if isinstance(first, int | float) and isinstance(second, int | float):
+        both_whole = float(first).is_integer() and float(second).is_integer()
+        if both_whole or isinstance(first, int) or isinstance(second, int):
+            tolerance = min(tolerance, EXACT)
         return first == second or math.isclose(first, second, rel_tol=tolerance, abs_tol=tolerance * 1e-3)
     return type(first) is type(second) and first == second
 
@@ -203,25 +216,60 @@ def same_rows(golds: list[tuple], answers: list[tuple], tolerance: float, *, ord
     )
 
 
-@functools.lru_cache(maxsize=32)
-def _halves(path: str, changed: int) -> tuple[sqlite3.Connection, ...]:
-    """Two copies of the database in memory, each with half of the rows of every table (even, odd rowids)."""
-    copies = []
-    for parity in (0, 1):
-        copy = sqlite3.connect(":memory:", isolation_level=None)
-        source = _connect(path)
+_copies: OrderedDict[tuple[str, int], tuple[int, tuple[sqlite3.Connection, ...]]] = OrderedDict()
+
+
+def _halves(path: Path) -> tuple[sqlite3.Connection, ...]:
+    """Two copies of the database in memory, each with half of the rows of every table (even, odd rowids).
+
+    The copies made last are kept, as many as fit into half of the heap.
+    """
+    key = (str(path), path.stat().st_mtime_ns)
+    if key in _copies:
+        _copies.move_to_end(key)
+        return _copies[key][1]
+    size = 2 * path.stat().st_size
+    while _copies and size + sum(kept for kept, _ in _copies.values()) > _settings["heap"] // 2:
+        for copy in _copies.popitem(last=False)[1][1]:
+            copy.close()
+    copies = tuple(_half(path, parity) for parity in (0, 1))
+    _copies[key] = (size, copies)
+    return copies
+
+
+def _half(path: Path, parity: int) -> sqlite3.Connection:
+    copy = sqlite3.connect(":memory:", isolation_level=None)
+    with contextlib.closing(_connect(str(path))) as source:
         source.backup(copy)
-        source.close()
-        for (table,) in copy.execute("SELECT name FROM sqlite_master WHERE type='table'").fetchall():
-            if not table.lower().startswith("sqlite_"):
-                quoted = table.replace('"', '""')
-                try:
-                    copy.execute(f'DELETE FROM "{quoted}" WHERE rowid % 2 = {parity}')
-                except sqlite3.OperationalError:  # WITHOUT ROWID, or virtual: it stays whole
-                    continue
-        copy.execute("PRAGMA query_only=ON")
-        copies.append(copy)
-    return tuple(copies)
+    copy.execute("BEGIN")
+    for (table,) in copy.execute("SELECT name FROM sqlite_master WHERE type='table'").fetchall():
+        if not table.lower().startswith("sqlite_"):
+            quoted = table.replace('"', '""')
+            try:
+                copy.execute(f'DELETE FROM "{quoted}" WHERE rowid % 2 = {parity}')
+            except sqlite3.Error:  # WITHOUT ROWID, virtual, or guarded by a trigger: it stays whole
+                continue
+    copy.execute("COMMIT")
+    copy.execute("PRAGMA query_only=ON")
+    return copy
+
+
+def reads_a_table(connection: sqlite3.Connection, query: str, guard: Guard) -> bool:
+    """Whether a query that ran under `guard` opens a table or an index of the database.
+
+    The authorizer sees names alone, so a common table expression called like a table looks like it; the program that
+    SQLite compiles does not open anything for that.
+    """
+    if not guard.read:
+        return False
+    try:
+        program = connection.execute(f"EXPLAIN {query}").fetchall()
+    except (
+        sqlite3.Error,
+        sqlite3.Warning,
+    ):  # the query is an EXPLAIN: the guard's word is what there is
+        return True
+    return any(row[1] == "VOpen" or (row[1] == "OpenRead" and row[4] == 0) for row in program)
 
 
 def _compare(connection: sqlite3.Connection, gold: str, query: str, *, half: bool) -> str:
@@ -238,34 +286,47 @@ def _compare(connection: sqlite3.Connection, gold: str, query: str, *, half: boo
         # One row more than the gold is enough to know.
         found, by_answer = run(connection, query, len(rows) + 1)
     except TimeoutError:
-        return "timeout"
+        return "over_time"
     except PermissionError:
         return "denied"
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError):
         return "invalid"  # SQLite refuses it: syntax, names, lengths, two statements, text that is not UTF-8
-    if by_gold.read and not by_answer.read:
+    if reads_a_table(connection, gold, by_gold) and not reads_a_table(connection, query, by_answer):
         return "reads_no_table"
     ordered = _settings["ordered"] == "gold" and ordered_at_top(gold)
     return "correct" if same_rows(rows, found, _settings["tolerance"], ordered=ordered) else "wrong"
 
 
+def _on_halves(path: Path, gold: str, query: str) -> str:
+    """`correct`, or `wrong_on_half`; a half on which the gold itself fails decides nothing."""
+    for copy in _halves(path):
+        try:
+            if _compare(copy, gold, query, half=True) != "correct":
+                return "wrong_on_half"
+        except LookupError:
+            continue
+    return "correct"
+
+
 def answer(item: dict[str, Any]) -> dict[str, Any]:
-    """The verdict for `{"database": path, "gold": script, "query": sql}`; the best one over the gold's statements."""
+    """The verdict for `{"database": path, "gold": script, "completion": text, "halves": bool}`; the best one over the
+    gold's statements. Without a completion the gold is run alone: `correct`, or `unusable_gold`."""
     path = Path(item["database"])
+    query = None if item["completion"] is None else extract_sql(item["completion"], opened=item["opened"])
+    if query == "":
+        return {"verdict": "no_answer"}
     verdicts, reason = [], "no statement in it"
     with contextlib.closing(_connect(str(path))) as connection:
         for gold in statements(item["gold"]):
             try:
-                verdict = _compare(connection, gold, item["query"], half=False)
-                if verdict == "correct" and _settings["halves"]:
-                    halves = _halves(str(path), path.stat().st_mtime_ns)
-                    if any(_compare(copy, gold, item["query"], half=True) != "correct" for copy in halves):
-                        verdict = "wrong_on_half"
+                verdict = _compare(connection, gold, gold if query is None else query, half=False)
+                if verdict == "correct" and item["halves"] and query is not None:
+                    verdict = _on_halves(path, gold, query)
             except LookupError as error:
                 reason = str(error)
                 continue
             verdicts.append(verdict)
-            if verdict in ("correct", "timeout", "denied", "invalid"):
+            if verdict in ("correct", "over_time", "denied", "invalid"):
                 break  # all but the first are the answer's own fault, the same for every gold
     if not verdicts:
         return {"verdict": "unusable_gold", "detail": reason}
