@@ -20,7 +20,7 @@ class LeCam(Divergence):
     at_zero, derivative_at_zero, slope_at_infinity = 1.0, -3.0, 1.0
     curvature = 1.0
 
-    def dual(self) -> Divergence:
+    def _make_dual(self) -> Divergence:
         return self
 
     def _generator(self, log_t: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class TotalVariation(Divergence):
             "total_variation has no curvature: f(t) = ½|t−1| has a kink at t = 1, so it cannot be normalized"
         )
 
-    def dual(self) -> Divergence:
+    def _make_dual(self) -> Divergence:
         return self
 
     def _generator(self, log_t: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from decimal import Decimal, localcontext
+from functools import lru_cache
 from types import MappingProxyType
 
 import torch
@@ -18,7 +19,13 @@ from torch import Tensor
 
 from fdiv.divergences.base import Divergence, open_unit_interval
 from fdiv.divergences.rootfinding import solve_x_plus_expm1
-from fdiv.divergences.saturation import capped_expm1, saturating_expm1, soft_cap
+from fdiv.divergences.saturation import (
+    DEFAULT_MAX_EXPONENT,
+    capped_expm1,
+    exact_expm1,
+    saturating_expm1,
+    soft_cap,
+)
 
 _INF = math.inf
 _LOG2 = math.log(2.0)
@@ -32,7 +39,7 @@ class ReverseKL(Divergence):
     at_zero, derivative_at_zero, slope_at_infinity = 1.0, -_INF, _INF
     curvature = 1.0
 
-    def dual(self) -> Divergence:
+    def _make_dual(self) -> Divergence:
         return ForwardKL()
 
     def _generator(self, log_t: Tensor) -> Tensor:
@@ -61,7 +68,7 @@ class ForwardKL(Divergence):
     curvature = 1.0
     exponents = (-1.0,)
 
-    def dual(self) -> Divergence:
+    def _make_dual(self) -> Divergence:
         return ReverseKL()
 
     def _generator(self, log_t: Tensor) -> Tensor:
@@ -81,11 +88,33 @@ class ForwardKL(Divergence):
         return -saturating_expm1(-x)
 
 
-def _log_mixture(x: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """(log t − log m, log m) with m = w·t + 1 − w, each to full relative precision on its own side of t = 1."""
-    right = torch.log1p((1.0 - weight) * torch.expm1(-x.clamp(min=0.0)))
-    left = torch.log1p(weight * torch.expm1(x.clamp(max=0.0)))
-    return torch.where(x < 0, x - left, -right), torch.where(x < 0, left, x + right)
+def _log_blend(x: Tensor, weight: float, rest: float) -> Tensor:
+    """log(weight·t + rest) for weight + rest = 1, precise for any weight and |x| ≤ 60, finite beyond."""
+    low, middle, high = x.clamp(max=0.0), x.clamp(0.0, DEFAULT_MAX_EXPONENT), x.clamp(min=DEFAULT_MAX_EXPONENT)
+    # t < 1: the sum of two positive parts where it is away from 1, else its distance from 1
+    small = rest + weight * torch.exp(low) < 0.5
+    away = torch.logaddexp(low + _log(weight, rest), torch.full_like(low, _log(rest, weight)))
+    below = torch.where(small, away, torch.log1p(weight * exact_expm1(low.masked_fill(small, 0.0))))
+    above = torch.log1p(weight * torch.expm1(middle))
+    beyond = high + torch.log(weight + rest * torch.exp(-high))
+    return torch.where(x < 0, below, torch.where(x <= DEFAULT_MAX_EXPONENT, above, beyond))
+
+
+def _log(x: float, rest: float) -> float:
+    """log x for x + rest = 1 where the smaller of the two is exact."""
+    return math.log(x) if x <= 0.5 else math.log1p(-rest)
+
+
+@lru_cache(maxsize=256)
+def _minus_x_log_x(x: float, rest: float) -> tuple[float, float]:
+    """−x log x as a sum of two floats, for x + rest = 1 where the smaller of the two is exact."""
+    if x > 0.5 and rest < 1e-17:
+        return rest, -1.5 * rest * rest  # log x = −rest − rest²/2 − …, and x = 1 − rest
+    with localcontext() as context:
+        context.prec = 50
+        exact = Decimal(x) if x <= 0.5 else 1 - Decimal(rest)
+        value = -exact * exact.ln()
+        return float(value), float(value - Decimal(float(value)))
 
 
 class SkewJensenShannon(Divergence):
@@ -100,47 +129,58 @@ class SkewJensenShannon(Divergence):
     derivative_at_zero = -_INF
 
     def __init__(self, weight: float) -> None:
-        self.weight = open_unit_interval(self.name, "weight", weight, "w → 0 and w → 1 vanish")
-        self.parameters = MappingProxyType({"weight": self.weight})
-        self.at_zero = -(1.0 - self.weight) * math.log1p(-self.weight)
+        weight = open_unit_interval(self.name, "weight", weight, "w → 0 and w → 1 vanish")
+        self._set(weight, 1.0 - weight)
+
+    def _set(self, weight: float, rest: float) -> None:
+        """The weights of P and of Q: the smaller one is exact, also where the other rounds to 1."""
+        self.weight, self._rest = weight, rest
+        self.parameters = MappingProxyType({"weight": weight})
+        self.at_zero = _minus_x_log_x(rest, weight)[0]
         # f'(∞) as a sum of two floats, so that f'(∞) − v keeps its digits when v is close to it
-        with localcontext() as context:
-            context.prec = 50
-            slope = -Decimal(self.weight) * Decimal(self.weight).ln()
-            self.slope_at_infinity = float(slope)
-            self._slope_rest = float(slope - Decimal(self.slope_at_infinity))
+        self.slope_at_infinity, self._slope_rest = _minus_x_log_x(weight, rest)
+
+    def _identity(self) -> tuple:
+        return (self.name, self.weight, self._rest if self.weight == 1.0 else None)
 
     @property
     def curvature(self) -> float:
-        return self.weight * (1.0 - self.weight)
+        return self.weight * self._rest
 
-    def dual(self) -> Divergence:
-        return SkewJensenShannon(1.0 - self.weight)
+    def _make_dual(self) -> Divergence:
+        dual = object.__new__(SkewJensenShannon)
+        dual._set(self._rest, self.weight)
+        return dual
 
     def _generator(self, log_t: Tensor) -> Tensor:
         x = soft_cap(log_t)
-        log_t_over_m, log_m = _log_mixture(x, self.weight)
-        return self.weight * torch.exp(x) * log_t_over_m - (1.0 - self.weight) * log_m
+        log_t_over_m, log_m = -_log_blend(-x, self._rest, self.weight), _log_blend(x, self.weight, self._rest)
+        return self.weight * torch.exp(x) * log_t_over_m - self._rest * log_m
+
+    def _generator_over_t(self, log_t: Tensor) -> Tensor:
+        x = -soft_cap(-log_t)
+        log_t_over_m, log_m = -_log_blend(-x, self._rest, self.weight), _log_blend(x, self.weight, self._rest)
+        return self.weight * log_t_over_m - self._rest * torch.exp(-x) * log_m
 
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
-        # w log(t/m) = −w (log w + softplus(c − x)), c = log((1−w)/w); minus its own rounding at t = 1
-        odds = math.log1p(-self.weight) - math.log(self.weight)
-        at_one = F.softplus(log_t.new_tensor(odds))
-        return (F.softplus(odds - log_t) - at_one) * -self.weight
+        return -self.weight * _log_blend(-log_t, self._rest, self.weight)
 
     def _conjugate(self, v: Tensor) -> Tensor:
-        return (1.0 - self.weight) * self._log_m(v)
+        return self._rest * self._log_m(v)
+
+    def _conjugate_at_slope(self) -> float:
+        return _INF
 
     def _inverse_derivative(self, v: Tensor) -> Tensor:
         return v / self.weight + self._log_m(v)
 
     def _log_m(self, v: Tensor) -> Tensor:
         """log m at f'(t) = v: −log[(1 − w e^{v/w})/(1−w)], from the gap to f'(∞) when v is close to it."""
-        w = self.weight
+        w, rest = self.weight, self._rest
         gap = (self.slope_at_infinity - v) + self._slope_rest
         close = gap < 0.5 * self.slope_at_infinity
-        near = math.log1p(-w) - torch.log(-torch.expm1(-torch.where(close, gap, 1.0) / w))
-        far = -torch.log1p(-(w / (1.0 - w)) * torch.expm1(torch.where(close, 0.0, v) / w))
+        near = _log(rest, w) - torch.log(-torch.expm1(-torch.where(close, gap, w) / w))
+        far = -torch.log1p(-(w / rest) * torch.expm1(torch.where(close, 0.0, v) / w))
         return torch.where(close, near, far)
 
 
@@ -156,7 +196,7 @@ class JensenShannon(Divergence):
     curvature = 0.5
     _half = SkewJensenShannon(0.5)
 
-    def dual(self) -> Divergence:
+    def _make_dual(self) -> Divergence:
         return self
 
     def _generator(self, log_t: Tensor) -> Tensor:
@@ -184,7 +224,7 @@ class Jeffreys(Divergence):
     curvature = 2.0
     exponents = (-1.0,)
 
-    def dual(self) -> Divergence:
+    def _make_dual(self) -> Divergence:
         return self
 
     def _generator(self, log_t: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from functools import lru_cache
 from types import MappingProxyType
 
 import torch
@@ -15,7 +16,13 @@ from torch import Tensor
 from fdiv.divergences.base import Divergence, open_unit_interval
 from fdiv.divergences.logarithmic import ForwardKL
 from fdiv.divergences.rootfinding import solve_x_plus_expm1
-from fdiv.divergences.saturation import DEFAULT_MAX_EXPONENT, capped_expm1, saturating_expm1, soft_cap
+from fdiv.divergences.saturation import (
+    DEFAULT_MAX_EXPONENT,
+    LARGEST_MAX_EXPONENT,
+    capped_expm1,
+    saturating_expm1,
+    soft_cap,
+)
 
 _INF = math.inf
 
@@ -30,31 +37,40 @@ class Alpha(Divergence):
     name = "alpha"
     derivative_at_zero = -_INF
 
-    def __init__(self, alpha: float) -> None:
-        self.alpha = open_unit_interval(self.name, "alpha", alpha, "α → 0 is reverse_kl, α → 1 is forward_kl")
-        self.parameters = MappingProxyType({"alpha": self.alpha})
-        self.at_zero = 1.0 / (1.0 - self.alpha)
-        self.slope_at_infinity = 1.0 / self.alpha
-        self._slope_rest = float(1 / Fraction(self.alpha) - Fraction(self.slope_at_infinity))
-        self.exponents = (-self.alpha,)
-
     curvature = 1.0
 
-    def dual(self) -> Divergence:
-        return Alpha(1.0 - self.alpha)
+    def __init__(self, alpha: float) -> None:
+        alpha = open_unit_interval(self.name, "alpha", alpha, "α → 0 is reverse_kl, α → 1 is forward_kl")
+        self._set(alpha, 1.0 - alpha)
+
+    def _set(self, alpha: float, rest: float) -> None:
+        """α and 1 − α: the smaller one is exact, also where the other rounds to 1."""
+        self.alpha, self._rest = alpha, rest
+        self.parameters = MappingProxyType({"alpha": alpha})
+        self.at_zero, _ = _reciprocal(rest, alpha)
+        self.slope_at_infinity, self._slope_rest = _reciprocal(alpha, rest)
+        self.exponents = (-alpha,)
+
+    def _identity(self) -> tuple:
+        return (self.name, self.alpha, self._rest if self.alpha == 1.0 else None)
+
+    def _make_dual(self) -> Divergence:
+        dual = object.__new__(Alpha)
+        dual._set(self._rest, self.alpha)
+        return dual
 
     def _generator(self, log_t: Tensor) -> Tensor:
-        a, x = self.alpha, soft_cap(log_t)
+        a, rest, x = self.alpha, self._rest, soft_cap(log_t)
         if a <= 0.5:  # (t f' − (t−1))/(1−α): keeps its digits as α → 0
             low = x.clamp(min=-DEFAULT_MAX_EXPONENT / a)  # t f' is 0 to the last bit beyond
-            return (-torch.exp(x) * torch.expm1(-a * low) / a - torch.expm1(x)) / (1.0 - a)
-        return (torch.expm1(x) - torch.expm1((1.0 - a) * x) / (1.0 - a)) / a  # likewise as α → 1
+            return (torch.exp(x) * _power_score(low, a, DEFAULT_MAX_EXPONENT) - torch.expm1(x)) / rest
+        return (torch.expm1(x) + _power_score(-x, rest, LARGEST_MAX_EXPONENT)) / a  # likewise as α → 1
 
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
-        return -capped_expm1(-self.alpha * log_t, cap) / self.alpha
+        return _power_score(log_t, self.alpha, cap)
 
     def _conjugate(self, v: Tensor) -> Tensor:
-        return saturating_expm1((1.0 - self.alpha) * self._inverse_derivative(v)) / (1.0 - self.alpha)
+        return -_power_score(-self._inverse_derivative(v), self._rest, DEFAULT_MAX_EXPONENT)
 
     def _inverse_derivative(self, v: Tensor) -> Tensor:
         a = self.alpha
@@ -63,6 +79,25 @@ class Alpha(Divergence):
         near = torch.log(a * torch.where(close, gap, 1.0))
         far = torch.log1p(-a * torch.where(close, 0.0, v))
         return -torch.where(close, near, far) / a
+
+
+def _power_score(x: Tensor, rate: float, cap: float) -> Tensor:
+    """(1 − e^{−rate·x})/rate, capped at the exponent `cap`.
+
+    Where rate·x is small it is a series in x: the gradient of the quotient passes through 1/rate, which overflows.
+    """
+    y = rate * x
+    small = y.abs() < 1e-4
+    near, z = x.masked_fill(~small, 0.0), y.masked_fill(~small, 0.0)
+    series = near * (1.0 - z / 2.0 * (1.0 - z / 3.0 * (1.0 - z / 4.0)))
+    return torch.where(small, series, -capped_expm1(-y, cap) / rate)
+
+
+@lru_cache(maxsize=256)
+def _reciprocal(x: float, rest: float) -> tuple[float, float]:
+    """1/x as a sum of two floats, for x + rest = 1 where the smaller of the two is exact."""
+    exact = 1 / (Fraction(x) if x <= 0.5 else 1 - Fraction(rest))
+    return float(exact), float(exact - Fraction(float(exact)))
 
 
 class SquaredHellinger(Divergence):
@@ -74,7 +109,7 @@ class SquaredHellinger(Divergence):
     curvature = 0.5
     exponents = (-0.5,)
 
-    def dual(self) -> Divergence:
+    def _make_dual(self) -> Divergence:
         return self
 
     def _generator(self, log_t: Tensor) -> Tensor:
@@ -102,7 +137,7 @@ class NeymanChi2(Divergence):
     curvature = 2.0
     exponents = (-2.0,)
 
-    def dual(self) -> Divergence:
+    def _make_dual(self) -> Divergence:
         return PearsonChi2()
 
     def _generator(self, log_t: Tensor) -> Tensor:
@@ -131,7 +166,7 @@ class PearsonChi2(Divergence):
     curvature = 2.0
     exponents = (1.0,)
 
-    def dual(self) -> Divergence:
+    def _make_dual(self) -> Divergence:
         return NeymanChi2()
 
     def _generator(self, log_t: Tensor) -> Tensor:
@@ -158,7 +193,7 @@ class Chi2KL(Divergence):
     curvature = 2.0
     exponents = (1.0,)
 
-    def dual(self) -> Divergence:
+    def _make_dual(self) -> Divergence:
         return NeymanChi2().scaled(0.5) + ForwardKL()
 
     def _generator(self, log_t: Tensor) -> Tensor:

@@ -46,31 +46,15 @@ def check_max_exponent(max_exponent: float | None) -> float:
     return float(max_exponent)
 
 
-class _CappedExpm1(torch.autograd.Function):
-    """`capped_expm1` with its own backward: e^y exactly, where autograd's e^y − 1 + 1 is 0 from y ≈ −17 in float32."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(exponent: Tensor, cap: float) -> Tensor:
-        continued = (exponent - cap).relu_().log1p_().mul_(math.exp(cap))
-        return exponent.clamp(max=cap).expm1_().add_(continued)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        exponent, ctx.cap = inputs
-        ctx.save_for_backward(exponent)
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:
-        (exponent,) = ctx.saved_tensors
-        slope = torch.exp(exponent.clamp(max=ctx.cap)) / (1.0 + F.relu(exponent - ctx.cap))
-        return grad_output * slope, None
+def exact_expm1(exponent: Tensor) -> Tensor:
+    """e^y − 1, whose gradient is e^y to full relative precision: autograd's own is 0 from y ≈ −17 in float32."""
+    far = torch.exp(exponent.clamp(max=-1.0)) - 1.0
+    return torch.where(exponent < -1.0, far, torch.expm1(exponent.clamp(min=-1.0)))
 
 
 def capped_expm1(exponent: Tensor, cap: float) -> Tensor:
-    """e^y − 1 for y ≤ cap; e^cap (1 + log(1 + y − cap)) − 1 above. Same shape, same dtype."""
-    return _CappedExpm1.apply(exponent, cap)
+    """e^y − 1 for y ≤ cap; e^cap (1 + log(1 + y − cap)) − 1 above. Same shape and dtype; gradient as `exact_expm1`."""
+    return exact_expm1(exponent.clamp(max=cap)) + math.exp(cap) * torch.log1p(F.relu(exponent - cap))
 
 
 def saturating_expm1(exponent: Tensor) -> Tensor:
@@ -78,28 +62,9 @@ def saturating_expm1(exponent: Tensor) -> Tensor:
     return capped_expm1(exponent, DEFAULT_MAX_EXPONENT)
 
 
-class _HalfSign(torch.autograd.Function):
-    """½ sign(x), keeping NaN (torch.sign makes it 0); the gradient is 0."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        least = torch.finfo(x.dtype).tiny  # any |log t| above it counts as ±½
-        return x.clamp(-least, least).mul_(0.5 / least)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor) -> Tensor:
-        return torch.zeros_like(grad_output)
-
-
 def half_sign(x: Tensor) -> Tensor:
-    """½ sign(x): −½, 0 or ½, NaN for NaN. Same shape, same dtype."""
-    return _HalfSign.apply(x)
+    """½ sign(x): −½, 0 or ½, NaN for NaN (torch.sign makes it 0). Same shape, same dtype; the gradient is 0."""
+    return torch.where(torch.isnan(x), x, 0.5 * torch.sign(x))
 
 
 def soft_cap(log_t: Tensor, rate: float = 1.0, cap: float = DEFAULT_MAX_EXPONENT) -> Tensor:

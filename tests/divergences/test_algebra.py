@@ -1,6 +1,7 @@
 """dual, scaled, normalized, +, Fenchel–Young, exact and estimate: against each other and against hand values."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -267,3 +268,19 @@ def test_estimate_edges():
         f.estimate(torch.zeros(0))
     with pytest.raises(ValueError, match="sampled_from"):
         f.estimate(torch.zeros(1), sampled_from="policy")
+
+
+def test_estimate_warns_when_few_terms_carry_the_sum():
+    f = get_divergence("pearson_chi2")  # f(t) = (t−1)²: log t = log 2 gives 1, log 11 gives 100
+    one, hundred = math.log(2.0), math.log(11.0)
+    heavy = torch.tensor([hundred] + [one] * 40, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"estimate of pearson_chi2: 2 of 41 terms carry 72% of the sum"):
+        value = f.estimate(heavy).value
+    assert value.item() == pytest.approx(140 / 41)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        f.estimate(torch.full((41,), one))
+        f.estimate(torch.zeros(41))
+        f.estimate(heavy[:5])  # too few to tell
+        f.estimate(torch.randn(400, generator=torch.Generator().manual_seed(0)) * 0.3)
+        torch.func.vmap(lambda x: f.estimate(x).value)(heavy.repeat(2, 1))

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import mpmath as mp
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,6 +206,156 @@ def test_from_generator_refuses(f, message):
         Divergence.from_generator("", f)
     with pytest.raises(ValueError, match="unknown limit 'top'"):
         Divergence.from_generator("mine", f, top=1.0)
+
+
+@pytest.mark.parametrize("name", sorted(USER))
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-9, 1e6, 1e12])
+def test_from_generator_is_relative(name, scale):
+    """scale·f has the limits of f, scaled, and the same verdicts: 1e-9·t log t is unbounded like t log t."""
+    mine, known = Divergence.from_generator("mine", lambda x: scale * USER[name](x)), get_divergence(name)
+    for what in ("at_zero", "derivative_at_zero", "slope_at_infinity"):
+        assert getattr(mine, what) == pytest.approx(scale * getattr(known, what), rel=1e-6, abs=0), what
+    assert mine.curvature == pytest.approx(scale * known.curvature, rel=1e-9, abs=0)
+
+
+def test_a_small_share_without_a_limit_is_seen():
+    mixed = Divergence.from_generator("mixed", lambda x: -x + 1e-9 * torch.exp(x) * x)
+    assert (mixed.at_zero, mixed.derivative_at_zero, mixed.slope_at_infinity) == (math.inf, -math.inf, math.inf)
+    other = Divergence.from_generator("other", lambda x: (torch.exp(x) - 1) ** 2 + 1e-9 * torch.exp(x) * x)
+    assert (other.derivative_at_zero, other.slope_at_infinity) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (lambda x: (torch.exp(x) * x).detach(), "mine: the result of f is cut from the graph of log t"),
+        (lambda x: torch.exp(x.data) * x.data, "mine: the result of f is cut from the graph"),
+        (lambda x: torch.exp(x.detach()) * x, "mine: the gradient of f does not belong to its values"),
+        (lambda x: torch.exp(x) * x + ((torch.exp(x) - 1) ** 2).detach(), "mine: the gradient of f does not belong"),
+        (lambda x: torch.from_numpy(x.numpy()), "mine: f fails on a float64 tensor"),
+        (lambda x: x.clone().exp_().mul_(x).numpy(), "mine: f fails on a float64 tensor"),
+        (lambda x: torch.zeros_like(x), "mine: the result of f is cut from the graph .*, or does not depend on it"),
+        (lambda x: 0.5 * x * x, "mine: f is not convex"),
+        (lambda x: 0.1 * torch.exp(x) + 0.2 * torch.exp(x), "flat f"),
+    ],
+    ids=["detach", "data", "detached factor", "detached term", "numpy", "in place", "constant", "concave", "linear"],
+)
+def test_from_generator_refuses_at_any_scale(scale, f, message):
+    with pytest.raises(ValueError, match=message):
+        Divergence.from_generator("mine", lambda x: scale * f(x))
+
+
+@pytest.mark.parametrize(("at", "jump"), [(2.0, 3.0), (0.3, 0.5), (3.0, 1e-3)])
+def test_the_conjugate_at_a_kink(at, jump):
+    """f = t log t + jump·(t − at)⁺: f' jumps at t = at, where f*(v) = at·v − f(at) for every v in the jump.
+
+    Its slope there is t = at and its second derivative 0; the inverse of f' is constant, log(at).
+    """
+    f = Divergence.from_generator("kink", lambda x: torch.exp(x) * x + jump * F.relu(torch.exp(x) - at))
+    edge = math.log(at) + 1 - (1 + jump * (at < 1))  # f'(at) from the left, centred
+    v = (edge + jump * torch.tensor([0.02, 0.3, 0.5, 0.98], dtype=torch.float64)).requires_grad_()
+    value = f.conjugate(v)
+    torch.testing.assert_close(value, at * v - f.generator(torch.tensor(at, dtype=torch.float64).log()), rtol=1e-9, atol=1e-12)  # fmt: skip
+    (slope,) = torch.autograd.grad(value.sum(), v, create_graph=True)
+    assert slope.tolist() == pytest.approx([at] * 4, rel=1e-9)
+    assert torch.autograd.grad(slope.sum(), v)[0].tolist() == [0.0] * 4
+    assert f.inverse_derivative(v).tolist() == pytest.approx([math.log(at)] * 4, abs=1e-9)
+    # just outside the jump f* is smooth again: its slope is t with f'(t) = v
+    outside = torch.tensor([edge - 0.1, edge + jump + 0.1], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(f.conjugate(outside).sum(), outside)
+    assert slope.tolist() == pytest.approx([at * math.exp(-0.1), at * math.exp(0.1)], rel=1e-6)
+
+
+def test_the_conjugate_on_a_flat_piece():
+    """Huber's f: (t−1)² to t = 2, then 2t − 3, so f' stays at 2; f*(v) = v + v²/4 below and 3 at v = 2."""
+    f = Divergence.from_generator("huber", lambda x: torch.where(x.exp() < 2, (x.exp() - 1) ** 2, 2 * x.exp() - 3))
+    v = torch.tensor([-1.0, 1.0, 1.9, 2.0], dtype=torch.float64, requires_grad=True)
+    assert f.slope_at_infinity == pytest.approx(2.0)
+    value = f.conjugate(v)
+    assert value.tolist() == pytest.approx([-0.75, 1.25, 1.9 + 1.9**2 / 4, 3.0], rel=1e-6)
+    (slope,) = torch.autograd.grad(value.sum(), v)
+    assert torch.isfinite(slope).all() and slope[:3].tolist() == pytest.approx([0.5, 1.5, 1.95], rel=1e-6)
+
+
+# ---------------------------------------------------------------- parameters at the ends of (0, 1)
+SMALL = [1e-30, 1e-20, 1e-12, 1e-9, 1e-7, 1e-3]
+EDGES = sorted({*SMALL, *(1 - w for w in SMALL if 1 - w < 1)})
+
+
+def _largest_error(got, exact):
+    return max(abs(mp.mpf(g) - e) / abs(e) for g, e in zip(got.tolist(), exact, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("weight", EDGES)
+def test_skew_jensen_shannon_at_the_ends_of_its_weight(weight, dtype):
+    """Relative to 60-digit arithmetic, away from t = 1 where the two terms of f cancel."""
+    f = get_divergence({"name": "skew_jensen_shannon", "weight": weight})
+    x = torch.tensor([-30.0, -11.0, -3.0, -0.7, 0.7, 3.0, 11.0, 21.0, 30.0], dtype=dtype)
+    with mp.workdps(80):
+        w, t = mp.mpf(weight), [mp.exp(mp.mpf(a)) for a in x.tolist()]
+        m = [w * a + 1 - w for a in t]
+        limit = 1e-11 if dtype == torch.float64 else 1e-5
+        exact = [w * a * mp.log(a) - b * mp.log(b) for a, b in zip(t, m, strict=True)]
+        assert _largest_error(f.generator(x), exact) < limit
+        assert _largest_error(f.derivative(x), [w * mp.log(a / b) for a, b in zip(t, m, strict=True)]) < limit
+        v = f.derivative(x)
+        v = v[(v.double() < f.slope_at_infinity)]
+        back = [mp.mpf(a) / w - mp.log((1 - w * mp.exp(mp.mpf(a) / w)) / (1 - w)) for a in v.tolist()]
+        assert _largest_error(f.inverse_derivative(v), back) < limit
+        exact = [-(1 - w) * mp.log((1 - w * mp.exp(mp.mpf(a) / w)) / (1 - w)) for a in v.tolist()]
+        assert _largest_error(f.conjugate(v), exact) < max(limit, 1e-6)
+    far = torch.linspace(-1e4, 1e4, 101, dtype=dtype)
+    assert torch.isfinite(f.derivative(far)).all() and torch.isfinite(f.generator(far)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("alpha", EDGES)
+def test_alpha_at_its_ends(alpha, dtype):
+    f = get_divergence({"name": "alpha", "alpha": alpha})
+    x = torch.tensor([-30.0, -11.0, -3.0, -0.7, 0.7, 3.0, 11.0, 21.0, 30.0], dtype=dtype)
+    with mp.workdps(80):
+        a, t = mp.mpf(alpha), [mp.exp(mp.mpf(b)) for b in x.tolist()]
+        limit = 1e-11 if dtype == torch.float64 else 1e-5
+        assert _largest_error(f.derivative(x), [(1 - b**-a) / a for b in t]) < limit
+        exact = [(b ** (1 - a) - (1 - a) * b - a) / (a * (a - 1)) for b in t]
+        assert _largest_error(f.generator(x), exact) < limit
+
+
+@pytest.mark.parametrize("small", [5e-324, 1e-300, 1e-31])
+def test_parameters_too_small_for_float32_are_refused(small):
+    with pytest.raises(ValueError, match="alpha must be at least 1e-30, got .*reverse_kl"):
+        get_divergence({"name": "alpha", "alpha": small})
+    with pytest.raises(ValueError, match="weight must be at least 1e-30"):
+        get_divergence({"name": "skew_jensen_shannon", "weight": small})
+
+
+def test_the_dual_of_a_weight_next_to_zero_keeps_it():
+    f = get_divergence({"name": "skew_jensen_shannon", "weight": 1e-20})
+    assert f.dual().weight == 1.0 and f.dual().dual() == f
+    assert f.dual() != get_divergence({"name": "skew_jensen_shannon", "weight": 1e-21}).dual()
+    assert f.dual().curvature == pytest.approx(1e-20)
+
+
+@pytest.mark.parametrize("name", ["skew_jensen_shannon", "alpha"])
+def test_no_high_precision_arithmetic_per_call(name, monkeypatch):
+    """The constants are computed when a parameter is first seen; later calls and later instances reuse them."""
+    spec = {"name": name, "weight" if name == "skew_jensen_shannon" else "alpha": 0.37}
+    get_divergence(spec).dual()
+
+    def forbidden(*_args):
+        raise AssertionError("high-precision arithmetic in a call")
+
+    monkeypatch.setattr("fdiv.divergences.logarithmic.Decimal", forbidden)
+    monkeypatch.setattr("fdiv.divergences.powers.Fraction", forbidden)
+    f, x = get_divergence(spec), torch.linspace(-1, 1, 5)
+    for g in (f, f.dual(), f.scaled(2.0), f + f):
+        g.conjugate(g.derivative(x) * 0.9)
+        g.inverse_derivative(g.derivative(x) * 0.9)
+        g.estimate(x, sampled_from="p")
+        g.exact(torch.log_softmax(x, -1), torch.log_softmax(-x, -1))
+        assert g.dual() is g.dual()
 
 
 def test_importing_the_registry_imports_torch_only():
