@@ -42,10 +42,6 @@ def make_trainer(
     return D2OTrainer(model, args=config, train_dataset=rows, eval_dataset=eval_dataset, **given)
 
 
-def weights(trainer: D2OTrainer) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
-
-
 def history(trainer: Any, key: str) -> torch.Tensor:
     return torch.tensor([entry[key] for entry in trainer.state.log_history if key in entry])
 

@@ -1,12 +1,12 @@
-"""Run by test_d2o_inputs.py under torchrun: D²O on recorded anchors, scored by a scorer. Writes one JSON file."""
+"""Run by test_d2o_inputs.py on one process and two: D²O on recorded anchors, scored by a scorer. Writes one JSON file."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-from tests.alignment.d2o_runs import make_trainer, negative_rows, weights
+from tests.alignment.d2o_runs import make_trainer, negative_rows
+from tests.support.same_run import weights
 
 
 def _length(completion_ids, **_):
@@ -25,7 +25,3 @@ def main(model_dir: str, cache: str, batch_size: str, output: str) -> None:
     if trainer.accelerator.is_main_process:
         result = {"history": trainer.state.log_history, "evaluated": evaluated, "weights": weights(trainer).tolist()}
         Path(output).write_text(json.dumps({**result, "processes": trainer.accelerator.num_processes}))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

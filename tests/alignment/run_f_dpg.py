@@ -1,9 +1,8 @@
-"""Run by test_f_dpg_processes.py under torchrun: f-DPG on recorded rollouts. Writes one JSON file."""
+"""Run by test_f_dpg_processes.py on one process or two: f-DPG on recorded rollouts. Writes one JSON file."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -32,7 +31,3 @@ def main(model_dir: str, rollouts: str, batch_size: str, output: str) -> None:
     result["same_z_everywhere"] = bool((everyone == everyone[0]).all())
     if made.accelerator.is_main_process:
         Path(output).write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

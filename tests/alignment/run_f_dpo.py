@@ -1,4 +1,4 @@
-"""Run by test_f_dpo_processes.py under torchrun: f-DPO, an evaluation, then a poisoned step. Writes one JSON file."""
+"""Run by test_f_dpo_processes.py on one process or two: f-DPO, an evaluation, then a poisoned step. Writes one JSON file."""
 
 from __future__ import annotations
 

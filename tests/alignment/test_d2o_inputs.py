@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +20,7 @@ from fdiv.errors import DataError, RolloutError, ScorerError
 from fdiv.models.reference import FrozenReference
 from tests.alignment import run_d2o
 from tests.alignment.d2o_runs import history, make_trainer, negative_rows
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support.processes import run_well
 
 
 # --------------------------------------------------------------------------------------------------------------- metrics
@@ -110,23 +105,8 @@ def test_a_scorer_can_be_named_in_the_config(tiny_model_dir, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------ several processes
 def test_two_processes_equal_one_on_the_same_anchors(tiny_model_dir, tmp_path):
-    cache, script = tmp_path / "anchors.jsonl", Path(run_d2o.__file__)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(tiny_model_dir), str(cache), "4", str(tmp_path / "2.json")],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(REPOSITORY),
-        },
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    cache = tmp_path / "anchors.jsonl"
+    run_well(run_d2o.main, str(tiny_model_dir), str(cache), "4", str(tmp_path / "2.json"), processes=2)
     assert len(cache.read_text().splitlines()) == 25  # the two processes drew their shares
     run_d2o.main(str(tiny_model_dir), str(cache), "8", str(tmp_path / "1.json"))
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))

@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.alignment import run_f_dpg
 from tests.alignment.f_dpg_runs import recorded
+from tests.support.processes import run_well
 
-SCRIPT = Path(__file__).with_name("run_f_dpg.py")
 
-
-def _run(processes: int, model_dir: Path, rollouts: Path, output: Path, repository: Path) -> dict:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    path = os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), str(model_dir), str(rollouts), str(16 // processes), str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def _run(processes: int, model_dir: Path, rollouts: Path, output: Path) -> dict:
+    words = [str(model_dir), str(rollouts), str(16 // processes), str(output)]
+    run_well(run_f_dpg.main, *words, processes=processes)
     return json.loads(output.read_text())
 
 
 @pytest.mark.parametrize("baseline", ["loo", pytest.param("history", marks=pytest.mark.slow)])
-def test_two_processes_equal_one(tiny_model_dir, tmp_path, repository, baseline):
+def test_two_processes_equal_one(tiny_model_dir, tmp_path, baseline):
     rollouts = tmp_path / "rollouts.jsonl"
     rollouts.write_text("".join(json.dumps(record) + "\n" for record in recorded(tiny_model_dir, 12)))
-    one, two = (_run(n, tiny_model_dir, rollouts, tmp_path / f"{baseline}-{n}.json", repository) for n in (1, 2))
+    one, two = (_run(n, tiny_model_dir, rollouts, tmp_path / f"{baseline}-{n}.json") for n in (1, 2))
     assert (one["processes"], two["processes"]) == (1, 2)
     weights = [torch.tensor(run["weights"]) for run in (one, two)]
     assert (weights[0] - weights[1]).abs().max() < 1e-5

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("run_f_dpo.py")
-
+from tests.alignment import run_f_dpo
+from tests.support.processes import run_well
 
 ZERO3 = """
 compute_environment: LOCAL_MACHINE
@@ -36,14 +36,18 @@ use_cpu: false
 """
 
 
-def _run(processes: int, model_dir: Path, data: Path, output: Path, *, zero3: bool = False) -> dict:
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    if zero3:
-        config = output.with_suffix(".yaml")
-        config.write_text(ZERO3)
-        launcher = ["accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+def _run(processes: int, model_dir: Path, data: Path, output: Path) -> dict:
+    words = [str(model_dir), str(data), str(8 // processes), str(output)]
+    run_well(run_f_dpo.main, *words, processes=processes)
+    return json.loads(output.read_text())
+
+
+def _run_zero3(model_dir: Path, data: Path, output: Path) -> dict:
+    config = output.with_suffix(".yaml")
+    config.write_text(ZERO3)
+    launcher = ["accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, str(SCRIPT), str(model_dir), str(data), str(8 // processes), str(output)],
+        [sys.executable, "-m", *launcher, run_f_dpo.__file__, str(model_dir), str(data), "4", str(output)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -92,7 +96,7 @@ def test_two_processes_equal_one(tiny_model_dir, data, tmp_path, reference):
 def test_zero3_equals_one_process(tiny_model_dir, data, tmp_path):
     """Sharded policy and reference (DeepSpeed ZeRO-3): training, evaluation with sampling, and the stop."""
     one = _run(1, tiny_model_dir, data, tmp_path / "live-1.json")
-    two = _run(2, tiny_model_dir, data, tmp_path / "live-zero3.json", zero3=True)
+    two = _run_zero3(tiny_model_dir, data, tmp_path / "live-zero3.json")
     assert two["processes"] == 2
     _assert_same_logs(one, two)
     assert one["preferences"] == pytest.approx(two["preferences"], abs=1e-4, rel=1e-4)

@@ -12,7 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from fdiv.alignment import FDPOConfig, FDPOTrainer
-from tests.alignment.f_dpo_runs import LORA, assert_same_run, history, make_trainer, preference_rows, run, weights
+from tests.alignment.f_dpo_runs import (
+    COMPARABLE,
+    LORA,
+    assert_same_run,
+    history,
+    make_trainer,
+    preference_rows,
+    run,
+)
+from tests.support.same_run import assert_same_weights, weights
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +34,17 @@ def rows() -> Dataset:
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_reverse_kl_is_trl_dpo_step_for_step(tiny_model_dir, rows, tmp_path, lora):
-    extra = {"peft_config": LoraConfig(**LORA), "learning_rate": 3e-2} if lora else {}
+    extra = COMPARABLE | ({"peft_config": LoraConfig(**LORA), "learning_rate": 0.5} if lora else {})
     ours = run(tiny_model_dir, rows, tmp_path, **extra)
     theirs = run(tiny_model_dir, rows, tmp_path, trainer=DPOTrainer, config=DPOConfig, **extra)
     assert_same_run(ours, theirs)
-    shared = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+    shared = [f"rewards/{name}" for name in ("chosen", "rejected", "margins")]
     shared += [f"{kind}/{half}" for kind in ("logps", "logits") for half in ("chosen", "rejected")]
     shared += ["entropy", "num_tokens", "mean_token_accuracy"]
     for key in shared:
-        torch.testing.assert_close(history(ours, key), history(theirs, key), atol=2e-5, rtol=1e-6, msg=key)
+        torch.testing.assert_close(history(ours, key), history(theirs, key), atol=5e-5, rtol=1e-5, msg=key)
+    accuracies = [history(made, "rewards/accuracies")[1:] for made in (ours, theirs)]
+    assert accuracies[0].tolist() == accuracies[1].tolist()  # but for the first step, where every margin is 0
     assert set(theirs.state.log_history[0]) <= set(ours.state.log_history[0])
 
 
@@ -50,9 +61,10 @@ def test_reverse_kl_is_trl_dpo_step_for_step(tiny_model_dir, rows, tmp_path, lor
     ids=["js", "forward_kl", "alpha"],
 )
 def test_equals_trls_own_divergences(tiny_model_dir, rows, tmp_path, divergence, theirs):
-    ours = run(tiny_model_dir, rows, tmp_path, divergence=divergence)
-    trl = run(tiny_model_dir, rows, tmp_path, trainer=DPOTrainer, config=DPOConfig, **theirs)
-    assert_same_run(ours, trl, tolerance=1e-5)  # exp, written in two ways
+    steps = COMPARABLE | {"learning_rate": 0.02}
+    ours = run(tiny_model_dir, rows, tmp_path, divergence=divergence, **steps)
+    trl = run(tiny_model_dir, rows, tmp_path, trainer=DPOTrainer, config=DPOConfig, **steps, **theirs)
+    assert_same_run(ours, trl, tolerance=2e-5)  # exp, written in two ways
     # TRL logs the raw reward under the name we give to what is optimised.
     for half in ("chosen", "rejected"):
         torch.testing.assert_close(
@@ -84,11 +96,9 @@ def test_normalized_gives_every_divergence_the_first_step_of_dpo(tiny_model_dir,
     ids=["checkpointing", "moving_reference", "accumulation"],
 )
 def test_trl_options_work_as_in_trl(tiny_model_dir, rows, tmp_path, options):
-    ours = run(tiny_model_dir, rows, tmp_path, **options)
-    theirs = run(tiny_model_dir, rows, tmp_path, trainer=DPOTrainer, config=DPOConfig, **options)
-    for key in ("loss", "grad_norm"):
-        torch.testing.assert_close(history(ours, key), history(theirs, key), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(weights(ours), weights(theirs), atol=1e-6, rtol=0)
+    ours = run(tiny_model_dir, rows, tmp_path, **COMPARABLE, **options)
+    theirs = run(tiny_model_dir, rows, tmp_path, trainer=DPOTrainer, config=DPOConfig, **COMPARABLE, **options)
+    assert_same_run(ours, theirs)
 
 
 def test_mixture_of_experts_keeps_the_auxiliary_loss(tiny_model_dir, rows, tmp_path):
@@ -114,7 +124,7 @@ def test_mixture_of_experts_keeps_the_auxiliary_loss(tiny_model_dir, rows, tmp_p
     runs = [
         run(
             tmp_path / "moe", rows, tmp_path, trainer=trainer, config=config, processing_class=tokenizer,
-            router_aux_loss_coef=0.1, max_steps=10,
+            router_aux_loss_coef=0.1, max_steps=10, **COMPARABLE,
         )
         for trainer, config in ((FDPOTrainer, FDPOConfig), (DPOTrainer, DPOConfig))
     ]  # fmt: skip
@@ -135,25 +145,26 @@ def test_compute_metrics_gets_the_logits_as_in_trl(tiny_model_dir, rows, tmp_pat
         made = make_trainer(tiny_model_dir, rows, tmp_path, trainer=trainer, config=config, **options)
         assert made.evaluate()["eval_mine"] == 1.0
     assert logits[0].shape[-1] == made.model.config.vocab_size
-    mask = made.data_collator(list(made.eval_dataset))["attention_mask"][:4].bool().numpy()  # the chosen rows
-    assert (logits[0] == logits[1])[mask].all()  # on padding the position ids differ
+    mask = made.data_collator(list(made.eval_dataset))["attention_mask"][:4].bool()  # the chosen rows
+    # on padding the position ids differ
+    torch.testing.assert_close(*(torch.from_numpy(values)[mask] for values in logits), atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ invariances
 
 
 def test_accumulation_equals_one_large_batch(tiny_model_dir, rows, tmp_path):
-    options = {"divergence": "forward_kl", "optim": "sgd", "learning_rate": 0.05}
+    options = {"divergence": "forward_kl", **COMPARABLE, "learning_rate": 0.02}
     large = run(tiny_model_dir, rows, tmp_path, per_device_train_batch_size=8, **options)
     small = run(
         tiny_model_dir, rows, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=8, **options
     )
     start = torch.cat([p.flatten() for p in AutoModelForCausalLM.from_pretrained(tiny_model_dir).parameters()])
     assert (weights(large) - start).abs().max() > 1e-2
-    assert (weights(large) - weights(small)).abs().max() < 1e-5
+    assert_same_weights(large, small, 1e-5)
     for key in ("loss", "grad_norm", "entropy", "rewards/margins", "log_ratio/chosen_p05", "divergence/forward_kl",
                 "divergence/forward_kl_se", "clamped_fraction", "num_tokens"):  # fmt: skip
-        torch.testing.assert_close(history(large, key), history(small, key), atol=1e-5, rtol=1e-4, msg=key)
+        torch.testing.assert_close(history(large, key), history(small, key), atol=5e-5, rtol=1e-4, msg=key)
 
 
 def test_resuming_is_bit_for_bit(tiny_model_dir, rows, tmp_path):
@@ -170,8 +181,9 @@ def test_resuming_is_bit_for_bit(tiny_model_dir, rows, tmp_path):
 
 
 def test_precomputed_reference_equals_live(tiny_model_dir, rows, tmp_path):
-    live = run(tiny_model_dir, rows, tmp_path, divergence="forward_kl")
-    cached = run(tiny_model_dir, rows, tmp_path, divergence="forward_kl", precompute_ref_log_probs=True)
+    options = {"divergence": "forward_kl", **COMPARABLE, "learning_rate": 0.02}
+    live = run(tiny_model_dir, rows, tmp_path, **options)
+    cached = run(tiny_model_dir, rows, tmp_path, precompute_ref_log_probs=True, **options)
     assert cached.ref_model is None
     assert_same_run(live, cached)
 
@@ -191,8 +203,8 @@ def test_model_object_without_a_path_gets_a_frozen_copy(tiny_model_dir, rows, tm
     in_memory = type(source)(source.config)
     in_memory.load_state_dict(source.state_dict())
     in_memory.config._name_or_path = ""
-    ours = run(tiny_model_dir, rows, tmp_path, model=in_memory, divergence="jensen_shannon")
-    named = run(tiny_model_dir, rows, tmp_path, divergence="jensen_shannon")
+    ours = run(tiny_model_dir, rows, tmp_path, model=in_memory, divergence="jensen_shannon", **COMPARABLE)
+    named = run(tiny_model_dir, rows, tmp_path, divergence="jensen_shannon", **COMPARABLE)
     assert_same_run(ours, named)
     assert not any(p.requires_grad for p in ours.ref_model.parameters())
     assert torch.equal(
@@ -206,12 +218,13 @@ def test_model_object_changed_after_loading_is_its_own_reference(tiny_model_dir,
     with torch.no_grad():
         model.lm_head.weight.mul_(2.0)
     trainer = run(tiny_model_dir, rows, tmp_path, model=model, max_steps=1)
-    assert history(trainer, "loss")[0].item() == pytest.approx(math.log(2), abs=1e-7)
+    assert history(trainer, "loss")[0].item() == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_model_named_by_a_string(tiny_model_dir, rows, tmp_path):
-    named = run(tiny_model_dir, rows, tmp_path, model=str(tiny_model_dir), processing_class=None, max_steps=10)
-    assert_same_run(named, run(tiny_model_dir, rows, tmp_path, max_steps=10))
+    options = {"max_steps": 10, **COMPARABLE}
+    named = run(tiny_model_dir, rows, tmp_path, model=str(tiny_model_dir), processing_class=None, **options)
+    assert_same_run(named, run(tiny_model_dir, rows, tmp_path, **options))
 
 
 def test_continuing_an_adapter_uses_its_starting_copy(tiny_model_dir, rows, tmp_path):
@@ -225,7 +238,7 @@ def test_continuing_an_adapter_uses_its_starting_copy(tiny_model_dir, rows, tmp_
 
     trainer = run(tiny_model_dir, rows, tmp_path, model=adapted(), learning_rate=2e-2, divergence="jensen_shannon")
     # log 2 at the start: the reference is the adapter as it was, not the base model.
-    assert history(trainer, "loss")[0].item() == pytest.approx(math.log(2), abs=1e-7)
+    assert history(trainer, "loss")[0].item() == pytest.approx(math.log(2), abs=1e-5)
     assert history(trainer, "loss")[-1] < 0.6
     start = {name: p for name, p in adapted().named_parameters() if "lora_" in name}
     reference = {n.replace(".ref.", ".default."): p for n, p in trainer.model.named_parameters() if ".ref." in n}
@@ -250,9 +263,12 @@ def test_conversational_rows_equal_plain_rows_with_the_same_tokens(tiny_model_di
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         plain.append({"prompt": text, "chosen": row["chosen"], "rejected": row["rejected"]})
     runs = [
-        run(tiny_model_dir, Dataset.from_list(data), tmp_path, processing_class=tokenizer, divergence="jeffreys")
+        run(
+            tiny_model_dir, Dataset.from_list(data), tmp_path, processing_class=tokenizer, divergence="jeffreys",
+            **COMPARABLE | {"learning_rate": 0.02},
+        )
         for data in (talk, plain)
-    ]
+    ]  # fmt: skip
     for key in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert list(runs[0].train_dataset[key]) == list(runs[1].train_dataset[key])
     assert_same_run(*runs)

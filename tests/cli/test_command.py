@@ -210,7 +210,7 @@ def test_provenance(monkeypatch):
 def test_accelerate_launch_and_two_processes_give_the_run_of_one(write_recipe, tmp_path):
     """One process, `accelerate launch -m fdiv`, and two processes at the same global batch: the same numbers."""
     text = "eval: {name: preferences, num_samples: 0}\n"
-    path = str(write_recipe(text, use_cpu=True, per_device_train_batch_size=4))
+    path = str(write_recipe(text, use_cpu=True, per_device_train_batch_size=4, optim="sgd", learning_rate=0.05))
     launches = {
         "plain": ["fdiv"],
         "accelerate": ["accelerate.commands.launch", "--num_processes", "1", "--cpu", "-m", "fdiv"],

@@ -1,9 +1,8 @@
-"""Run by test_dph_processes.py under torchrun: DPH on recorded rollouts. Writes one JSON file."""
+"""Run by test_dph_processes.py on one process and two: DPH on recorded rollouts. Writes one JSON file."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from fdiv.rl.dph.rehearsal import RehearsalCache
@@ -28,7 +27,3 @@ def main(model_dir: str, rollouts: str, rehearsal: str, batch_size: str, accumul
     }
     if made.accelerator.is_main_process:
         Path(output).write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -3,45 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.rl import run_dph
 from tests.rl.dph_runs import cache, recorded
+from tests.support.processes import run_well
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).with_name("run_dph.py")
 
 
-def _run(processes: int, batch: int, accumulation: int, folder: Path, model_dir: Path, repository: Path) -> dict:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    path = os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+def _run(processes: int, batch: int, accumulation: int, folder: Path, model_dir: Path) -> dict:
     output = folder / f"{processes}x{batch}x{accumulation}.json"
     files = [str(model_dir), str(folder / "rollouts.jsonl"), str(folder / "rehearsal.safetensors")]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), *files, str(batch), str(accumulation), str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=580,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_well(run_dph.main, *files, str(batch), str(accumulation), str(output), processes=processes)
     return json.loads(output.read_text())
 
 
-def test_processes_and_accumulation_equal_one_batch(tiny_model_dir, tmp_path, repository):
+def test_processes_and_accumulation_equal_one_batch(tiny_model_dir, tmp_path):
     """16 completions of 4 groups and 5 rehearsal rows per step, spread over 1, 2 or 4 slots (one row more in some)."""
     records = recorded(tiny_model_dir, 12)
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     cache(tiny_model_dir, shift=0.6).save(tmp_path / "rehearsal.safetensors")
-    one, two, four = (
-        _run(*layout, tmp_path, tiny_model_dir, repository) for layout in ((1, 16, 1), (2, 8, 1), (2, 4, 2))
-    )
+    one, two, four = (_run(*layout, tmp_path, tiny_model_dir) for layout in ((1, 16, 1), (2, 8, 1), (2, 4, 2)))
     assert [run["processes"] for run in (one, two, four)] == [1, 2, 2]
     expected = torch.tensor(one["weights"])
     for run in (two, four):

@@ -33,11 +33,14 @@ def main(model_dir: str, recorded: str, output: str, *names: str) -> None:
 
 
 def options(name: str, recorded: Path, processes: int) -> dict[str, Any]:
-    """The settings under which one process and two do the same: equal global batch, recorded rollouts."""
+    """The settings under which one process and two do the same: equal global batch, recorded rollouts.
+
+    An epsilon far above rounding keeps Adam, whose state is sharded, from making steps of it.
+    """
     rows = 8 if name in ("f_dpg", "dph") else 4
     chosen: dict[str, Any] = {
-        "per_device_train_batch_size": rows // processes, "max_steps": STEPS, "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": rows // processes, "max_steps": STEPS, "learning_rate": 5e-3,
+        "adam_epsilon": 0.1, "lr_scheduler_type": "constant",
     }  # fmt: skip
     if name in ("f_dpg", "dph"):
         chosen["rollout_func"] = RecordedRollouts(recorded / "rollouts.jsonl")

@@ -17,7 +17,7 @@ from tests.alignment.f_dpg_runs import PROMPTS, recorded
 from tests.alignment.f_dpo_runs import preference_rows
 from tests.rl.dph_runs import cache
 from tests.scale.run_trainers import STEPS, options
-from tests.scale.trainers import TRAINERS, build, losses
+from tests.scale.trainers import ROUNDING, TRAINERS, build, losses
 from tests.unlearning.setup_runs import disturb, forget_rows
 
 # The slow tests run all five, the quick ones f-DPO.
@@ -112,7 +112,7 @@ def test_the_reference_is_the_base_and_no_second_model_is_held(name, tiny_model_
         expected = token_scores(base, ids, attention, completion, fused=False).log_probs.sum(-1)
         policy = token_scores(trainer.model.eval(), ids, attention, completion, fused=False).log_probs.sum(-1)
     assert (completion.sum(-1) > 0).all()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # sums of up to 30 log-probabilities in float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # sums of up to 30 log-probabilities in float32
     assert (policy - expected).abs().max() > 0.1
 
 
@@ -139,7 +139,7 @@ def test_the_first_loss_is_that_of_full_training(name, tiny_model_dir, tmp_path,
     full = build(name, tiny_model_dir, tmp_path / "full", **settings)
     adapter = lora(name, tiny_model_dir, tmp_path / "lora", **given(name, 1))
     full.train(), adapter.train()
-    assert losses(adapter) == pytest.approx(losses(full), abs=1e-6, rel=0)
+    assert losses(adapter) == pytest.approx(losses(full), abs=ROUNDING[name], rel=0)
     assert len(losses(full)) == 1
 
 
@@ -156,8 +156,8 @@ def test_a_reference_of_its_own_gives_the_same_run(name, argument, tiny_model_di
     own = lora(name, tiny_model_dir, tmp_path / "own", **given(name, 4, **PLAIN_STEPS), **explicit)
     off = lora(name, tiny_model_dir, tmp_path / "off", **given(name, 4, **PLAIN_STEPS))
     own.train(), off.train()
-    assert losses(off) == pytest.approx(losses(own), abs=1e-5, rel=0)
-    assert max(losses(off)) - min(losses(off)) > 1e-4
+    assert losses(off) == pytest.approx(losses(own), abs=ROUNDING[name], rel=0)
+    assert max(losses(off)) - min(losses(off)) > 10 * ROUNDING[name]
     torch.testing.assert_close(adapter_weights(off), adapter_weights(own), rtol=0, atol=1e-5)
 
 
@@ -177,7 +177,7 @@ def test_gradient_checkpointing_changes_nothing(name, reentrant, tiny_model_dir,
     for trainer in runs:
         trainer.train()
     assert runs[1].model.is_gradient_checkpointing
-    assert losses(runs[1]) == pytest.approx(losses(runs[0]), abs=1e-6, rel=1e-6)
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), abs=ROUNDING[name], rel=0)
     assert checkpointed.norms == pytest.approx(plain.norms, rel=1e-4)
     assert min(checkpointed.norms) > 0 and checkpointed.names == plain.names
 

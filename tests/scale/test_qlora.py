@@ -173,7 +173,8 @@ def test_an_evaluation_leaves_the_gradients_right(run, tmp_path):
 
 @pytest.mark.slow
 def test_reference_scores_computed_beforehand_give_the_same_run(run):
-    live, table = run("f_dpo", "live"), run("f_dpo", "table", precompute_ref_log_probs=True)
+    steps = {"optim": "sgd", "learning_rate": 0.1}
+    live, table = run("f_dpo", "live", **steps), run("f_dpo", "table", precompute_ref_log_probs=True, **steps)
     assert table.precompute_ref_logps
     assert losses(table) == pytest.approx(losses(live), abs=1e-5)
 
@@ -194,10 +195,11 @@ def test_a_model_that_was_used_on_a_cpu_before_is_refused(tiny_model_dir):
 @pytest.mark.slow
 def test_references_of_their_own_are_loaded_as_the_policy(run, tiny_model_dir):
     """D²O's two reference paths: in 4 bits too, and equal to the adapter switched off."""
-    off = run("d2o", "off", max_steps=2)
-    own = run("d2o", "own", max_steps=2, ref_pos=str(tiny_model_dir), ref_neg=str(tiny_model_dir))
+    steps = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1}
+    off = run("d2o", "off", **steps)
+    own = run("d2o", "own", ref_pos=str(tiny_model_dir), ref_neg=str(tiny_model_dir), **steps)
     assert len(quantised(own.reference_pos.model)) == 14
-    assert losses(own) == pytest.approx(losses(off), abs=1e-6)
+    assert losses(own) == pytest.approx(losses(off), abs=1e-5)
 
 
 def test_rehearsal_needs_a_cache_of_the_base_in_four_bits(run, tiny_model_dir, tmp_path, capsys):

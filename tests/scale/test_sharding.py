@@ -12,7 +12,7 @@ from fdiv.models.tiny import build_tiny_model
 from tests.alignment.f_dpg_runs import recorded
 from tests.rl.dph_runs import cache
 from tests.scale.run_trainers import STEPS
-from tests.scale.trainers import TRAINERS
+from tests.scale.trainers import ROUNDING, TRAINERS
 
 SCRIPT = "tests.scale.run_trainers"
 LAUNCHERS = {
@@ -73,8 +73,8 @@ def test_losses_are_those_of_one_process(runs, launcher, names):
         assert (one[name]["processes"], two[name]["processes"]) == (1, 2)
         assert ("DEEPSPEED" in two[name]["distributed"]) == launcher.startswith("zero")
         assert len(one[name]["losses"]) == STEPS
-        assert two[name]["losses"] == pytest.approx(one[name]["losses"], abs=1e-4, rel=0), name
-        assert max(one[name]["losses"]) - min(one[name]["losses"]) > 1e-3, f"{name}: nothing was trained"
+        assert two[name]["losses"] == pytest.approx(one[name]["losses"], abs=10 * ROUNDING[name], rel=0), name
+        assert max(one[name]["losses"]) - min(one[name]["losses"]) > 1e-2, f"{name}: nothing was trained"
 
 
 @pytest.mark.slow

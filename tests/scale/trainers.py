@@ -12,6 +12,12 @@ import torch
 
 TRAINERS = ("f_dpo", "f_dpg", "d2o", "flat", "dph")
 ROLLOUT_TRAINERS = ("f_dpg", "d2o", "dph")
+ROUNDING = {"f_dpo": 1e-5, "f_dpg": 1e-4, "d2o": 1e-5, "flat": 1e-5, "dph": 1e-5}
+"""How far the losses of two runs that should be one may lie apart, on any processor.
+
+Sums of 30 log-probabilities, 1e-5 apart, times β. f-DPG's loss is a mean of coefficient · log π(y) with log π(y) ≈ -25 and
+coefficients of both signs, so it keeps fewer digits.
+"""
 
 
 def build(name: str, model_dir: Path, output: Path, **options: Any) -> Any:

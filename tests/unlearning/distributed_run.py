@@ -9,7 +9,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from tests.unlearning.setup_runs import forget_rows, make_trainer, weights
+from tests.support.same_run import weights
+from tests.unlearning.setup_runs import forget_rows, make_trainer
 
 if __name__ == "__main__":
     model_dir, output_dir, batch = sys.argv[1:4]

@@ -92,10 +92,6 @@ def history(trainer: Any, key: str) -> torch.Tensor:
     return torch.tensor([entry[key] for entry in trainer.state.log_history if key in entry], dtype=torch.float64)
 
 
-def weights(trainer: Any) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
-
-
 def encode(tokenizer: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
     """Prompt and answer ids of one row."""
     messages = [{"role": "user", "content": question}], [{"role": "assistant", "content": answer}]

@@ -19,6 +19,7 @@ from fdiv.divergences import get_divergence
 from fdiv.errors import NonFiniteLossError
 from fdiv.unlearning import flat_loss
 from fdiv.unlearning.roles import RoleScores
+from tests.support.same_run import assert_same_weights, weights
 from tests.unlearning.setup_runs import (
     METHODS,
     disturb,
@@ -28,7 +29,6 @@ from tests.unlearning.setup_runs import (
     load_tokenizer,
     make_trainer,
     retain_rows,
-    weights,
 )
 
 # ------------------------------------------------------------------------- the loss, from single rows without padding
@@ -180,8 +180,8 @@ def test_accumulation_equals_one_large_batch(name, rate, tiny_model_dir, tmp_pat
     )
     start = weights(large).clone()
     large.train(), small.train()
-    assert (weights(large) - start).abs().max() > 1e-3
-    torch.testing.assert_close(weights(small), weights(large), atol=2e-6, rtol=1e-5)
+    assert (weights(large) - start).abs().max() > 1e-2
+    assert_same_weights(small, large, 1e-5)
     for key in ("loss", "prob/forget", "grad_norm"):
         torch.testing.assert_close(history(small, key), history(large, key), atol=1e-5, rtol=1e-4)
     if name == "PDU":
