@@ -1,6 +1,6 @@
 """What must not matter does not: thirty fp32 steps of all five trainers, in pairs of runs (see `tests.scale.invariance`).
 
-Tolerances are about five times what rounding was measured to do (`benchmarks/results/invariance.json`).
+Tolerances are about ten times what rounding was measured to do (`benchmarks/results/invariance.json`).
 """
 
 import itertools

@@ -176,7 +176,8 @@ def test_reference_scores_computed_beforehand_give_the_same_run(run):
     steps = {"optim": "sgd", "learning_rate": 0.1}
     live, table = run("f_dpo", "live", **steps), run("f_dpo", "table", precompute_ref_log_probs=True, **steps)
     assert table.precompute_ref_logps
-    assert losses(table) == pytest.approx(losses(live), abs=1e-5)
+    assert losses(table) == pytest.approx(losses(live), abs=1e-4)
+    assert losses(live)[0] - losses(live)[-1] > 1e-2
 
 
 def test_a_model_that_was_used_on_a_cpu_before_is_refused(tiny_model_dir):
