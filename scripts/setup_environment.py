@@ -42,7 +42,7 @@ class Environment(NamedTuple):
 
 
 ENVIRONMENTS = {
-    "main": Environment(".venv", "constraints.txt", "deepspeed,qlora,eval,dev"),
+    "main": Environment(".venv", "constraints.txt", "deepspeed,qlora,models,eval,dev"),
     "vllm": Environment(
         ".venv-vllm",
         "constraints-vllm.txt",

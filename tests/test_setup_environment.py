@@ -87,7 +87,7 @@ def test_second_setup_does_nothing_until_the_pins_change(script, checkout):
     assert calls == [
         ("install", *pinned, "pip", "setuptools", "wheel"),
         ("install", "--no-deps", "torch==2.13.0+cpu"),
-        ("install", *pinned, "-e", ".[deepspeed,qlora,eval,dev]"),
+        ("install", *pinned, "-e", ".[deepspeed,qlora,models,eval,dev]"),
     ]
     calls.clear()
     script.main(["main"])
@@ -105,7 +105,7 @@ def test_another_torch_index_reinstalls_and_leaving_it_out_afterwards_does_not(s
     monkeypatch.setenv("TORCH_INDEX", MIRROR)
     script.main(["main"])
     assert calls[1] == ("install", "--no-deps", "--force-reinstall", "--index-url", MIRROR, "torch==2.13.0")
-    assert calls[2][-4:] == ("--extra-index-url", MIRROR, "-e", ".[deepspeed,qlora,eval,dev]")
+    assert calls[2][-4:] == ("--extra-index-url", MIRROR, "-e", ".[deepspeed,qlora,models,eval,dev]")
     calls.clear()
     script.main(["main"])
     monkeypatch.delenv("TORCH_INDEX")

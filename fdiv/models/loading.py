@@ -9,12 +9,10 @@ import torch
 
 from fdiv.errors import DataError
 from fdiv.inference.processes import process_state
+from fdiv.models.fetch import find_model
 
 if TYPE_CHECKING:
     from torch import nn
-from torch import nn
-
-if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["check_fits", "context_length", "keep_trainable_layout", "load_model", "load_tokenizer"]
@@ -24,6 +22,7 @@ def load_tokenizer(model: str, adapter: str | None = None) -> PreTrainedTokenize
     """The tokenizer beside the adapter where there is one, else the model's."""
     from transformers import AutoTokenizer
 
+    model = find_model(model)
     if adapter is not None and (Path(adapter) / "tokenizer_config.json").exists():
         model = adapter
     try:
@@ -44,7 +43,7 @@ def load_model(model: str, adapter: str | None = None, dtype: str = "auto") -> P
     """
     from transformers import AutoModelForCausalLM
 
-    device = process_state().device
+    model, device = find_model(model), process_state().device
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError, RecipeError
 from fdiv.files import one_line
+from fdiv.models.fetch import find_model
 from fdiv.recipe.model import Configs, Recipe
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def load_tokenizer(recipe: Recipe, configs: Configs) -> PreTrainedTokenizerBase:
 
     from fdiv.training.data_checks import check_pad_token
 
-    name = configs.model.model_name_or_path
+    name = find_model(configs.model.model_name_or_path)
     if not name:
         raise DataError(f"{recipe.source}: no model; set `model_name_or_path` (a directory or a hub name)")
     if _is_missing_path(name):
@@ -166,7 +167,7 @@ def model_arguments(configs: Configs) -> dict[str, Any]:
 
     model = configs.model
     try:
-        config = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+        config = AutoConfig.from_pretrained(find_model(model.model_name_or_path), revision=model.model_revision)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot load the model {model.model_name_or_path!r}: {one_line(error)}") from error
     stated = configs.training.model_init_kwargs or {}

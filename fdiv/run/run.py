@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from fdiv.catalog import load
 from fdiv.errors import FdivError, RecipeError, TerminatedError
 from fdiv.files import one_line, plain, read_json, write_json
+from fdiv.models.fetch import find_model
 from fdiv.provenance import command_line, environment
 from fdiv.recipe.dump import resolved_yaml
 from fdiv.recipe.model import Block, Configs, Recipe
@@ -52,6 +53,7 @@ def run_recipe(recipe: Recipe, command: str | None = None, prepared: Path | None
     started = time.perf_counter()
     configs = recipe.configs()
     check_blocks(recipe)
+    find_model(configs.model.model_name_or_path)  # one that was not fetched ends the run here
     directory = RunDirectory(recipe.output_dir)
     resume = recipe.value("resume_from_checkpoint") or None
     directory.check(recipe.value("overwrite_output_dir", False), resume)
@@ -176,7 +178,7 @@ def _trainer(
     trainer_class = load(recipe.method.trainer)
     try:
         trainer = trainer_class(
-            model=configs.model.model_name_or_path,
+            model=find_model(configs.model.model_name_or_path),
             args=training,
             train_dataset=datasets["train"],
             eval_dataset=datasets.get("test") if training.eval_strategy != "no" else None,

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from fdiv.errors import DataError, FdivError
 from fdiv.files import flush_tree
+from fdiv.models.fetch import find_model
 from fdiv.models.loading import load_tokenizer
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def merge_adapter(
     output = Path(output)
     _check_output(output)
     settings = _adapter_settings(str(adapter))
-    base = base or settings.base_model_name_or_path
+    base = find_model(base or settings.base_model_name_or_path)
     if not base:
         raise DataError(f"the adapter {adapter} does not name its base model: give it with --base")
     loaded = _load_base(base, dtype, quantization)

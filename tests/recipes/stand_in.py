@@ -87,8 +87,8 @@ def prompt_rows() -> list[dict[str, str]]:
 _ROWS = {"alignment": preference_rows, "unlearning": question_rows, "rl": prompt_rows}
 
 
-def stand_in_recipe(path: Path, model: Path, folder: Path) -> Recipe:
-    """The recipe at `path`, ready to run for two steps on `model` in `folder`."""
+def stand_in_recipe(path: Path, model: Path, folder: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe at `path`, ready to run for two steps on `model` in `folder`; `changes` win over everything."""
     values = read_document(path).values
     settings: dict[str, Any] = {
         "output_dir": str(folder / "out"),
@@ -117,6 +117,7 @@ def stand_in_recipe(path: Path, model: Path, folder: Path) -> Recipe:
     settings |= _data(values, folder) | _prepare(values, folder, model) | _unlearning(values, folder)
     settings |= _evaluations(values, folder)
     settings |= _rollouts(values) | _rehearsal(values, model, folder)
+    settings |= changes or {}
     return load_recipe(path, (), settings)
 
 

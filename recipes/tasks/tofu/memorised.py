@@ -150,9 +150,12 @@ class TofuMemorisedConfig:
         from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
         from trl import SFTConfig, SFTTrainer
 
+        from fdiv.models.fetch import find_model
+
         set_seed(self.seed)
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        source = find_model(self.model)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         prompts = [self.question_format.replace("{question}", row["question"]) for row in rows]
         texts = [{"prompt": p, "completion": f" {row['answer']}"} for p, row in zip(prompts, rows, strict=True)]
         args = SFTConfig(
