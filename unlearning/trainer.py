@@ -21,6 +21,7 @@ from fdiv.memory.step_shape import StepShape
 from fdiv.models.fingerprints import data_fingerprint
 from fdiv.models.reference import FrozenReference
 from fdiv.statistics.estimates import log_ratio_quantiles
+from fdiv.training.config import DivergenceOptions
 from fdiv.training.data_checks import check_pad_token
 from fdiv.training.trainer import ObjectiveTrainerMixin
 from fdiv.unlearning.config import TemplateConfig, UnlearningConfig
@@ -122,6 +123,7 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
         del self._model_at_start
         if args.disable_dropout:
             _disable_dropout(self.model)
+        self.divergence = args.resolve_divergence() if isinstance(args, DivergenceOptions) else None
         self.data_collator = self.make_collator()
         self.reference = self._make_reference(ref_model, starting_adapter)
         self.add_callback(_EpochCallback(self))

@@ -287,7 +287,7 @@ def test_generation_settings_are_checked():
         ("FLAT", {"template_source": "fixed"}, "needs template_text"),
         ("FLAT", {"template_source": "column"}, "needs template_column"),
         ("FLAT", {"template_text": "No."}, "belongs to template_source='fixed'"),
-        ("FLAT", {"retain_term": "activations"}, "retain_term='activations' is not lawful"),
+        ("FLAT", {"retain_term": "activations"}, "retain_term='activations': must be one of none, nll, divergence"),
         ("FLAT", {"packing": True}, "packing=True cannot be honoured"),
         ("GradAscent", {"retain_term": "nll"}, "grad_diff"),
         ("GradDiff", {"retain_term": "none"}, "grad_ascent"),
@@ -310,13 +310,13 @@ def test_generation_settings_are_checked():
         ("NPO", {"max_length": None}, "max_length is not set"),
     ],
 )
-def test_configs_refuse_what_is_unlawful(name, options, message, tmp_path):
+def test_configs_refuse_what_has_no_meaning(name, options, message, tmp_path):
     import fdiv.unlearning as unlearning
 
     config = getattr(unlearning, f"{name}Config")
     needed = {"retain_epsilon": 0.3} if name == "PDU" else {}
     base = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True, "report_to": []}
-    config(**(base | needed))  # lawful without them
+    config(**(base | needed))  # valid without them
     with pytest.raises(ValueError, match=message):
         config(**(base | needed | options))
 

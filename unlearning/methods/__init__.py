@@ -1,1 +1,1 @@
-"""The methods FLAT is compared with, one file each: a config, and a trainer that names its loss function."""
+"""FLAT and the methods it is compared with, one file each: a config, and a trainer that names its loss function."""

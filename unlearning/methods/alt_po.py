@@ -1,13 +1,10 @@
-"""AltPO: IdkDPO with plausible alternate answers, written by the model itself, as templates (arXiv:2409.13474)."""
+"""AltPO: IdkDPO with plausible alternate answers, written by the model itself, as templates."""
 
-from __future__ import annotations
+from dataclasses import dataclass
 
-from dataclasses import dataclass, field
-
+from fdiv.training.config import option
 from fdiv.unlearning.data.templates import TEMPLATE_SOURCES
 from fdiv.unlearning.methods.idk_dpo import IdkDPOConfig, IdkDPOTrainer
-
-__all__ = ["ALTERNATE_INSTRUCTION", "AltPOConfig", "AltPOTrainer"]
 
 ALTERNATE_INSTRUCTION = (
     "Question: {question}\nAnswer: {answer}\n"
@@ -17,15 +14,13 @@ ALTERNATE_INSTRUCTION = (
 
 @dataclass
 class AltPOConfig(IdkDPOConfig):
-    """Configuration of `AltPOTrainer`: that of IdkDPO, with five generated answers per row to draw from.
+    """Configuration of `AltPOTrainer`: that of IdkDPO, with five generated answers per row to choose from.
 
     A base model that follows no instructions wants `template_source: column` with answers from elsewhere.
     """
 
-    template_source: str = field(
-        default="generated", metadata={"help": "Where alternate answers come from.", "choices": TEMPLATE_SOURCES}
-    )
-    template_answers_per_row: int = field(default=5, metadata={"help": "Alternate answers per row."})
+    template_source: str = option("generated", "Where alternate answers come from", choices=TEMPLATE_SOURCES)
+    template_answers_per_row: int = option(5, "Alternate answers per row", least=1)
 
     def __post_init__(self) -> None:
         if self.template_source == "generated" and self.template_instruction is None:

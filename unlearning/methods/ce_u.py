@@ -1,32 +1,22 @@
-"""CE-U: cross-entropy to the policy's own distribution without the answer token (Yang 2025, arXiv:2503.01224)."""
+"""CE-U (Yang 2025): mean token CE(sg softmax(z, answer token at −∞), p_θ), the first answer tokens left out."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from fdiv.unlearning.config import UnlearningConfig
+from fdiv.training.config import option
+from fdiv.unlearning.config import UnlearningConfig, retain_option
 from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 from fdiv.unlearning.vocabulary_losses import ce_u
-
-__all__ = ["CEUConfig", "CEUTrainer"]
 
 
 @dataclass
 class CEUConfig(UnlearningConfig):
     """Configuration of `CEUTrainer`: the shared keys and how many leading answer tokens are left out."""
 
-    skip_first: int = field(default=1, metadata={"help": "Leading answer tokens that are left out."})
-    retain_term: str = field(
-        default="none", metadata={"help": "Retain half of the loss.", "choices": ("none", "nll", "divergence")}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.skip_first < 0:
-            raise ValueError(f"skip_first={self.skip_first}: must be at least 0")
+    skip_first: int = option(1, "Leading answer tokens that are left out", least=0)
+    retain_term: str = retain_option("none", "nll", "divergence")
 
 
 class CEUTrainer(UnlearningTrainer):
@@ -38,6 +28,5 @@ class CEUTrainer(UnlearningTrainer):
     forget_needs_logits = True
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
-        """Cross-entropy to the detached own distribution with the answer token left out."""
         forget = scores["forget"]
         return ce_u(forget.logits, forget.token_ids, forget.mask, self.args.skip_first)

@@ -1,18 +1,17 @@
-"""FLAT: unlearning by maximising a variational divergence between template and forget answers, for every f.
+"""FLAT: −g(P_e) + f*(g(P_f)), g the f-GAN activation of f, P_e and P_f the scores of template and forget answer.
 
-Wang et al., "LLM Unlearning via Loss Adjustment with Only Forget Data", ICLR 2025, arXiv:2410.11143.
+Wang et al., "LLM Unlearning via Loss Adjustment with Only Forget Data", ICLR 2025. Every f; forget data only.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fdiv.divergences import get_divergence
-from fdiv.unlearning.config import TemplateConfig, named_divergence
+from fdiv.training.config import DivergenceOptions, divergence_option, option
+from fdiv.unlearning.config import TemplateConfig, retain_option
 from fdiv.unlearning.losses import (
     OFFICIAL_FLAT_DIVERGENCES,
     REDUCTIONS,
@@ -23,51 +22,40 @@ from fdiv.unlearning.losses import (
 from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
-__all__ = ["FLATConfig", "FLATTrainer"]
-
 
 @dataclass
-class FLATConfig(TemplateConfig):
-    r"""Configuration of `FLATTrainer`.
+class FLATConfig(DivergenceOptions, TemplateConfig):
+    r"""Configuration of `FLATTrainer`: the shared keys and those below.
 
-    Args:
-        divergence: f, any entry of the registry; the paper reports `total_variation`, `reverse_kl` (its "KL"),
-            `jensen_shannon` and `pearson_chi2`.
-        reduction: how an answer's token probabilities become its score; see `fdiv.unlearning.losses.answer_score`.
-        compat: `paper`, the paper's formula per example; `official`, the released code's padded batch mean: every
-            position up to `max_length` counts, and g sees the mean over the micro-batch. The latter is a statistic of
-            the micro-batch, so the run depends on how the global batch is split.
-        retain_term: `none` is the paper's FLAT, which needs no retain rows and no reference.
+    `retain_term: none` is the paper's FLAT, which needs no retain rows and no reference. `compat: official` is a
+    statistic of the micro-batch: every position up to `max_length` counts, and g sees its mean, so the run depends on
+    how the global batch is split.
 
     Raises:
         ValueError: `compat: official` with a divergence whose sign is wrong in the released code, or with another
             reduction.
     """
 
-    _VALID_DICT_FIELDS = [*TemplateConfig._VALID_DICT_FIELDS, "divergence"]
-
-    divergence: dict[str, Any] | str | None = field(
-        default="total_variation", metadata={"help": "f: a name, or a mapping with parameters."}
+    divergence: dict[str, Any] | str | None = divergence_option(
+        "total_variation",
+        'The f, any of them; the paper reports `total_variation`, `reverse_kl` (its "KL"), `jensen_shannon` and '
+        "`pearson_chi2`",
     )
-    reduction: str = field(
-        default="token_mean",
-        metadata={"help": "Score of an answer from its token probabilities.", "choices": REDUCTIONS},
+    reduction: str = option(
+        "token_mean",
+        "How an answer's token probabilities become its score, see `fdiv.unlearning.losses.answer_score`",
+        choices=REDUCTIONS,
     )
-    compat: str = field(
-        default="paper",
-        metadata={"help": "The paper's formula, or the released code's batch mean.", "choices": ("paper", "official")},
+    compat: str = option(
+        "paper",
+        "`paper`, the paper's formula per example, or `official`, the released code's padded batch mean",
+        choices=("paper", "official"),
     )
-    retain_term: str = field(
-        default="none", metadata={"help": "Retain half of the loss.", "choices": ("none", "nll", "divergence")}
-    )
+    retain_term: str = retain_option("none", "nll", "divergence")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        divergence = named_divergence(self.divergence, "divergence")
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(f"reduction={self.reduction!r}: use one of {', '.join(REDUCTIONS)}")
-        if self.compat not in ("paper", "official"):
-            raise ValueError(f"compat={self.compat!r}: use 'paper' or 'official'")
+        divergence = get_divergence(self.divergence)
         if self.compat == "official" and divergence.name not in OFFICIAL_FLAT_DIVERGENCES:
             raise ValueError(
                 f"compat=official with divergence={divergence.name!r}: the released code has the right sign for "
@@ -111,8 +99,7 @@ class FLATTrainer(UnlearningTrainer):
         return tuple(answer_score(part.log_probs, part.mask, self.args.reduction) for part in rows)
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
-        """−g(P_e) + f*(g(P_f))."""
-        return flat_loss(*self._answer_scores(scores), self.args.divergence)
+        return flat_loss(*self._answer_scores(scores), self.divergence)
 
     @torch.no_grad()
     def method_columns(self, scores: dict[str, RoleScores]) -> dict[str, Tensor]:

@@ -1,52 +1,38 @@
-"""JensUn: the token-level divergence pair, a refusal pattern on forget answers and the reference on retain answers.
+"""JensUn (Singh et al. 2025): mean token D_f(p_θ‖onehot(refusal token)) on forget, D_f(p_θ‖p_ref) on retain answers.
 
-Singh et al. 2025 (arXiv:2509.02820) take Jensen–Shannon for both halves; here each may be any f that is
-lawful for it.
+The paper takes Jensen–Shannon for both halves; here each may be any f that is valid for it.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fdiv.unlearning.config import UnlearningConfig, named_divergence
+from fdiv.training.config import DivergenceOptions, divergence_option, option
+from fdiv.unlearning.config import UnlearningConfig, retain_option
 from fdiv.unlearning.data import UnlearningCollator
 from fdiv.unlearning.losses import check_one_hot_divergence, jensun
 from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
-__all__ = ["JensUnConfig", "JensUnTrainer"]
-
 
 @dataclass
-class JensUnConfig(UnlearningConfig):
-    """Configuration of `JensUnTrainer`.
+class JensUnConfig(DivergenceOptions, UnlearningConfig):
+    """Configuration of `JensUnTrainer`: the shared keys and those below."""
 
-    Args:
-        divergence: f of the forget half; needs f'(∞) < ∞, since the target is one-hot.
-        pattern: text whose tokens are repeated over the forget answer's positions as the target.
-        retain_divergence: f of the retain half, any.
-    """
-
-    _VALID_DICT_FIELDS = [*UnlearningConfig._VALID_DICT_FIELDS, "divergence"]
-
-    divergence: dict[str, Any] | str | None = field(
-        default="jensen_shannon", metadata={"help": "f of the forget half, with a finite slope at infinity."}
+    divergence: dict[str, Any] | str | None = divergence_option(
+        "jensen_shannon", "f of the forget half, with f'(∞) < ∞, since the target is one-hot"
     )
-    pattern: str = field(default=" No idea", metadata={"help": "Refusal whose tokens are repeated as the target."})
-    retain_term: str = field(
-        default="divergence", metadata={"help": "Retain half of the loss.", "choices": ("none", "nll", "divergence")}
+    pattern: str = option(" No idea", "Refusal whose tokens are repeated over the forget answer as the target")
+    retain_term: str = retain_option("divergence", "none", "nll")
+    retain_divergence: dict[str, Any] | str | None = divergence_option(
+        "jensen_shannon", "f of the retain half, policy against reference"
     )
-    retain_divergence: dict[str, Any] | str | None = field(
-        default="jensen_shannon", metadata={"help": "f of the retain half, policy against reference."}
-    )
+    check_divergence = staticmethod(check_one_hot_divergence)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_one_hot_divergence(named_divergence(self.divergence, "divergence"))
         if not self.pattern:
             raise ValueError("pattern is empty: give the refusal to steer to, for example ' No idea'")
 
@@ -74,6 +60,5 @@ class JensUnTrainer(UnlearningTrainer):
         return log_probs.masked_scatter(forget.mask, chosen - scores.logsumexp(-1))
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
-        """D_f(policy ‖ one-hot pattern), mean over the forget answer's positions."""
         forget = scores["forget"]
-        return jensun(self._target_log_probs(forget), forget.mask, self.args.divergence)
+        return jensun(self._target_log_probs(forget), forget.mask, self.divergence)

@@ -1,28 +1,21 @@
-"""NPO: negative preference optimisation (Zhang et al. 2024, arXiv:2404.05868)."""
+"""NPO, negative preference optimisation (Zhang et al. 2024): forget term −(2/β)·log σ(−β·log(P/Q)(y_f))."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from fdiv.unlearning.config import UnlearningConfig, check_positive
+from fdiv.training.config import option
+from fdiv.unlearning.config import UnlearningConfig
 from fdiv.unlearning.losses import npo
 from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
-
-__all__ = ["NPOConfig", "NPOTrainer"]
 
 
 @dataclass
 class NPOConfig(UnlearningConfig):
     """Configuration of `NPOTrainer`: the shared keys and β (0.1 in the paper)."""
 
-    beta: float = field(default=0.1, metadata={"help": "Inverse temperature of NPO, above 0."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta")
+    beta: float = option(0.1, "Inverse temperature β", above=0)
 
 
 class NPOTrainer(UnlearningTrainer):
@@ -34,5 +27,4 @@ class NPOTrainer(UnlearningTrainer):
     forget_needs_reference = True
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
-        """−(2/β)·log σ(−β·log-ratio of the forget answer)."""
         return npo(scores["forget"].log_ratio, self.args.beta)

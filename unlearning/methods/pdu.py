@@ -1,60 +1,46 @@
-"""PDU: flatten the logits on forget answers under a constraint on the retain loss (arXiv:2506.05314).
+"""PDU: mean token (max_v z_v − mean_v z_v)² on forget answers under a constraint on the retain loss R.
 
 min F + λ·(R − ε), and after every step (past the warm-up) λ ← max(0, λ + η·(R − ε)), R the retain loss of the whole
 step, over all processes and accumulation steps.
 """
 
-from __future__ import annotations
-
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from fdiv.unlearning.config import UnlearningConfig
+from fdiv.training.config import option
+from fdiv.unlearning.config import UnlearningConfig, retain_option
 from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 from fdiv.unlearning.vocabulary_losses import pdu
-
-__all__ = ["PDUConfig", "PDUTrainer"]
 
 _STATE_FILE = "pdu_state.json"
 
 
 @dataclass
 class PDUConfig(UnlearningConfig):
-    """Configuration of `PDUTrainer`; published for TOFU: ε = 0.3, start λ = 100, η = 5, warm-up 5 epochs.
+    """Configuration of `PDUTrainer`; published for TOFU: ε = 0.3, start λ = 100, η = 5, warm-up 5 epochs."""
 
-    Args:
-        retain_epsilon: ε, the retain loss that is allowed; it has no default, since it is the model's own.
-        retain_weight: λ at the start.
-        dual_step: η. dual_warmup_epochs: epochs during which λ stays.
-    """
-
-    retain_terms: ClassVar[tuple[str, ...]] = ("nll", "divergence")
-    retain_reason: ClassVar[str] = "PDU is a constraint on the retain loss"
-
-    retain_epsilon: float | None = field(default=None, metadata={"help": "Allowed retain loss; required."})
-    retain_weight: float = field(default=50.0, metadata={"help": "Lagrange multiplier at the start (lambda)."})
-    dual_step: float = field(default=1.0, metadata={"help": "Step size of the multiplier (eta)."})
-    dual_warmup_epochs: float = field(default=5.0, metadata={"help": "Epochs during which the multiplier stays."})
+    retain_term: str = retain_option("nll", "divergence", why="PDU is a constraint on the retain loss")
+    retain_epsilon: float | None = option(None, "ε, the retain loss that is allowed; required, it is the model's own")
+    retain_weight: float = option(50.0, "λ at the start, the weight of the constraint", least=0)
+    dual_step: float = option(1.0, "η, step size of λ", least=0)
+    dual_warmup_epochs: float = option(5.0, "Epochs during which λ stays", least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.retain_epsilon is None:
             raise ValueError("retain_epsilon is not set: give the retain loss that is allowed (0.3 for TOFU)")
-        if self.dual_step < 0 or self.dual_warmup_epochs < 0:
-            raise ValueError(f"dual_step={self.dual_step}, dual_warmup_epochs={self.dual_warmup_epochs}: at least 0")
 
 
 class _DualStep(TrainerCallback):
     """Moves the multiplier after each optimizer step."""
 
-    def __init__(self, trainer: PDUTrainer) -> None:
+    def __init__(self, trainer: "PDUTrainer") -> None:
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -76,7 +62,6 @@ class PDUTrainer(UnlearningTrainer):
         self.add_callback(_DualStep(self))
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
-        """Squared gap between the largest and the mean logit."""
         return pdu(scores["forget"].logits, scores["forget"].mask)
 
     def retain_weight(self) -> float:

@@ -1,52 +1,45 @@
-"""RMU: push one layer's activations on forget answers towards a random vector (Li et al. 2024, arXiv:2403.03218)."""
+"""RMU (Li et al. 2024): mean token ‖h_t − c·u‖²/D on forget answers, ‖h_t − h_t^ref‖²/D on retain answers, one layer.
 
-from __future__ import annotations
+u is a random unit vector, uniform on [0, 1)^D and normed; the layers above the steered one are frozen.
+"""
 
 import re
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fdiv.unlearning.config import UnlearningConfig, check_positive
+from fdiv.training.config import option
+from fdiv.unlearning.config import UnlearningConfig, retain_option
 from fdiv.unlearning.losses import nll, rmu
 from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
-__all__ = ["RMUConfig", "RMUTrainer"]
-
 
 @dataclass
 class RMUConfig(UnlearningConfig):
-    r"""Configuration of `RMUTrainer`.
+    r"""Configuration of `RMUTrainer`: the shared keys and those below.
 
-    Args:
-        layer: the layer whose output is steered, counted from 0; not the last one, whose output is only seen normed.
-        steering_coefficient: c, the length of the target vector (2 for TOFU in open-unlearning, 6.5 for WMDP).
-        trainable: regular expression over parameter names; only matching parameters of layers 0 … `layer` are
-            trained. The paper: `layers\.(5|6|7)\.mlp\.down_proj`. None trains all of them. Parameters above the layer
-            get no gradient and are frozen, so that weight decay does not move them.
-        retain_term: `activations`, the same layer's squared error to the reference on retain answers.
+    Parameters above the layer get no gradient and are frozen, so that weight decay does not move them.
     """
 
-    retain_terms: ClassVar[tuple[str, ...]] = ("activations", "none")
-    retain_reason: ClassVar[str] = "The layers above the steered one are frozen, so only its activations can be held"
-
-    layer: int = field(default=7, metadata={"help": "Layer whose output is steered, from 0."})
-    steering_coefficient: float = field(default=2.0, metadata={"help": "Length of the random target vector."})
-    trainable: str | None = field(
-        default=None, metadata={"help": "Regular expression over the names of the parameters to train."}
+    layer: int = option(
+        7, "Layer whose output is steered, from 0; not the last one, whose output is only seen normed", least=0
     )
-    retain_term: str = field(
-        default="activations", metadata={"help": "Retain half of the loss.", "choices": ("activations", "none")}
+    steering_coefficient: float = option(
+        2.0, "c, the length of the target vector (2 for TOFU in open-unlearning, 6.5 for WMDP)", above=0
+    )
+    trainable: str | None = option(
+        None,
+        "Regular expression over the names of the parameters of layers 0 … `layer` to train (the paper: "
+        r"`layers\.(5|6|7)\.mlp\.down_proj`); not set: all of them",
+    )
+    retain_term: str = retain_option(
+        "activations", "none", why="The layers above the steered one are frozen, so only its activations can be held"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "steering_coefficient")
-        if self.layer < 0:
-            raise ValueError(f"layer={self.layer}: must be at least 0")
         if self.precompute_reference:
             raise ValueError("precompute_reference keeps log-probabilities only, and RMU compares activations")
 

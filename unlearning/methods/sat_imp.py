@@ -1,17 +1,14 @@
-"""SatImp: gradient ascent weighted by saturation and importance (Yang et al. 2025, arXiv:2505.11953)."""
+"""SatImp (Yang et al. 2025): mean of sg(p_t^β₁·(1 − p_t)^β₂)·log p_t over the forget answer's tokens."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from fdiv.training.config import option
 from fdiv.unlearning.config import UnlearningConfig
 from fdiv.unlearning.losses import sat_imp
 from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
-
-__all__ = ["SatImpConfig", "SatImpTrainer"]
 
 
 @dataclass
@@ -21,14 +18,9 @@ class SatImpConfig(UnlearningConfig):
     The authors' README and code give α = 0.1, γ = 1 (as here); open-unlearning's YAML has them the other way round.
     """
 
-    beta1: float = field(default=5.0, metadata={"help": "Exponent of p (saturation)."})
-    beta2: float = field(default=1.0, metadata={"help": "Exponent of 1 - p (importance)."})
-    retain_weight: float = field(default=0.1, metadata={"help": "Weight of the retain term (alpha)."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beta1 < 0 or self.beta2 < 0:
-            raise ValueError(f"beta1={self.beta1}, beta2={self.beta2}: both must be at least 0")
+    beta1: float = option(5.0, "β₁, exponent of p (saturation)", least=0)
+    beta2: float = option(1.0, "β₂, exponent of 1 − p (importance)", least=0)
+    retain_weight: float = option(0.1, "α, the weight of the retain term", least=0)
 
 
 class SatImpTrainer(UnlearningTrainer):
@@ -39,5 +31,4 @@ class SatImpTrainer(UnlearningTrainer):
     paper = "arXiv:2505.11953"
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
-        """Mean of p^β₁·(1−p)^β₂·log p over the forget answer's tokens, weights detached."""
         return sat_imp(scores["forget"].log_probs, scores["forget"].mask, self.args.beta1, self.args.beta2)

@@ -1,30 +1,23 @@
-"""SimNPO: NPO without a reference, length-normalised (Fan et al. 2024, arXiv:2410.07163)."""
+"""SimNPO, NPO without a reference, length-normalised (Fan et al. 2024): −(2/β)·log σ(β·(mean token NLL(y_f) − δ))."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from fdiv.unlearning.config import UnlearningConfig, check_positive
+from fdiv.training.config import option
+from fdiv.unlearning.config import UnlearningConfig
 from fdiv.unlearning.losses import simnpo
 from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
-
-__all__ = ["SimNPOConfig", "SimNPOTrainer"]
 
 
 @dataclass
 class SimNPOConfig(UnlearningConfig):
     """Configuration of `SimNPOTrainer`: the shared keys, β and the margin δ; defaults as published for TOFU."""
 
-    beta: float = field(default=4.5, metadata={"help": "Inverse temperature of SimNPO, above 0."})
-    delta: float = field(default=0.0, metadata={"help": "Margin in nats per token (the paper's gamma / beta)."})
-    forget_weight: float = field(default=0.125, metadata={"help": "Weight of the forget term (gamma)."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta")
+    beta: float = option(4.5, "Inverse temperature β", above=0)
+    delta: float = option(0.0, "Margin δ in nats per token (the paper's γ/β)")
+    forget_weight: float = option(0.125, "γ, the weight of the forget term", least=0)
 
 
 class SimNPOTrainer(UnlearningTrainer):
@@ -35,5 +28,4 @@ class SimNPOTrainer(UnlearningTrainer):
     paper = "arXiv:2410.07163"
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
-        """−(2/β)·log σ(β·(mean token NLL − δ))."""
         return simnpo(scores["forget"].log_probs, scores["forget"].mask, self.args.beta, self.args.delta)

@@ -1,32 +1,24 @@
-"""UNDIAL: self-distillation with the answer token's logit lowered (Dong et al. 2024, arXiv:2402.10052)."""
+"""UNDIAL, self-distillation (Dong et al. 2024): mean token CE(softmax(z_ref − β·onehot(y_t)), p_θ)."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from fdiv.unlearning.config import UnlearningConfig
+from fdiv.training.config import option
+from fdiv.unlearning.config import UnlearningConfig, retain_option
 from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 from fdiv.unlearning.vocabulary_losses import undial
-
-__all__ = ["UNDIALConfig", "UNDIALTrainer"]
 
 
 @dataclass
 class UNDIALConfig(UnlearningConfig):
     """Configuration of `UNDIALTrainer`: the shared keys and β; published: β = 10, rate 1e-4, no retain term."""
 
-    beta: float = field(default=10.0, metadata={"help": "Nats taken off the answer token's logit."})
-    retain_term: str = field(
-        default="none", metadata={"help": "Retain half of the loss.", "choices": ("none", "nll", "divergence")}
+    beta: float = option(
+        10.0, "β, nats taken off the answer token's logit", least=0, why="Below it the answer would be reinforced"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beta < 0:
-            raise ValueError(f"beta={self.beta}: must be at least 0, or the answer would be reinforced")
+    retain_term: str = retain_option("none", "nll", "divergence")
 
 
 class UNDIALTrainer(UnlearningTrainer):
@@ -39,6 +31,5 @@ class UNDIALTrainer(UnlearningTrainer):
     forget_needs_reference = True
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
-        """Cross-entropy to the reference's distribution with the answer token lowered by β."""
         forget = scores["forget"]
         return undial(forget.logits, forget.reference.logits, forget.token_ids, forget.mask, self.args.beta)

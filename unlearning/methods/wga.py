@@ -1,29 +1,23 @@
-"""WGA: gradient ascent weighted by the token's own probability (Wang et al. 2025, arXiv:2502.19301)."""
+"""WGA, weighted gradient ascent (Wang et al. 2025): mean of sg(p_t^β)·log p_t over the forget answer's tokens."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from fdiv.training.config import option
 from fdiv.unlearning.config import UnlearningConfig
 from fdiv.unlearning.losses import wga
 from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
-__all__ = ["WGAConfig", "WGATrainer"]
-
 
 @dataclass
 class WGAConfig(UnlearningConfig):
-    """Configuration of `WGATrainer`: the shared keys and the exponent β of the weight p^β."""
+    """Configuration of `WGATrainer`: the shared keys and the exponent β."""
 
-    beta: float = field(default=1.0, metadata={"help": "Exponent of the token probability in its weight."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beta < 0:
-            raise ValueError(f"beta={self.beta}: must be at least 0, or the weight is infinite at probability 0")
+    beta: float = option(
+        1.0, "β, exponent of the token probability in its weight", least=0, why="Below it p^β is infinite at p = 0"
+    )
 
 
 class WGATrainer(UnlearningTrainer):
@@ -34,5 +28,4 @@ class WGATrainer(UnlearningTrainer):
     paper = "arXiv:2502.19301"
 
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
-        """Mean of p^β·log p over the forget answer's tokens, weights detached."""
         return wga(scores["forget"].log_probs, scores["forget"].mask, self.args.beta)

@@ -1,0 +1,254 @@
+r"""Options of a training config, declared once: default, help and bounds stand in one line, and the rest follows.
+
+    @dataclass
+    class MyConfig(DivergenceOptions, SFTConfig):
+        "Configuration of `MyTrainer`."
+
+        beta: float = option(0.1, "Inverse temperature β", above=0)
+
+`--help` of TRL's parser, `fdiv recipes --keys` and the docstring of the class print that line with its bounds; a value
+outside them, NaN always, is refused when the config is made. Rules between options go into `__post_init__`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any
+
+from fdiv.divergences import Divergence, get_divergence
+from fdiv.divergences.saturation import LARGEST_MAX_EXPONENT
+
+__all__ = [
+    "CappedDivergenceOptions",
+    "DivergenceOptions",
+    "Options",
+    "check_options",
+    "divergence_option",
+    "named_divergence",
+    "option",
+    "refuse",
+]
+
+
+class _Declaration(str):
+    """The help text of an option, with its bounds: argparse takes every other metadata key for one of its own."""
+
+    bounds: dict[str, float]
+    choices: tuple[Any, ...]
+    why: str
+
+    @property
+    def allowed(self) -> str:
+        """The bounds in words: `above 0 and at most 1`."""
+        if self.choices:
+            return ("one of " if len(self.choices) > 1 else "") + ", ".join(map(str, self.choices))
+        return _in_words(self.bounds)
+
+
+_HOLDS = {"above": operator.gt, "least": operator.ge, "below": operator.lt, "most": operator.le}
+
+
+def _in_words(bounds: Mapping[str, float]) -> str:
+    words = {"above": "above", "least": "at least", "below": "below", "most": "at most"}
+    return " and ".join(f"{words[name]} {limit:g}" for name, limit in bounds.items())
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    choices: Sequence[Any] | None = None,
+    why: str = "",
+) -> Any:
+    """A dataclass field for one key of a config.
+
+    Args:
+        default: its value where none is given.
+        help: what it is, in a line, without a full stop; the bounds are added.
+        above, least, below, most: bounds on a number: > above, ≥ least, < below, ≤ most. NaN is refused without any.
+        choices: the values it may have.
+        why: a sentence for the error: why a value outside is refused, or what to do instead.
+    """
+    limits = {"above": above, "least": least, "below": below, "most": most}
+    bounds = {name: limit for name, limit in limits.items() if limit is not None}
+    text = help.replace("%", "%%") + (f"; {_in_words(bounds)}" if bounds else "") + "."
+    declaration = _Declaration(text)
+    declaration.bounds, declaration.choices, declaration.why = bounds, tuple(choices or ()), why
+    return field(default=default, metadata={"help": declaration} | ({"choices": list(choices)} if choices else {}))
+
+
+def check_options(config: Any) -> None:
+    """Refuse every value of a dataclass that lies outside what its `option` declares.
+
+    None passes where the type allows it. A number must be one (no bool, no text, no NaN), and whole where the type is.
+
+    Raises:
+        ValueError: `beta=-1.0: must be above 0`, for the first such key.
+    """
+    hints = _hints(type(config))
+    for entry in fields(config):
+        declared = entry.metadata.get("help")
+        if isinstance(declared, _Declaration):
+            fault = _fault(getattr(config, entry.name), hints[entry.name], declared)
+            if fault:
+                why = f". {declared.why}" if declared.why else ""
+                raise ValueError(f"{entry.name}={getattr(config, entry.name)!r}: must be {fault}{why}")
+
+
+@cache
+def _hints(config: type) -> dict[str, tuple[type, ...]]:
+    """The types that each field may have, a union taken apart."""
+    return {
+        name: typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+        for name, hint in typing.get_type_hints(config).items()
+    }
+
+
+def _fault(value: Any, kinds: tuple[type, ...], declared: _Declaration) -> str | None:
+    """What `value` must be and is not; None where it is right."""
+    if value is None and NoneType in kinds:
+        return None
+    if declared.choices:
+        return None if value in declared.choices else declared.allowed
+    numeric = int in kinds or float in kinds
+    if not numeric or (isinstance(value, str) and str in kinds):
+        return None
+    noun = "a number" if float in kinds else "a whole number"
+    if isinstance(value, bool) or not isinstance(value, Real if float in kinds else Integral) or value != value:
+        return f"{noun} {declared.allowed}".rstrip()
+    return None if all(_HOLDS[name](value, limit) for name, limit in declared.bounds.items()) else declared.allowed
+
+
+def refuse(config: Any, reasons: Mapping[str, str]) -> None:
+    """Refuse keys of TRL's config that have no meaning for the method and would be silent or change its objective.
+
+    Call it before TRL fills in what depends on them.
+
+    Args:
+        config: a dataclass; a key is set where its value is not the default of the class.
+        reasons: key → why it is refused, and what to set instead.
+
+    Raises:
+        ValueError: a key is set.
+        KeyError: the config has no such key, as after a TRL release that renames it.
+    """
+    defaults = {entry.name: default_of(entry) for entry in fields(config)}
+    for name, reason in reasons.items():
+        default, value = defaults[name], getattr(config, name)
+        if value != default:
+            raise ValueError(f"{name}={value!r} cannot be honoured: {reason}. Leave it at {default!r}")
+
+
+def default_of(entry: Field) -> Any:
+    """The default of a dataclass field, made where it has a factory."""
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
+
+
+class Options:
+    """Put it before the TRL class in the bases of a config: its options are checked, and listed in the docstring."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        kinds = vars(cls).get("__annotations__", {})
+        own = {name: vars(cls)[name] for name in kinds if isinstance(vars(cls).get(name), Field)}
+        own = {name: entry for name, entry in own.items() if isinstance(entry.metadata.get("help"), _Declaration)}
+        # Transformers reads a mapping from the command line's JSON for the keys listed here.
+        inherited = [name for base in cls.__mro__ for name in vars(base).get("_VALID_DICT_FIELDS", ())]
+        mappings = [name for name in own if "dict[" in str(kinds[name])]
+        cls._VALID_DICT_FIELDS = list(dict.fromkeys([*inherited, *mappings]))
+        cls.__doc__ = _with_options(cls.__doc__, own)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
+
+
+def _with_options(text: str | None, own: Mapping[str, Field]) -> str | None:
+    """The docstring of a config with its own options as arguments, before what it raises."""
+    if not text or not own:
+        return text
+    lines = [
+        f"    {name}: {entry.metadata['help'].replace('%%', '%')} Default: {default_of(entry)!r}."
+        for name, entry in own.items()
+    ]
+    head, raises, tail = inspect.cleandoc(text).partition("Raises:")
+    return head.rstrip() + "\n\nArgs:\n" + "\n".join(lines) + (f"\n\n{raises}{tail}" if raises else "")
+
+
+def divergence_option(default: str, what: str) -> Any:
+    """The option `divergence` of a method: `what` says which f it is and what it needs."""
+    return option(
+        default,
+        f"{what}: a registry name, or a mapping with its parameters (JSON on the command line), for instance "
+        '{"name": "alpha", "alpha": 0.3}; `fdiv divergences` lists them',
+    )
+
+
+def named_divergence(spec: Any, key: str) -> Divergence:
+    """The divergence that a config names.
+
+    Raises:
+        ValueError: `spec` is None or an object (a config holds names, so that it can be written beside the result), or
+            `get_divergence` refuses it.
+    """
+    if not isinstance(spec, (str, Mapping)):
+        raise ValueError(
+            f"{key}={spec!r}: give the name of a registered divergence, or a mapping with its parameters; register "
+            "your own with `register_divergence` first"
+        )
+    return get_divergence(spec)
+
+
+@dataclass
+class DivergenceOptions(Options):
+    """`divergence` and `normalized`, with one meaning in every method that has them."""
+
+    # `| None` is what makes HfArgumentParser pass the command line's string on unparsed; None itself is refused.
+    divergence: dict[str, Any] | str | None = divergence_option("reverse_kl", "The f of D_f(policy‖reference)")
+    normalized: bool = option(
+        False, "Divide f by f''(1), so that one weight means the same first step for every divergence"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.resolve_divergence()
+
+    def check_divergence(self, divergence: Divergence) -> Divergence:
+        """`divergence`, where the method can use it; ValueError with the reason elsewhere."""
+        return divergence
+
+    def resolve_divergence(self) -> Divergence:
+        """The `Divergence` of the loss: `divergence`, scaled to f″(1) = 1 where `normalized` is set.
+
+        Raises:
+            ValueError: none that is registered, one that the method cannot use, or one without f″(1) (total
+                variation) with `normalized`.
+        """
+        divergence = self.check_divergence(named_divergence(self.divergence, "divergence"))
+        return divergence.normalized() if self.normalized else divergence
+
+
+@dataclass
+class CappedDivergenceOptions(DivergenceOptions):
+    """Adds `max_exponent`, for a loss that takes f or f′ of a log-ratio without bound."""
+
+    max_exponent: float | None = option(
+        None,
+        "Overflow cap on the exponents in f and f'; above it they continue logarithmically. Not set: the registry's "
+        "own, 60",
+        above=0,
+        most=LARGEST_MAX_EXPONENT,
+    )
