@@ -21,7 +21,7 @@ from fdiv.training.config import (
 CONFIGS = [
     *((f"fdiv.alignment:{name}Config") for name in ("FDPO", "D2O", "FDPG")),
     "fdiv.rl:DPHConfig",
-    "fdiv.rl.presample_config:PresampleConfig",
+    "fdiv.rl.presample.config:PresampleConfig",
     *(
         f"fdiv.unlearning:{name}Config"
         for name in (
@@ -61,7 +61,7 @@ def outside(entry, help_text):
     if help_text.choices:
         yield "no such choice"
     if help_text.bounds:
-        yield from (float("nan"), True, "fast")
+        yield from (float("nan"), float("inf"), float("-inf"), True, "fast")
         if whole:
             yield 2.5
 
@@ -150,16 +150,17 @@ class Toy(Options):
     [
         ({"rate": 0}, "rate=0: must be above 0 and at most 1. Above it nothing is left"),
         ({"rate": 1.5}, "rate=1.5: must be above 0 and at most 1. Above it nothing is left"),
-        ({"rate": float("nan")}, "rate=nan: must be a number above 0 and at most 1. Above it nothing is left"),
-        ({"rate": None}, "rate=None: must be a number above 0 and at most 1. Above it nothing is left"),
+        ({"rate": float("nan")}, "rate=nan: must be a finite number above 0 and at most 1. Above it nothing is left"),
+        ({"rate": None}, "rate=None: must be a finite number above 0 and at most 1. Above it nothing is left"),
         ({"count": 0}, "count=0: must be at least 1"),
         ({"count": 1.5}, "count=1.5: must be a whole number at least 1"),
         ({"count": True}, "count=True: must be a whole number at least 1"),
         ({"bound": -1.0}, "bound=-1.0: must be above 0"),
-        ({"bound": "1"}, "bound='1': must be a number above 0"),
+        ({"bound": float("inf")}, "bound=inf: must be a finite number above 0"),
+        ({"bound": "1"}, "bound='1': must be a finite number above 0"),
         ({"mode": "slo"}, "mode='slo': must be one of fast, slow"),
         ({"mode": None}, "mode=None: must be one of fast, slow"),
-        ({"share": float("nan")}, "share=nan: must be a number"),
+        ({"share": float("nan")}, "share=nan: must be a finite number"),
     ],
 )
 def test_one_message_form(values, message):
@@ -170,7 +171,7 @@ def test_one_message_form(values, message):
 
 def test_what_lies_inside_passes():
     Toy(rate=1, count=10**9, bound=1e-300, mode="slow", share=0.5, spec={"a": 1})
-    Toy(bound=float("inf"), share="1/2")
+    Toy(share="1/2")
     assert Toy.__doc__ == (
         "A toy.\n\nArgs:\n"
         "    rate: Rate, 50% at first; above 0 and at most 1. Default: 0.5.\n"

@@ -7,12 +7,14 @@ r"""Options of a training config, declared once: default, help and bounds stand 
         beta: float = option(0.1, "Inverse temperature β", above=0)
 
 `--help` of TRL's parser, `fdiv recipes --keys` and the docstring of the class print that line with its bounds; a value
-outside them, NaN always, is refused when the config is made. Rules between options go into `__post_init__`.
+outside them (always: NaN and infinities) is refused when the config is made. Rules between options go into
+`__post_init__`.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 import typing
 from collections.abc import Mapping, Sequence
@@ -76,7 +78,8 @@ def option(
     Args:
         default: its value where none is given.
         help: what it is, in a line, without a full stop; the bounds are added.
-        above, least, below, most: bounds on a number: > above, ≥ least, < below, ≤ most. NaN is refused without any.
+        above, least, below, most: bounds on a number: > above, ≥ least, < below, ≤ most. NaN and infinities are
+            refused without any.
         choices: the values it may have.
         why: a sentence for the error: why a value outside is refused, or what to do instead.
     """
@@ -91,7 +94,7 @@ def option(
 def check_options(config: Any) -> None:
     """Refuse every value of a dataclass that lies outside what its `option` declares.
 
-    None passes where the type allows it. A number must be one (no bool, no text, no NaN), and whole where the type is.
+    None passes where the type allows it. A number must be finite, no bool and no text, and whole where the type is.
 
     Raises:
         ValueError: `beta=-1.0: must be above 0`, for the first such key.
@@ -124,8 +127,8 @@ def _fault(value: Any, kinds: tuple[type, ...], declared: _Declaration) -> str |
     numeric = int in kinds or float in kinds
     if not numeric or (isinstance(value, str) and str in kinds):
         return None
-    noun = "a number" if float in kinds else "a whole number"
-    if isinstance(value, bool) or not isinstance(value, Real if float in kinds else Integral) or value != value:
+    noun, kind = ("a finite number", Real) if float in kinds else ("a whole number", Integral)
+    if isinstance(value, bool) or not isinstance(value, kind) or value in (math.inf, -math.inf) or value != value:
         return f"{noun} {declared.allowed}".rstrip()
     return None if all(_HOLDS[name](value, limit) for name, limit in declared.bounds.items()) else declared.allowed
 

@@ -15,7 +15,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from torch.utils.data import Sampler
 
 from fdiv.errors import RolloutError
 from fdiv.models.loading import check_fits
+from fdiv.training.config import Options, option
 
 if TYPE_CHECKING:
     pass
@@ -62,25 +63,16 @@ GRPO_LOSS_KEYS = (
 
 
 @dataclass
-class RolloutConfig:
-    """Keys a trainer config inherits to choose the rollout back end (beside TRL's `use_vllm` family).
+class RolloutConfig(Options):
+    """Keys a trainer config inherits to choose the rollout back end (beside TRL's `use_vllm` family)."""
 
-    Args:
-        rollout_server_url: Base URL of a vLLM server to sample from over HTTP, for instance http://localhost:8000.
-        rollout_sync_dir: Directory the trainer and that server share, through which weights are handed over. None:
-            `vllm_weights` inside `output_dir`.
-    """
-
-    rollout_server_url: str | None = field(
-        default=None,
-        metadata={"help": "Base URL of a vLLM server to sample from over HTTP, for instance http://localhost:8000."},
+    rollout_server_url: str | None = option(
+        None, "Base URL of a vLLM server to sample from over HTTP, for instance http://localhost:8000"
     )
-    rollout_sync_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Directory shared with that server, through which weights are handed over. Not set: vllm_weights "
-            "inside output_dir."
-        },
+    rollout_sync_dir: str | None = option(
+        None,
+        "Directory the trainer and that server share, through which weights are passed; not set: `vllm_weights` in "
+        "`output_dir`",
     )
 
     def server_rollouts(self) -> Callable | None:

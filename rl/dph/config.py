@@ -1,33 +1,26 @@
 """Configuration of DPH-RL."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trl import GRPOConfig
 
 from fdiv.divergences import Divergence
-from fdiv.divergences.saturation import check_max_exponent
 from fdiv.memory.step_shape import StepShape, rollout_tokens, sampled_at_once
 from fdiv.rl.advantages import Advantage, resolve_advantage
 from fdiv.rl.dph.loss import REHEARSAL_LEVELS, check_rehearsal_divergence
 from fdiv.rl.kl_estimators import KLEstimator, list_kl_estimators, resolve_kl
+from fdiv.training.config import CappedDivergenceOptions, divergence_option, option
 from fdiv.training.rollouts import RolloutConfig
 
 __all__ = ["DPHConfig"]
 
-_CHOICES: dict[str, Sequence[str]] = {
-    "level": REHEARSAL_LEVELS,
-    "rehearsal_weighting": ("literal", "pooled"),
-    "rehearsal_form": ("generator", "definition"),
-    "definition_gradient": ("score", "pathwise"),
-}
-
 
 @dataclass
-class DPHConfig(RolloutConfig, GRPOConfig):
-    r"""Configuration of `DPHTrainer`: every key of TRL's `GRPOConfig` (the exploring part is its loss, of any
-    `loss_type`, with beta = 0), the rollout keys of `RolloutConfig`, and those below.
+class DPHConfig(CappedDivergenceOptions, RolloutConfig, GRPOConfig):
+    """Configuration of `DPHTrainer`: every key of TRL's `GRPOConfig` (the exploring part is its loss, of any
+    `loss_type`, with beta = 0), `divergence`, `normalized`, `max_exponent`, the rollout keys of `RolloutConfig`,
+    and those below.
 
     The loss of an optimizer step with N completions and R rehearsal rows is
 
@@ -37,110 +30,75 @@ class DPHConfig(RolloutConfig, GRPOConfig):
     all N + R rows, as the released code takes it, up to the common factor N/(N + R); with its 256 rows beside 2,048
     completions a published η is worth η/8 here: JS at η = 0.2 is `literal` with 0.025.
 
-    Args:
-        divergence: The f of D_f(π‖π_ref) on rehearsal rows: a registry name, or a mapping with its parameters.
-            `jensen_shannon` is the released DPH-JS (twice the textbook's), `forward_kl` DPH-F.
-        rehearsal_cache: File of verified reference samples with their log-probabilities, made by `fdiv presample`.
-            None: plain GRPO.
-        rehearsal_coefficient: η. At 0 the rows are scored for the log only.
-        rehearsal_weighting: `literal` or `pooled`, see above.
-        rehearsal_batch_size: R, rows per optimizer step over all processes. None: an eighth of the step's completions
-            (256 beside 2,048 in the release), at least one and at most the cache.
-        level: `token` (f of each token's ratio, averaged over the row) or `sequence` (f of the completion's ratio).
-        coefficient_clip: Upper bound of |u·f′(u)|, the weight with which a token is pulled; its value stays exact.
-        max_exponent: Overflow cap on the exponents in f, in (0, 80]. None: the registry's own, 60.
-        rehearsal_form: `generator` (f on cached rows, no reference model), or `definition`: Jensen-Shannon as
-            KL(π_ref‖m) on the cached rows plus KL(π‖m) on the rollouts, which needs a live reference.
-        definition_gradient: For `definition`: `score` (the gradient of KL(π‖m)) or `pathwise` (autograd through its
-            estimate, as released, which is another gradient; see `fdiv.rl.dph.loss.js_on_policy`).
-        reward: What scores completions: a mapping `{name: …}` for `fdiv.rl.rewards.build_reward`. May be left out when
-            the trainer is given `reward_funcs`.
-        advantage: How rewards of a group become advantages: `{name: pkpo, k: 4}` and the like, see
-            `fdiv.rl.advantages`. None: TRL's own (`scale_rewards`).
-        kl: Penalty on the KL to a live reference, estimated on rollouts, see `fdiv.rl.kl_estimators`. None: no penalty
-            and no reference. `k3_loss` is GRPO's.
-        kl_coefficient: β, what the penalty is multiplied by.
-
     Raises:
         ValueError: an unknown divergence, advantage or estimator, a value outside its range, or options that exclude
             each other.
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "divergence", "reward", "advantage"]
-
-    disable_dropout: bool = field(
-        default=True,
-        metadata={"help": "Dropout would make pi in the log-ratio another model than the one that was sampled."},
+    disable_dropout: bool = option(
+        True, "Train without dropout, which would make π in the log-ratio another model than the one sampled from"
     )
-    divergence: dict[str, Any] | str | None = field(
-        default="jensen_shannon",
-        metadata={"help": "The f of D_f on rehearsal rows: a name, or a mapping. `fdiv divergences` lists them."},
+    divergence: dict[str, Any] | str | None = divergence_option(
+        "jensen_shannon",
+        "The f of D_f(π‖π_ref) on rehearsal rows (`jensen_shannon` is the released DPH-JS, twice the textbook's, "
+        "`forward_kl` is DPH-F)",
     )
-    rehearsal_cache: str | None = field(
-        default=None, metadata={"help": "File of reference samples from `fdiv presample`. Not set: plain GRPO."}
+    rehearsal_cache: str | None = option(
+        None,
+        "File of verified reference samples with their log-probabilities, made by `fdiv presample`; not set: plain "
+        "GRPO",
     )
-    rehearsal_coefficient: float = field(
-        default=0.025, metadata={"help": "Weight of the divergence on rehearsal rows; 0: it is only logged."}
+    rehearsal_coefficient: float = option(
+        0.025, "η, the weight of the divergence on rehearsal rows; at 0 they are scored for the log only", least=0
     )
-    rehearsal_weighting: str = field(
-        default="literal",
-        metadata={
-            "help": "literal: coefficient x mean over rehearsal rows. pooled: as released, x rows / completions.",
-            "choices": list(_CHOICES["rehearsal_weighting"]),
-        },
+    rehearsal_weighting: str = option(
+        "literal", "How η weighs the rehearsal rows, see above", choices=("literal", "pooled")
     )
-    rehearsal_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Rehearsal rows per optimizer step, all processes. Not set: completions of the step / 8."},
+    rehearsal_batch_size: int | None = option(
+        None,
+        "R, rehearsal rows per optimizer step over all processes; not set: an eighth of the step's completions (256 "
+        "beside 2,048 in the release), at least one and at most the cache",
+        least=1,
     )
-    level: str = field(default="token", metadata={"help": "Where f is taken.", "choices": list(REHEARSAL_LEVELS)})
-    coefficient_clip: float | None = field(
-        default=None, metadata={"help": "Upper bound of |u f'(u)|, the weight with which a token is pulled."}
+    level: str = option(
+        "token",
+        "Where f is taken: `token` (each token's ratio, averaged over the row) or `sequence` (the completion's ratio)",
+        choices=REHEARSAL_LEVELS,
     )
-    max_exponent: float | None = field(
-        default=None, metadata={"help": "Overflow cap on exponents in f, in (0, 80]. Not set: the registry's own, 60."}
+    coefficient_clip: float | None = option(
+        None, "Upper bound of |u·f'(u)|, the weight with which a token is pulled; its value stays exact", above=0
     )
-    rehearsal_form: str = field(
-        default="generator",
-        metadata={
-            "help": "generator: cached rows only. definition: Jensen-Shannon by definition, with a live reference.",
-            "choices": list(_CHOICES["rehearsal_form"]),
-        },
+    rehearsal_form: str = option(
+        "generator",
+        "`generator`: f on cached rows, no reference model; `definition`: Jensen-Shannon as KL(π_ref‖m) on the cached "
+        "rows plus KL(π‖m) on the rollouts, which needs a live reference",
+        choices=("generator", "definition"),
     )
-    definition_gradient: str = field(
-        default="score",
-        metadata={
-            "help": "For the definition form: the right gradient (score), or the released one (pathwise).",
-            "choices": list(_CHOICES["definition_gradient"]),
-        },
+    definition_gradient: str = option(
+        "score",
+        "For `definition`: `score` (the gradient of KL(π‖m)) or `pathwise` (autograd through its estimate, as "
+        "released, which is another gradient; see `fdiv.rl.dph.loss.js_on_policy`)",
+        choices=("score", "pathwise"),
     )
-    reward: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "What scores completions: {name: math | sql | code | ..., options}."}
+    reward: dict[str, Any] | str | None = option(
+        None,
+        "What scores completions: {name: math | sql | code | …, options}; may be left out when the trainer is given "
+        "`reward_funcs`",
     )
-    advantage: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Advantages from a group's rewards: {name: pkpo, k: 4}. Not set: TRL's."}
+    advantage: dict[str, Any] | str | None = option(
+        None,
+        "How rewards of a group become advantages: {name: pkpo, k: 4} and the like, see `fdiv.rl.advantages`; not "
+        "set: TRL's own (`scale_rewards`)",
     )
-    kl: str | None = field(
-        default=None,
-        metadata={"help": "KL penalty with a live reference. Not set: none.", "choices": list_kl_estimators()},
+    kl: str | None = option(
+        None,
+        "Penalty on the KL to a live reference, estimated on rollouts, see `fdiv.rl.kl_estimators` (`k3_loss` is "
+        f"GRPO's): {', '.join(list_kl_estimators())}; not set: no penalty and no reference",
     )
-    kl_coefficient: float = field(default=0.01, metadata={"help": "What the KL penalty is multiplied by."})
+    kl_coefficient: float = option(0.01, "What the KL penalty is multiplied by", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(choices)}")
-        for name in ("rehearsal_batch_size", "coefficient_clip", "kl_coefficient"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value}: must be above 0")
-        if not self.rehearsal_coefficient >= 0:
-            raise ValueError(f"rehearsal_coefficient={self.rehearsal_coefficient}: must be 0 or above")
-        check_max_exponent(self.max_exponent)
-        if isinstance(self.divergence, Divergence):
-            raise ValueError("a config holds names of divergences, so that it can be written beside the result")
-        self.resolve_divergence()
         self.resolve_kl()
         self._check_reference()
         self._check_advantage()
@@ -153,13 +111,15 @@ class DPHConfig(RolloutConfig, GRPOConfig):
             )
         if self.rehearsal_form == "definition" and (
             self.resolve_divergence().name != "jensen_shannon"
+            or self.normalized
             or self.coefficient_clip is not None
-            or self.max_exponent is not None
+            or self.max_exponent != type(self).max_exponent
         ):
             raise ValueError(
-                "rehearsal_form: definition is that of jensen_shannon, without coefficient_clip and max_exponent "
-                f"(divergence={self.divergence!r}, coefficient_clip={self.coefficient_clip}, "
-                f"max_exponent={self.max_exponent}): take rehearsal_form: generator"
+                "rehearsal_form: definition is that of jensen_shannon, without normalized, coefficient_clip and "
+                f"max_exponent (divergence={self.divergence!r}, normalized={self.normalized}, "
+                f"coefficient_clip={self.coefficient_clip}, max_exponent={self.max_exponent}): take "
+                "rehearsal_form: generator"
             )
 
     def _check_advantage(self) -> None:
@@ -181,15 +141,9 @@ class DPHConfig(RolloutConfig, GRPOConfig):
             )
 
     # ---------------------------------------------------------------- what the keys name
-    def resolve_divergence(self) -> Divergence:
-        """The `Divergence` of the rehearsal term.
-
-        Raises:
-            ValueError: none, or one that is unknown or lacks a parameter.
-        """
-        if self.divergence is None:
-            raise ValueError("divergence must be set: give a name, for instance jensen_shannon")
-        return check_rehearsal_divergence(self.divergence, self.level)
+    def check_divergence(self, divergence: Divergence) -> Divergence:
+        """`divergence`, where the rehearsal term can use it at this level; ValueError with the reason elsewhere."""
+        return check_rehearsal_divergence(divergence, self.level)
 
     def resolve_kl(self) -> KLEstimator | None:
         """The estimator of the KL penalty; None without one."""

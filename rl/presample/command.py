@@ -26,7 +26,7 @@ class PresampleCommand:
 
         hints = typing.get_type_hints(PresampleConfig)
         for field in dataclasses.fields(PresampleConfig):
-            text = field.metadata["help"].replace("%", "%%")
+            text = field.metadata["help"]
             if hints[field.name] is bool:
                 parser.add_argument(f"--{field.name}", action="store_true", help=text)
                 continue

@@ -178,10 +178,10 @@ def test_nothing_scored_moves_nothing(tiny_model_dir, tmp_path):
         ({"beta": 0.1}, "set kl: k3_loss and kl_coefficient"),
         ({"divergence": "kl"}, "reverse_kl"),
         ({"divergence": {"name": "alpha"}}, "alpha"),
-        ({"divergence": None}, "must be set"),
+        ({"divergence": None}, "divergence=None: give the name"),
         ({"level": "word"}, "level='word': must be one of token, sequence"),
         ({"rehearsal_weighting": "mean"}, "rehearsal_weighting='mean': must be one of literal, pooled"),
-        ({"rehearsal_batch_size": 0}, "rehearsal_batch_size=0: must be above 0"),
+        ({"rehearsal_batch_size": 0}, "rehearsal_batch_size=0: must be at least 1"),
         ({"coefficient_clip": -1.0}, "coefficient_clip=-1.0: must be above 0"),
         ({"rehearsal_coefficient": -0.1}, "rehearsal_coefficient=-0.1"),
         ({"rehearsal_coefficient": math.nan}, "rehearsal_coefficient=nan"),
@@ -192,7 +192,8 @@ def test_nothing_scored_moves_nothing(tiny_model_dir, tmp_path):
         ({"advantage": "rloo", "scale_rewards": "none"}, "leave scale_rewards='none' out"),
         ({"kl": "k1_reward", "scale_rewards": "batch"}, "cannot be honoured"),
         ({"rehearsal_form": "definition", "divergence": "forward_kl"}, "definition is that of jensen_shannon"),
-        ({"rehearsal_form": "definition", "coefficient_clip": 1.0}, "without coefficient_clip"),
+        ({"rehearsal_form": "definition", "normalized": True}, "normalized=True"),
+        ({"rehearsal_form": "definition", "coefficient_clip": 1.0}, "without normalized, coefficient_clip"),
     ],
 )  # fmt: skip
 def test_config_refuses(tmp_path, settings, message):

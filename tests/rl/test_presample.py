@@ -243,7 +243,7 @@ def test_dry_run_prints_the_settings_and_writes_nothing(tiny_model_dir, rows, tm
     ("changes", "message"),
     [
         ({"threshold": "9/8"}, "threshold=9/8: a share of correct samples lies above 0"),
-        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"num_samples": 0}, "num_samples=0: must be at least 1"),
         ({"backend": "server"}, "server_url belongs to backend: server"),
         ({"reward": "nonsense"}, "unknown reward 'nonsense'"),
         ({"dataset": "absent.jsonl"}, "no such file or directory: absent.jsonl"),
