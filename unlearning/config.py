@@ -176,3 +176,10 @@ class TemplateConfig(UnlearningConfig):
             temperature=self.template_temperature,
             seed=self.seed,
         )
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Deprecated, goes with release 0.3: declare the field with `fdiv.training.config.option(…, above=0)`."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name}={getattr(config, name)}: must be above 0")

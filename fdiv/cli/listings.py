@@ -141,7 +141,7 @@ def _headline(path: Path) -> tuple[str, str]:
 
 
 def _keys(name: str) -> int:
-    """Every key a recipe for a method may hold, by group, with its type, default and help."""
+    """Every key a recipe for a method may hold, by group, with its type, choices, default, help and bounds."""
     from fdiv.files import plain
     from fdiv.recipe.check import all_keys
     from fdiv.recipe.schema import type_name
@@ -154,5 +154,6 @@ def _keys(name: str) -> int:
             sys.stdout.write(f"\n# {group}\n")
         default = "required" if key.required else plain(key.default)
         text = " ".join(key.help.replace("%%", "%").split())
-        sys.stdout.write(f"{path}: {type_name(key.type)}; default {default!r}. {text}\n")
+        choices = f", one of {', '.join(map(str, key.choices))}" if key.choices else ""
+        sys.stdout.write(f"{path}: {type_name(key.type)}{choices}; default {default!r}. {text}\n")
     return 0

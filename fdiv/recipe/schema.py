@@ -47,6 +47,7 @@ class Key:
     help: str = ""
     choices: tuple[Any, ...] | None = None
     group: str = ""
+    why: str = ""  # why no other value: an option may say so (fdiv.training.config)
 
     @property
     def required(self) -> bool:
@@ -103,6 +104,7 @@ def section_of(config: type, title: str = "", skip: Iterable[str] = ()) -> Secti
             help=str(entry.metadata.get("help", "")),
             choices=tuple(choices) if choices else None,
             group=title or config.__name__,
+            why=getattr(entry.metadata.get("help"), "why", ""),
         )
     return Section(title, keys)
 
@@ -162,7 +164,8 @@ def coerce(value: Any, key: Key, where: str) -> Any:
         raise RecipeError(f"{where}: {key.name!r} must be {type_name(key.type)}, got {_shown(shown)}")
     if key.choices and result is not None and result not in key.choices:
         allowed = ", ".join(map(str, key.choices))
-        raise RecipeError(f"{where}: {key.name!r} must be one of {allowed}, got {_shown(shown)}")
+        why = f". {key.why}" if key.why else ""
+        raise RecipeError(f"{where}: {key.name!r} must be one of {allowed}, got {_shown(shown)}{why}")
     return result
 
 

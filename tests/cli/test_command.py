@@ -121,6 +121,20 @@ def test_keys_lists_the_whole_schema(capsys, fails):
     assert "unknown method 'f_dop'" in fails("recipes", "--keys", "f_dop")
 
 
+def test_keys_print_bounds_and_choices_from_the_declaration(capsys, write_recipe, fails):
+    assert main(["recipes", "--keys", "npo"]) == 0
+    printed = capsys.readouterr().out
+    for expected in (
+        "beta: a number; default 0.1. Inverse temperature β; above 0.\n",
+        "retain_term: text, one of nll, none, divergence; default 'nll'. Retain half of the loss",
+        "utility_floor: a number; default 0.9. Share of the model utility at the start that the chosen epoch must keep; "
+        "above 0 and at most 1.\n",
+    ):
+        assert f"\n{expected}" in printed, expected
+    line = fails("run", write_recipe("retain_term: nll\n", method="grad_ascent"))
+    assert "'retain_term' must be one of none, got 'nll'. With a retain term it is the method grad_diff" in line
+
+
 def test_eval_hands_over_to_the_kind(capsys, fails):
     assert "invalid choice: 'tofuu'" in _exit_line(["eval", "tofuu"], capsys)
     assert "--model" in _exit_line(["eval", "preferences"], capsys)
