@@ -81,17 +81,17 @@ docs: setup ## build the API reference and the guides into site/
 	$(BIN)/python scripts/build_docs.py
 
 bench: setup ## run the benchmarks of a CPU; each writes its JSON to benchmarks/results
-	@for name in registry f_dpo_step_time f_dpg_step_time dph_step; do \
-		echo "$$name"; $(BIN)/python "benchmarks/$$name.py" || exit $$?; \
+	@for name in registry f_dpo_step f_dpg_step dph_step; do \
+		echo "$$name"; $(BIN)/python -m "benchmarks.$$name" || exit $$?; \
 	done
-	@echo invariance; $(BIN)/python benchmarks/invariance.py --output benchmarks/results/invariance.json
+	@echo invariance; $(BIN)/python -m tests.support.scripts.invariance --output benchmarks/results/invariance.json
 	@if [ -n "$(FDIV_SHARED)" ]; then \
 		echo reward_pool; \
-		$(BIN)/python benchmarks/reward_pool.py --data "$(FDIV_SHARED)/data" --output benchmarks/results/reward_pool.json; \
+		$(BIN)/python -m benchmarks.reward_pool --data "$(FDIV_SHARED)/data" --output benchmarks/results/reward_pool.json; \
 	else echo "reward_pool: left out, FDIV_SHARED is unset"; fi
 
 bench-gpu: setup ## run the benchmark that needs a GPU: ten minutes on one of 80 GB
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python -m benchmarks.gpu
 
 constraints: ## rewrite the pins of constraints.txt from what .venv holds
 	@$(PYTHON) scripts/setup_environment.py freeze main

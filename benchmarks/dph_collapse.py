@@ -1,6 +1,6 @@
 """Does Pass@k collapse under GRPO, and does DPH-RL prevent it? Five methods from one start, into `results/`.
 
-    python benchmarks/dph_collapse.py --task arithmetic --output results/dph_arithmetic --runs runs/dph_arithmetic
+    python -m benchmarks.dph_collapse --task arithmetic --output results/dph_arithmetic --runs runs/dph_arithmetic
 
 Protocol and budget, fixed before the runs:
 

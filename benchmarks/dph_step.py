@@ -1,6 +1,6 @@
 """A DPH-RL step against the same rows with a live reference: time and peak memory, as ratios.
 
-    python benchmarks/dph_step.py [--pairs 20] [--output FILE]
+    python -m benchmarks.dph_step [--pairs 20] [--output FILE]
 
 Three trainers get the same recorded completions and the same rehearsal rows, so sampling costs none of them anything:
 
@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paired_timing import FixedRollouts, in_turns, ratio, ready, reward, step, write_result
+
+from benchmarks.timing import FixedRollouts, in_turns, ratio, ready, reward, step, write_result
 
 TIME_GOAL = 0.85
 KINDS = ("cached", "live", "live_rehearsal")
@@ -127,7 +128,7 @@ def measure_memory(model_dir: str, options: argparse.Namespace) -> dict[str, Any
     results: dict[str, Any] = {}
     for _ in range(options.memory_repeats):
         for kind in KINDS:
-            command = [sys.executable, __file__, "--memory_of", kind, "--model_dir", model_dir]
+            command = [sys.executable, "-m", "benchmarks.dph_step", "--memory_of", kind, "--model_dir", model_dir]
             for name in ("completions", "rows", "length"):
                 command += [f"--{name}", str(getattr(options, name))]
             # One arena and a fixed threshold: what is freed goes back, so that the peak is that of live tensors.

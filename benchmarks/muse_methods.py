@@ -1,6 +1,6 @@
 """Unlearning methods side by side on a MUSE-like task built from novels, into `results/`.
 
-    FDIV_SHARED=DIR python benchmarks/muse_methods.py --output results/muse_novels --runs runs/muse --minutes 60
+    FDIV_SHARED=DIR python -m benchmarks.muse_methods --output results/muse_novels --runs runs/muse --minutes 60
 
 The protocol is that of `method_comparison.py`; epochs are selected on 40 rows of each set. The first run builds the
 task and its two models (`fdiv.recipes.tasks.novels.unlearning`).

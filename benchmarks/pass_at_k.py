@@ -1,6 +1,6 @@
 """Pass@k from an array of counts against a `math.comb` loop, in one run.
 
-    python benchmarks/pass_at_k.py            # prints the ratio, writes benchmarks/results/pass_at_k.json
+    python -m benchmarks.pass_at_k            # prints the ratio, writes benchmarks/results/pass_at_k.json
 
 10,000 problems × 256 samples × every k up to 128, values per problem; no bootstrap on either side. The loop is the
 formula as it is written, 1 − C(n−c, k)/C(n, k), with Python's exact integers.
@@ -55,7 +55,7 @@ def main() -> None:
         "ratio": loop_seconds / ours,
         "largest_difference": float(np.abs(table - expected).max()),
         "clock": "CPU time of the process",
-        "environment": environment(command_line(["benchmarks/pass_at_k.py"]).replace("fdiv", "python", 1)),
+        "environment": environment(command_line(["-m", "benchmarks.pass_at_k"]).replace("fdiv", "python", 1)),
     }
     print(f"array {1e3 * ours:.1f} ms, loop {loop_seconds:.2f} s, ratio {report['ratio']:.0f}, ", end="")
     print(f"largest difference {report['largest_difference']:.1e}")

@@ -1,6 +1,6 @@
 """Cost of the registry's scores: forward + backward on 1e6 log-ratios against the bare torch expression.
 
-    python benchmarks/registry.py                 # prints the table, writes benchmarks/results/registry.json
+    python -m benchmarks.registry                 # prints the table, writes benchmarks/results/registry.json
 
 Both sides run interleaved in one process; the ratio is the median over pairs with a bootstrap interval. The bare
 expression is what one would write without any overflow policy (it returns inf where the registry saturates). Beside it
@@ -116,7 +116,7 @@ def main() -> None:
             f"ratio {row['ratio']:.3f} [{low:.3f}, {high:.3f}]  of a step {100 * row['share_of_step']:.4f} %"
         )
     report = {
-        "command": "python benchmarks/registry.py",
+        "command": "python -m benchmarks.registry",
         "log_ratios": args.size,
         "pairs": args.pairs,
         "threads": 1,

@@ -1,6 +1,6 @@
 """1,000 mathematics answers through `MathReward`, 1 % of them hanging: time, counts, and what was lost.
 
-    python benchmarks/reward_pool.py --data FOLDER [--workers 2] [--time_limit 10] [--output FILE]
+    python -m benchmarks.reward_pool --data FOLDER [--workers 2] [--time_limit 10] [--output FILE]
 
 FOLDER holds `passk_artifacts/qwen_math_cot_100.jsonl` (800 recorded answers) and `gsm8k/test.jsonl` (200 worked
 solutions, every fourth with a wrong number). They are scored twice in one run by fresh pools: as they are, and with

@@ -1,6 +1,6 @@
 """Unlearning methods on SmolLM2-135M-Instruct that has memorised TOFU authors: the cells of `results/tofu_smollm2`.
 
-    FDIV_SHARED=DIR python benchmarks/smollm2_tofu.py --build DIR --runs DIR --minutes 120
+    FDIV_SHARED=DIR python -m benchmarks.smollm2_tofu --build DIR --runs DIR --minutes 120
 
 `--build` is what `prepare` of `recipes/tofu/smollm2_base.yaml` made. Cells run in the order of the protocol (see
 `results/tofu_smollm2/README.md`): of four arms every rate with seed 0, then the chosen rate with the other seeds; then

@@ -1,6 +1,6 @@
 """Unlearning methods side by side on TOFU rows and the small TOFU model, into `results/`.
 
-    FDIV_SHARED=DIR python benchmarks/tofu_methods.py --output results/tofu_forget10 --runs runs/tofu --minutes 120
+    FDIV_SHARED=DIR python -m benchmarks.tofu_methods --output results/tofu_forget10 --runs runs/tofu --minutes 120
 
 The protocol is that of `method_comparison.py`; epochs are selected on 40 rows of each set.
 """

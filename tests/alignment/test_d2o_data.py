@@ -14,7 +14,7 @@ from fdiv.eval.preferences.answer_likelihood import AnswerLikelihoodConfig
 from fdiv.evaluation import EvalContext
 from fdiv.recipes.tasks.negatives.hh import HHNegativesConfig, read_pairs
 from fdiv.recipes.tasks.negatives.safe_rlhf import SafeRLHFNegativesConfig
-from tests.alignment.d2o_runs import start_model, text_log_prob
+from tests.support.runs.d2o import start_model, text_log_prob
 
 SMALL = {"hidden_size": 32, "layers": 1, "vocab_size": 320, "epochs": 2.0, "context": 70}
 

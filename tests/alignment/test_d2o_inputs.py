@@ -18,9 +18,9 @@ from fdiv.alignment.d2o.metrics import divergence_terms, mean_and_error
 from fdiv.divergences import get_divergence
 from fdiv.errors import DataError, RolloutError, ScorerError
 from fdiv.models.reference import FrozenReference
-from tests.alignment import run_d2o
-from tests.alignment.d2o_runs import history, make_trainer, negative_rows
 from tests.support.processes import run_well
+from tests.support.runs.d2o import history, make_trainer, negative_rows
+from tests.support.scripts import d2o as run_d2o
 
 
 # --------------------------------------------------------------------------------------------------------------- metrics

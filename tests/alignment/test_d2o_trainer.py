@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer, GRPOTrainer
 from fdiv.alignment import d2o_loss
 from fdiv.alignment.d2o.anchors import prompt_key
 from fdiv.unlearning import npo
-from tests.alignment.d2o_runs import (
+from tests.support.runs.d2o import (
     SETTINGS,
     history,
     ids_log_prob,

@@ -12,7 +12,7 @@ from fdiv.alignment import FDPGConfig, FDPGTrainer
 from fdiv.alignment.f_dpg.config import _REFUSED
 from fdiv.alignment.f_dpg.loss import f_dpg_coefficient
 from fdiv.errors import MomentError, RolloutError, ScorerError
-from tests.alignment.f_dpg_runs import HARD, SOFT, config, even, flat, load, trainer
+from tests.support.runs.f_dpg import HARD, SOFT, config, even, flat, load, trainer
 
 
 def pointwise(scorer):

@@ -15,7 +15,7 @@ from fdiv.alignment.f_dpg.loss import (
     target_divergence_terms,
 )
 from fdiv.divergences import get_divergence, list_divergences
-from tests.alignment.sequence_model import SequenceModel
+from tests.support.sequence_model import SequenceModel
 
 PARAMETERS = {"alpha": {"alpha": 0.3}, "skew_jensen_shannon": {"weight": 0.3}}
 ALL = [{"name": name, **PARAMETERS.get(name, {})} for name in list_divergences()]

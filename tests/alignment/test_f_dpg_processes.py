@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.alignment import run_f_dpg
-from tests.alignment.f_dpg_runs import recorded
 from tests.support.processes import run_well
+from tests.support.runs.f_dpg import recorded
+from tests.support.scripts import f_dpg as run_f_dpg
 
 
 def _run(processes: int, model_dir: Path, rollouts: Path, output: Path) -> dict:

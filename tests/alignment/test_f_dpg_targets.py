@@ -29,8 +29,8 @@ from fdiv.alignment.scorers import (
     read_lexicon,
 )
 from fdiv.errors import FdivError, MomentError, ScorerError
-from tests.alignment.f_dpg_runs import load
-from tests.alignment.sequence_model import SequenceModel
+from tests.support.runs.f_dpg import load
+from tests.support.sequence_model import SequenceModel
 
 
 def score_of(scorer, *texts, prompts=None):

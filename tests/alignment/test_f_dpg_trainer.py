@@ -13,7 +13,7 @@ from fdiv.alignment.f_dpg.loss import f_dpg_coefficient, log_partition
 from fdiv.errors import CheckpointError
 from fdiv.models.logprobs import sequence_log_prob, token_scores
 from fdiv.training.rollouts import RecordedRollouts
-from tests.alignment.f_dpg_runs import HARD, PROMPTS, SOFT, even, flat, length_reward, load, recorded, trainer
+from tests.support.runs.f_dpg import HARD, PROMPTS, SOFT, even, flat, length_reward, load, recorded, trainer
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 

@@ -13,7 +13,7 @@ from fdiv.alignment.f_dpg.targets import build_target
 from fdiv.alignment.scorers import compiles, contains_words
 from fdiv.divergences import get_divergence
 from fdiv.recipes.tasks.tiny.texts import _CORPORA, EmptyPromptsConfig, TinyTextsConfig
-from tests.alignment.sequence_model import SequenceModel
+from tests.support.sequence_model import SequenceModel
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from fdiv.divergences import get_divergence
 from fdiv.errors import NonFiniteLossError
 from fdiv.models.logprobs import mean_log_prob, sequence_log_prob, token_scores
 from fdiv.statistics.calibration import length_normalised_calibration, margin_calibration
-from tests.alignment.f_dpo_runs import make_trainer, preference_rows
+from tests.support.runs.f_dpo import make_trainer, preference_rows
 from tests.support.same_run import weights
 
 

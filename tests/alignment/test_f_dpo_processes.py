@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.alignment import run_f_dpo
 from tests.support.processes import run_well
+from tests.support.scripts import f_dpo as run_f_dpo
 
 ZERO3 = """
 compute_environment: LOCAL_MACHINE

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from fdiv.alignment import FDPOConfig, FDPOTrainer
-from tests.alignment.f_dpo_runs import (
+from tests.support.runs.f_dpo import (
     COMPARABLE,
     LORA,
     assert_same_run,

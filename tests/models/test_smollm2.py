@@ -10,7 +10,7 @@ import pytest
 from fdiv.models.fetch import FetchError, fetch
 from fdiv.recipe.load import packaged_recipes
 from fdiv.run.run import run_recipe
-from tests.recipes.stand_in import stand_in_recipe
+from tests.support.stand_in import stand_in_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from fdiv.recipe.dump import resolved_yaml
 from fdiv.recipe.load import load_recipe, packaged_recipes, recipe_name
 from fdiv.run.run import check_blocks, run_recipe
 from fdiv.run.sweep import sweep_cells
-from tests.recipes.stand_in import stand_in_recipe
+from tests.support.stand_in import stand_in_recipe
 
 RECIPES = packaged_recipes()
 

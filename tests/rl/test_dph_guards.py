@@ -15,7 +15,7 @@ from fdiv.rl.dph.batches import join, rows_of_slot, rows_of_step
 from fdiv.rl.dph.loss import rehearsal_weight
 from fdiv.rl.dph.rehearsal import RehearsalCache
 from fdiv.training.rollouts import RecordedRollouts
-from tests.rl.dph_runs import cache, flat, load, recorded, settings_of, trainer
+from tests.support.runs.dph import cache, flat, load, recorded, settings_of, trainer
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.rl import run_dph
-from tests.rl.dph_runs import cache, recorded
 from tests.support.processes import run_well
+from tests.support.runs.dph import cache, recorded
+from tests.support.scripts import dph as run_dph
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 from fdiv.models.logprobs import token_scores
 from fdiv.rl.dph.loss import js_on_policy, js_on_reference, rehearsal_loss
 from fdiv.training.rollouts import RecordedRollouts
-from tests.rl.dph_runs import cache, correct, flat, load, recorded, reward, sgd, trainer, trl_trainer
+from tests.support.runs.dph import cache, correct, flat, load, recorded, reward, sgd, trainer, trl_trainer
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 

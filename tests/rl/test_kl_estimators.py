@@ -8,7 +8,7 @@ import torch
 from fdiv.divergences import get_divergence
 from fdiv.rl import list_kl_estimators, resolve_kl
 from fdiv.rl.kl_estimators import KL_ESTIMATORS, k1_reward, k2_loss, k3_loss, k3_ratio_corrected
-from tests.alignment.sequence_model import SequenceModel
+from tests.support.sequence_model import SequenceModel
 
 LOSSES = [name for name, entry in KL_ESTIMATORS.items() if entry.enters == "loss"]
 

@@ -13,7 +13,7 @@ from fdiv.cli.command import main
 from fdiv.errors import DataError
 from fdiv.rl.dph.rehearsal import RehearsalCache
 from fdiv.rl.presample.run import presample
-from tests.rl.presample_runs import KINDS, REWARD, config, read_lines, settings, write_rows
+from tests.support.runs.presample import KINDS, REWARD, config, read_lines, settings, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_a_finished_directory_is_found_and_split_again_only_when_told(finished, 
     for changed, message in (
         ({"temperature": 0.9}, "temperature=0.8, now it is 0.9"),
         ({"seed": 1}, "seed=0, now it is 1"),
-        ({"reward": "tests.rl.presample_rewards:graded"}, "reward='tests.rl.presample_rewards:by_kind'"),
+        ({"reward": "tests.support.presample_rewards:graded"}, "reward='tests.support.presample_rewards:by_kind'"),
     ):
         with pytest.raises(DataError, match=message):
             presample(config(tiny_model_dir, rows, **same | changed), output)
@@ -164,7 +164,7 @@ def test_splitting_again_is_the_same_as_having_split_so_at_first(tiny_model_dir,
     for name, thresholds in (("twice", (0.25, 0.5)), ("once", (0.5,))):
         for threshold in thresholds:
             more = {"reward_threshold": threshold, "tries": 4, "allow_empty": True}
-            more["reward"] = "tests.rl.presample_rewards:by_first_token"
+            more["reward"] = "tests.support.presample_rewards:by_first_token"
             presample(config(tiny_model_dir, rows, **more), tmp_path / name, repartition=True)
             caches[name, threshold] = RehearsalCache.load(tmp_path / name / "rehearsal.safetensors").rows
     assert caches["twice", 0.5] == caches["once", 0.5]
@@ -196,13 +196,13 @@ def test_nothing_left_to_explore_is_an_error(tiny_model_dir, tmp_path):
 
 def test_rewards_that_are_not_zero_or_one(tiny_model_dir, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", ["easy", "half", "never", "unknown"])
-    graded = {"reward": "tests.rl.presample_rewards:graded"}
+    graded = {"reward": "tests.support.presample_rewards:graded"}
     with pytest.raises(DataError, match=r"the reward of sample 0/0 is 0.75, not 0 or 1: give reward_threshold"):
         presample(config(tiny_model_dir, rows, **graded), tmp_path / "out")
     content = presample(config(tiny_model_dir, rows, **graded, reward_threshold=0.6), tmp_path / "out")
     assert content["prompts"]["part"] == ["near_perfect", "wrong", "wrong", "explore"]
     with pytest.raises(DataError, match="is nan: a number is due"):
-        presample(config(tiny_model_dir, rows, reward="tests.rl.presample_rewards:broken"), tmp_path / "nan")
+        presample(config(tiny_model_dir, rows, reward="tests.support.presample_rewards:broken"), tmp_path / "nan")
 
 
 def test_conversational_prompts_go_through_the_chat_template(tiny_model_dir, tmp_path):

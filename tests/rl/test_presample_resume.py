@@ -12,7 +12,7 @@ import pytest
 
 from fdiv.rl.dph.rehearsal import RehearsalCache
 from fdiv.rl.presample.run import presample
-from tests.rl.presample_runs import config, read_lines, settings, write_rows
+from tests.support.runs.presample import config, read_lines, settings, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def same(one, other) -> None:
 
 def start(repository, model, rows, output, kill_after: int, *launcher: str) -> subprocess.CompletedProcess:
     words = [json.dumps(settings(model, rows)), str(output), str(kill_after)]
-    command = [sys.executable, *launcher, "-m", "tests.rl.run_presample", *words]
+    command = [sys.executable, *launcher, "-m", "tests.support.scripts.presample", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
 

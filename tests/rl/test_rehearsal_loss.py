@@ -8,7 +8,7 @@ import torch
 from fdiv.divergences import Divergence, get_divergence, list_divergences
 from fdiv.rl import check_rehearsal_divergence, js_on_policy, js_on_reference, rehearsal_coefficient, rehearsal_loss
 from fdiv.rl.dph.loss import REHEARSAL_LEVELS, rehearsal_capped
-from tests.alignment.sequence_model import SequenceModel
+from tests.support.sequence_model import SequenceModel
 
 PARAMETERS = {"alpha": {"alpha": 0.3}, "skew_jensen_shannon": {"weight": 0.3}}
 ALL = [{"name": name, **PARAMETERS.get(name, {})} for name in list_divergences()]

@@ -13,7 +13,7 @@ import pytest
 
 from fdiv.rl.rewards import Outcome, WorkerError, WorkerPool
 
-TASK = Path(__file__).with_name("sleepy_task.py")
+TASK = Path(__file__).parents[1] / "support" / "sleepy_task.py"
 BAD = [
     ({"hang": True}, "timeout"),
     ({"exit": 0}, "crash"),

@@ -28,7 +28,7 @@ from fdiv.unlearning.data.pairing import EpochSampler, draw_index, epoch_order
 from fdiv.unlearning.data.templates import REFUSALS, GenerationSettings, column_templates, read_refusals
 from fdiv.unlearning.methods.flat import FLATConfig
 from fdiv.unlearning.methods.idk_dpo import IdkDPOConfig
-from tests.unlearning.setup_runs import forget_rows, make_trainer
+from tests.support.runs.unlearning import forget_rows, make_trainer
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ RUNS = ["FLAT:learning_rate=20", "IdkDPO:precompute_reference=true:learning_rate
 @pytest.mark.slow
 def test_two_processes_give_the_run_of_one(tiny_model_dir, tmp_path, repository):
     """Template, retain and forget rows, the reference table, the multiplier: equal at equal global batch."""
-    script = str(Path(__file__).with_name("distributed_run.py"))
+    script = str(Path(__file__).parents[1] / "support" / "scripts" / "unlearning.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1"}
     for processes, batch in ((1, 8), (2, 4)):
         folder = tmp_path / str(processes)

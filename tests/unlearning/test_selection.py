@@ -13,8 +13,8 @@ from fdiv.catalog import EVALUATIONS
 from fdiv.recipes.tasks.tiny.authors import TinyAuthorsConfig
 from fdiv.recipes.tasks.tofu.unlearning import TofuUnlearningConfig
 from fdiv.unlearning.selection import build_evaluation, selection_score
+from tests.support.runs.unlearning import forget_rows, history, make_trainer
 from tests.support.same_run import weights
-from tests.unlearning.setup_runs import forget_rows, history, make_trainer
 
 
 def test_selection_score_by_hand():

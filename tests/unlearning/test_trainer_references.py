@@ -6,8 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.support.same_run import PLAIN_STEPS, assert_same_weights, weights
-from tests.unlearning.setup_runs import (
+from tests.support.runs.unlearning import (
     disturb,
     forget_rows,
     history,
@@ -15,6 +14,7 @@ from tests.unlearning.setup_runs import (
     load_tokenizer,
     make_trainer,
 )
+from tests.support.same_run import PLAIN_STEPS, assert_same_weights, weights
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "lora_dropout": 0.0}
 

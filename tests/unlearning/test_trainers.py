@@ -19,8 +19,7 @@ from fdiv.divergences import get_divergence
 from fdiv.errors import NonFiniteLossError
 from fdiv.unlearning import flat_loss
 from fdiv.unlearning.roles import RoleScores
-from tests.support.same_run import assert_same_weights, weights
-from tests.unlearning.setup_runs import (
+from tests.support.runs.unlearning import (
     METHODS,
     disturb,
     forget_rows,
@@ -30,6 +29,7 @@ from tests.unlearning.setup_runs import (
     make_trainer,
     retain_rows,
 )
+from tests.support.same_run import assert_same_weights, weights
 
 # ------------------------------------------------------------------------- the loss, from single rows without padding
 

@@ -1,0 +1,1 @@
+"""The benchmark that needs an accelerator: `python -m benchmarks.gpu`."""

@@ -1,0 +1,81 @@
+"""The five trainers on the same tiny model behind one function, for the tests of scale and endurance.
+
+Rollouts are sampled by the trainer itself unless `rollouts` gives recorded ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TRAINERS = ("f_dpo", "f_dpg", "d2o", "flat", "dph")
+ROLLOUT_TRAINERS = ("f_dpg", "d2o", "dph")
+ROUNDING = {"f_dpo": 1e-5, "f_dpg": 1e-4, "d2o": 1e-5, "flat": 1e-5, "dph": 1e-5}
+"""How far the losses of two runs that should be one may lie apart, on any processor.
+
+Sums of 30 log-probabilities, 1e-5 apart, times β. f-DPG's loss is a mean of coefficient · log π(y) with log π(y) ≈ -25 and
+coefficients of both signs, so it keeps fewer digits.
+"""
+
+
+def build(name: str, model_dir: Path, output: Path, **options: Any) -> Any:
+    """Trainer `name` in float32 on the CPU, two optimizer steps an epoch or more; `options` go to its config or to itself.
+
+    Its settings are those in which the method has state of its own (Z history, anchors drawn online, rehearsal rows).
+    """
+    options = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2, **options}
+    return _BUILDERS[name](Path(model_dir), Path(output), options)
+
+
+def _f_dpo(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
+    from datasets import Dataset
+
+    from tests.support.runs.f_dpo import make_trainer, preference_rows
+
+    rows = Dataset.from_list(preference_rows(options.pop("rows", 12)))
+    return make_trainer(model_dir, rows, output, **{"divergence": "jensen_shannon", **options})
+
+
+def _f_dpg(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
+    from tests.support.runs.f_dpg import SOFT, load, trainer
+
+    options = {"baseline": "history", "per_device_train_batch_size": 8, **options}
+    return trainer(load(model_dir), output, SOFT, **options)
+
+
+def _d2o(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
+    from tests.support.runs.d2o import make_trainer, negative_rows
+
+    anchors, rows = options.pop("given_anchors", 0), options.pop("rows", 8)
+    sampled = {} if anchors else {"anchor_source": "online"}
+    return make_trainer(model_dir, negative_rows(rows, anchors), output, **{**sampled, **options})
+
+
+def _flat(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
+    from tests.support.runs.unlearning import load, make_trainer
+
+    return make_trainer("FLAT", load(model_dir), output, **{"retain_term": "nll", **options})
+
+
+def _dph(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
+    from tests.support.runs.dph import cache, load, trainer
+
+    options = {"rehearsal_coefficient": 1.0, "per_device_train_batch_size": 8, **options}
+    if "rehearsal_cache" not in options:
+        options.setdefault("rehearsal", cache(model_dir, shift=0.5))
+    return trainer(load(model_dir), output, **options)
+
+
+_BUILDERS = {"f_dpo": _f_dpo, "f_dpg": _f_dpg, "d2o": _d2o, "flat": _flat, "dph": _dph}
+
+
+def flat_weights(trainer: Any) -> torch.Tensor:
+    """All parameters as one vector."""
+    return torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
+
+
+def losses(trainer: Any) -> list[float]:
+    """The logged losses in order."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
