@@ -5,10 +5,10 @@ The registry of divergences is `fdiv.divergences`; the objectives live in `fdiv.
 nothing heavy.
 """
 
-from fdiv.moved import install
+from fdiv import moved
 
 __version__ = "0.1.0"
 
 __all__ = ["__version__"]
 
-install()
+moved.install()

@@ -53,7 +53,7 @@ def with_submodules(packages: list[str]) -> list[str]:
     for package in packages:
         for module in pkgutil.iter_modules(import_module(package).__path__, f"{package}."):
             hidden = module.name.rpartition(".")[2].startswith("_")
-            if not (module.ispkg or hidden or module.name in found):
+            if not (module.ispkg or hidden or module.name in found or module.name in names):
                 names.append(module.name)
     return names
 
