@@ -141,16 +141,17 @@ def _headline(path: Path) -> tuple[str, str]:
 
 
 def _keys(name: str) -> int:
-    """Every key a recipe for a method may hold, by group, with its type, choices, default, help and bounds."""
+    """Every key of a recipe for a method, its own first, by group: type, choices, default, help and bounds."""
     from fdiv.files import plain
     from fdiv.recipe.check import all_keys
     from fdiv.recipe.schema import type_name
 
     method = lookup(METHODS, name, "method", "--keys")
     group = None
-    for path, key in all_keys(method):
-        if key.group != group:
-            group = key.group
+    for path, key in sorted(all_keys(method), key=lambda entry: not entry[1].own):  # stable: the groups stay together
+        heading = f"{key.group}, the method's own keys" if key.own else key.group
+        if heading != group:
+            group = heading
             sys.stdout.write(f"\n# {group}\n")
         default = "required" if key.required else plain(key.default)
         text = " ".join(key.help.replace("%%", "%").split())

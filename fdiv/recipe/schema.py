@@ -47,7 +47,8 @@ class Key:
     help: str = ""
     choices: tuple[Any, ...] | None = None
     group: str = ""
-    why: str = ""  # why no other value: an option may say so (fdiv.training.config)
+    own: bool = False  # declared with `option` (fdiv.training.config), so a key of ours and not of TRL
+    why: str = ""  # why no other value: such an option may say so
 
     @property
     def required(self) -> bool:
@@ -104,6 +105,7 @@ def section_of(config: type, title: str = "", skip: Iterable[str] = ()) -> Secti
             help=str(entry.metadata.get("help", "")),
             choices=tuple(choices) if choices else None,
             group=title or config.__name__,
+            own=hasattr(entry.metadata.get("help"), "bounds"),
             why=getattr(entry.metadata.get("help"), "why", ""),
         )
     return Section(title, keys)

@@ -427,6 +427,25 @@ def test_name_tags_and_paper_of_the_model_card_follow_from_the_class():
     assert unlearning.FLATTrainer._paper["citation"].startswith("@inproceedings{wang2025flat")
 
 
+@pytest.mark.parametrize("name", ["FLAT", "IdkDPO", "JensUn"])
+def test_normalized_is_the_divergence_with_curvature_one(name, tiny_model_dir, tmp_path):
+    """f of squared Hellinger times 1/f''(1): FLAT's and JensUn's terms scale with it, f-DPO's score inside the sigmoid."""
+    divergence = "jensen_shannon" if name == "IdkDPO" else "squared_hellinger"
+    curvature = get_divergence(divergence).curvature
+    terms = []
+    for normalized in (False, True):
+        trainer = make_trainer(name, str(tiny_model_dir), tmp_path, divergence=divergence, normalized=normalized)
+        disturb(trainer.model)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+        terms.append(trainer.forget_term(trainer.score_roles(trainer.model, batch)).detach())
+    assert curvature != 1.0 and (terms[0] != terms[1]).all()
+    if name == "IdkDPO":  # (2/β)·−log σ(β·Δf'), so Δf' is read off and scaled
+        score = [-torch.log(torch.expm1(0.1 / 2 * term.double())) for term in terms]
+        torch.testing.assert_close(score[1], score[0] / curvature, atol=1e-5, rtol=1e-4)
+    else:
+        torch.testing.assert_close(terms[1], terms[0] / curvature, atol=1e-6, rtol=1e-5)
+
+
 def test_grad_diff_trains_its_pure_loss(tiny_model_dir, tmp_path, monkeypatch):
     """γ·(log-likelihood of forget) + α·(NLL of retain), through `grad_diff` itself."""
     trainer = make_trainer("GradDiff", str(tiny_model_dir), tmp_path, forget_weight=0.5, retain_weight=3.0)
