@@ -19,6 +19,9 @@ _FREE = ("n", "k", "greedy", "unscored", "resamples", "label", "batch_size", "al
 """Settings that may change between two runs in one folder: no completion and no score depends on them."""
 
 
+_SHOWN_FAULTS = 20
+
+
 class PassKCommand:
     """Unbiased Pass@k, pass^k, G-Pass@k, mean@n and maj@n of a model's samples, or of recorded ones."""
 
@@ -29,7 +32,11 @@ class PassKCommand:
         parser.add_argument("--from_samples", metavar="FILE", help="score these recorded samples instead of a model")
         parser.add_argument("--base_samples", metavar="FILE", help="the base model's samples: keep and explore rates")
         parser.add_argument("--k", default="1,8,64", help="the k of pass@k, such as 1,10,100 (1,8,64)")
-        parser.add_argument("--output", required=True, help="out.json, or a directory (always one with --model)")
+        parser.add_argument("--output", help="out.json, or a directory (always one with --model)")
+        parser.add_argument(
+            "--check_golds", action="store_true",
+            help="no model: score each gold of --dataset against itself in several forms, and wrong answers beside it",
+        )  # fmt: skip
         model = parser.add_argument_group("the model")
         model.add_argument("--model", help="directory or hub name")
         model.add_argument("--adapter", help="PEFT adapter on it")
@@ -58,17 +65,59 @@ class PassKCommand:
                 how.add_argument(f"--{field.name}", type=kind, default=field.default, help=shown or None)
 
     def run(self, args: argparse.Namespace) -> int:
-        """Run, write `out.json`, show the table. Returns the exit code 0.
+        """Run, write `out.json`, show the table. Returns the exit code: 0; 1 where `--check_golds` finds faults.
 
         Raises:
             DataError: options that do not go together or are out of range; data, model or scorer that cannot be used;
                 a folder with samples of other settings; a task with fewer scored samples than the largest k.
         """
+        if args.check_golds:
+            return _checked_golds(args)
+        if args.output is None:
+            raise DataError("--output is missing: out.json, or a directory (always one with --model)")
         if bool(args.from_samples) == bool(args.model):
             raise DataError("give either --model (with --dataset) to sample, or --from_samples for recorded samples")
         if args.seed < 0:
             raise DataError(f"--seed {args.seed}: must be at least 0")
         return _recorded(args) if args.from_samples else _sampled(args)
+
+
+def _checked_golds(args: argparse.Namespace) -> int:
+    from fdiv.eval.pass_at_k.gold_check import check_golds
+    from fdiv.eval.pass_at_k.scoring import make_scorer
+    from fdiv.files import write_json
+    from fdiv.terminal import info, print_table
+
+    for option in ("from_samples", "base_samples", "model", "adapter"):
+        if getattr(args, option):
+            raise DataError(f"--{option} does not go with --check_golds: it asks for no answers but the golds")
+    if not args.dataset:
+        raise DataError("--check_golds needs --dataset: a benchmark by name, or a JSON-lines file")
+    loaded = _config(args).load()
+    scorer = make_scorer(loaded.scorer, databases=loaded.databases, allow_code_execution=args.allow_code_execution)
+    try:
+        found = check_golds(loaded, scorer)
+    finally:
+        scorer.close()
+    rows = [("gold", name, f"{right} of {number}") for name, (right, number) in found.right.items()]
+    rows += [("wrong", name, f"{right} of {number}") for name, (right, number) in found.wrong.items()]
+    notes = [f"task {task}, {name}: {_score_words(score)}" for task, name, score in found.faults[:_SHOWN_FAULTS]]
+    if len(found.faults) > len(notes):
+        notes.append(f"and {len(found.faults) - len(notes)} more")
+    title = f"Golds · {Path(args.dataset).name} · {found.tasks} tasks · scorer {scorer.name}"
+    print_table(title, ("answer", "form", "score 1"), rows, notes)
+    if args.output:
+        path = Path(args.output)
+        path = path if path.suffix == ".json" else path / "golds.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        faults = [{"task_id": task, "form": name, "score": score} for task, name, score in found.faults]
+        write_json(path, {"tasks": found.tasks, "right": found.right, "wrong": found.wrong, "faults": faults})
+        info(f"written: {path}")
+    return 1 if found.faults else 0
+
+
+def _score_words(score: float | None) -> str:
+    return "not scored" if score is None else f"score {score:g}"
 
 
 def _recorded(args: argparse.Namespace) -> int:

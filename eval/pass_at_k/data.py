@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fdiv.errors import DataError
+from fdiv.rl.rewards.math.reward import gold_text
 
 __all__ = ["DATASETS", "EvalTask", "LoadedTasks", "TaskSource", "load_tasks", "tasks_of_rows"]
 
@@ -61,13 +62,8 @@ def _math(row: Mapping[str, Any], number: int, *, question: Sequence[str], answe
     text = next((row[name] for name in question if row.get(name)), None)
     if text is None:
         raise KeyError(question[0])
-    gold = row[answer]
-    gold = gold[0] if isinstance(gold, list) and len(gold) == 1 else gold
-    if isinstance(gold, list):
-        gold = ", ".join(map(str, gold))
-    gold = int(gold) if isinstance(gold, float) and gold.is_integer() else gold
     name = row.get(id_)
-    return EvalTask(str(number if name is None else name), str(text).strip() + BOXED, str(gold))
+    return EvalTask(str(number if name is None else name), str(text).strip() + BOXED, gold_text(row[answer]))
 
 
 def _gsm8k(row: Mapping[str, Any], number: int) -> EvalTask:
@@ -196,7 +192,23 @@ def _own(row: Mapping[str, Any], number: int, answer_column: str) -> EvalTask:
         for name, value in row.items()
         if name not in ("prompt", "answer", "task_id", "prompts", "completions")
     }
-    return EvalTask(str(row.get("task_id", number)), prompt, str(answer), rest)
+    return EvalTask(str(row.get("task_id", number)), prompt, _own_gold(answer, answer_column), rest)
+
+
+def _own_gold(answer: Any, column: str) -> str:
+    """The gold of a row of one's own: text or a number, whole floats without their point.
+
+    Raises:
+        TypeError: anything else, a missing value among it: what it would mean is not known.
+    """
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and answer == answer:
+        return gold_text(answer)
+    raise TypeError(
+        f'{column} is {answer!r}: give text or a number; the parts of one answer as one text ("1, 3"), and of several '
+        "accepted answers one"
+    )
 
 
 def _read(rows: Iterable[Mapping[str, Any]], read: Callable, where: str) -> list[EvalTask]:

@@ -95,25 +95,32 @@ class PooledReward:
         return scores
 
     def _blamed(self, items: Mapping[int, dict[str, Any]], outcomes: Mapping[int, Outcome]) -> dict[int, Outcome]:
-        """New outcomes for the items that used up their own time or memory: the gold alone is tried in their place.
+        """New outcomes for the items that ran into a limit or lost their worker.
 
-        Where it passes, the answer is to blame; where it does not, the gold is unusable.
+        What is no item's own doing (the clock on a busy machine, a worker that was killed) is tried once more. Of what
+        used up its own time or memory, or failed by the clock twice, the gold alone is tried: where it passes, the
+        answer is to blame; where it does not, the gold is unusable.
         """
+        if not self.own_limits:
+            return {}
+        again = [row for row, outcome in outcomes.items() if outcome.status in LOST and not outcome.own]
+        found = dict(zip(again, self.pool.map([items[row] for row in again]), strict=True))
         suspects = {
             row: {**items[row], "completion": None}
-            for row, outcome in outcomes.items()
-            if outcome.status in self.own_limits and outcome.own
+            for row, outcome in (outcomes | found).items()
+            if outcome.status in self.own_limits and (outcome.own or row in found)
         }
         keys = {row: json.dumps(item, sort_keys=True) for row, item in suspects.items()}
         unknown = {key: suspects[row] for row, key in keys.items() if key not in self._gold_reasons}
         for key, outcome in zip(unknown, self.pool.map(list(unknown.values())), strict=True):
             value = outcome.value or {}
             unusable = value.get("verdict") == "unusable_gold"
-            self._gold_reasons[key] = value["detail"] if unusable else outcome.detail
-        found = {}
+            if outcome.status == "ok" or outcome.own:
+                self._gold_reasons[key] = value["detail"] if unusable else outcome.detail
         for row, key in keys.items():
-            reason = self._gold_reasons[key]
-            verdict = "unusable_gold" if reason else self.own_limits[outcomes[row].status]
+            if (reason := self._gold_reasons.get(key)) is None:  # the gold, too, failed by the clock: nothing is known
+                continue
+            verdict = "unusable_gold" if reason else self.own_limits[(found.get(row) or outcomes[row]).status]
             found[row] = Outcome("ok", {"verdict": verdict, "detail": reason})
         return found
 

@@ -4,11 +4,15 @@ import json
 import logging
 import sys
 from collections import Counter
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from fdiv.errors import DataError
-from fdiv.rl.rewards import MathReward, RewardError
+from fdiv.rl.rewards import MathReward, Outcome, RewardError
+from fdiv.rl.rewards.math.reward import gold_text
 
 HANGING = r"\boxed{9^{9^{9^{9}}}}"
 
@@ -72,13 +76,13 @@ def test_conversational_completions(reward):
 
 def test_a_gold_that_cannot_be_read_is_not_scored_and_is_named(reward, caplog):
     before = Counter(reward.summary())
-    golds = ["", None, "the one in the middle", r"\frac{1}{", r"\boxed{}"]
+    golds = ["", None, "the one in the middle", r"\frac{1}{", float("nan")]
     with caplog.at_level(logging.WARNING):
         assert reward(["?"] * 6, [r"\boxed{1}"] * 6, solution=[*golds, "1"]) == [None] * 5 + [1.0]
     after = Counter(reward.summary())
     assert after["unusable_gold"] - before["unusable_gold"] == 5
     assert after["scored"] - before["scored"] == 1
-    assert {"None", "the one in the middle", r"\frac{1}{", r"\boxed{}"} <= set(reward.unusable_golds)
+    assert {"None", "the one in the middle", r"\frac{1}{", "nan"} <= set(reward.unusable_golds)
     assert "the one in the middle" in caplog.text
 
 
@@ -89,25 +93,60 @@ def test_the_wrong_gold_column_stops_the_run():
     reward.close()
 
 
-def test_hanging_answers_cost_themselves_alone():
-    reward = MathReward(workers=2, time_limit=2.0, failure_limit=None)
+@pytest.mark.parametrize(
+    ("gold", "text"),
+    [
+        (["1", "3"], "1, 3"), (["1,3"], "1,3"), ([5, 6], "5, 6"), ((5,), "5"), (18.0, "18"), (0.1, "0.1"), (7, "7"),
+        (float("nan"), ""), (None, ""), ([], ""), (["1", None], ""), ({"x": 1}, ""), (" 5 ", "5"), (True, "True"),
+        (np.array(["1", "3"]), "1, 3"), (np.float64("nan"), ""), (np.int64(5), "5"),
+        (Fraction(1, 2), "1/2"), (Decimal("0.10"), "0.10"),
+    ],
+)  # fmt: skip
+def test_golds_of_every_type(gold, text):
+    assert gold_text(gold) == text
+
+
+def test_lists_and_missing_values_as_golds(reward):
+    golds = [["1", "3"], ["1,3"], [5, 6], float("nan"), "N/A", r"\$18", "5."]
+    answers = ["1,3", "1,3", "5,6", "5", "5", "18", "5"]
+    scores = reward(["?"] * 7, [rf"\boxed{{{answer}}}" for answer in answers], solution=golds)
+    assert scores == [1.0, 1.0, 1.0, None, None, 1.0, 1.0]
+
+
+def test_hanging_answers_are_wrong_and_hanging_golds_are_unusable(caplog):
+    """Each costs itself alone, is counted, and none ends the run under the default failure_limit."""
+    reward = MathReward(workers=2, time_limit=2.0)
+    reward._recent.extend([False] * 200)
+    golds = [str(number) for number in range(12)]
     completions = [rf"\boxed{{{number}}}" for number in range(12)]
     completions[3] = completions[7] = HANGING
-    scores = reward(["?"] * 12, completions, solution=[str(number) for number in range(12)])
-    assert scores == [None if number in (3, 7) else 1.0 for number in range(12)]
+    golds[5] = HANGING.removeprefix(r"\boxed{").removesuffix("}")
+    scores = reward(["?"] * 12, completions, solution=golds)
+    assert scores == [{3: 0.0, 7: 0.0, 5: None}.get(number, 1.0) for number in range(12)]
     summary = reward.summary()
-    assert (summary["answers"], summary["scored"], summary["correct"], summary["timeout"]) == (12, 10, 10, 2)
+    assert (summary["answers"], summary["scored"], summary["correct"], summary["over_time"]) == (12, 11, 9, 2)
+    assert (summary["timeout"], summary["unusable_gold"]) == (0, 1)
+    assert "is unusable" in caplog.text and golds[5] in reward.unusable_golds
     reward.close()
+
+
+class Lost:
+    """A pool whose workers end without a word."""
+
+    restarts = 0
+
+    def map(self, items):
+        return [Outcome("crash", detail="the worker process ended") for _ in items]
 
 
 def test_failure_score_and_failure_limit():
-    reward = MathReward(workers=1, time_limit=0.2, failure_score=-1.0, failure_limit=0.0)
-    assert score(reward, HANGING, "1") == -1.0
+    reward = MathReward(failure_score=-1.0, failure_limit=0.0)
+    reward.pool = Lost()
+    assert score(reward, "1", "1") == -1.0
     assert reward.summary()["scored"] == 1
     reward._recent.extend([False] * 199)
     with pytest.raises(RewardError, match=r"the last 201 answers could not be scored.*more than failure_limit=0.0"):
-        score(reward, HANGING, "1")
-    reward.close()
+        score(reward, "1", "1")
 
 
 def test_missing_column_and_bad_options():

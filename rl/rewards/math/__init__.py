@@ -1,1 +1,1 @@
-"""Mathematics: the reward, and in its workers the reading of answers and their comparison."""
+"""Mathematics: the reward; in its workers where an answer stands, how it is read, and when two are equal."""

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from fdiv.rl.rewards.pooled_reward import PooledReward
+from fdiv.rl.rewards.pooled_reward import PooledReward, reasoning_open
 from fdiv.rl.rewards.worker_pool import WorkerPool
 
-__all__ = ["MathReward"]
+__all__ = ["MathReward", "gold_text"]
 
 
 class MathReward(PooledReward):
     r"""1.0 where the completion's answer equals the gold answer, 0.0 where it does not, None where nobody knows.
 
-    The answer is the last `\boxed{…}`, or LaTeX after words like "the final answer is" (as in TRL's
-    `accuracy_reward`); with `answers: any` also the number after `####` or, failing that, the last number or formula.
-    Equality is `math_verify.verify(gold, answer)`, which is not symmetric.
+    The answer is the last `\boxed{…}`, or a formula after the word "answer"; with `answers: any` also what follows
+    `####` or stands in `<answer>…</answer>`, or, failing that, the last number or formula. Reasoning that never ends,
+    or a last box that is cut off, leaves no answer. Gold and answer are read by one reader, and equal texts are equal;
+    else `math_verify.verify(gold, answer)` decides, which is not symmetric, apart from what it gets wrong: numbers
+    that differ by little, bases, units, words, equations that do not hold.
+
+    Golds are texts, numbers, or lists of the parts of one answer (OlympiadBench). A missing one (None, NaN, "N/A", an
+    empty text or list) is unusable. One that is no mathematics is compared by its letters: an answer that repeats it
+    is correct, others are not scored.
 
     Verdicts: `correct` 1; `wrong` 0; `no_answer` 0, by definition: an empty completion, or one cut off before its
-    answer; `unusable_gold` None: the gold cannot be parsed (see `unusable_golds`); `timeout`, `memory` and `crash`
-    `failure_score`. An expression that math-verify gives up on, without hanging or crashing, is wrong.
+    answer; `over_time` and `over_memory` 0: the answer ran into its own limit, and the gold alone did not;
+    `unusable_gold` None (see `unusable_golds`); `timeout` (by the clock: the machine is busy), `memory` and `crash`
+    `failure_score`.
 
     Args:
         gold: Column of the gold answers: an answer, a text with a boxed one, or GSM8K's `… #### 18`.
@@ -42,8 +52,10 @@ class MathReward(PooledReward):
     """
 
     verdicts: ClassVar[Mapping[str, float | None]] = {
-        "correct": 1.0, "wrong": 0.0, "no_answer": 0.0, "unusable_gold": None,
+        "correct": 1.0, "wrong": 0.0, "no_answer": 0.0, "over_time": 0.0, "over_memory": 0.0,
+        "unusable_gold": None,
     }  # fmt: skip
+    own_limits: ClassVar[Mapping[str, str]] = {"timeout": "over_time", "memory": "over_memory"}
 
     def __init__(
         self,
@@ -72,9 +84,26 @@ class MathReward(PooledReward):
     ) -> list[dict[str, Any] | str]:
         golds = self.column(self.gold, columns, len(completions))
         return [
-            {"gold": "" if gold is None else str(gold), "completion": completion}
-            for gold, completion in zip(golds, completions, strict=True)
+            {"gold": gold_text(gold), "completion": completion, "opened": reasoning_open(prompt)}
+            for gold, completion, prompt in zip(golds, completions, prompts, strict=True)
         ]
 
     def gold_name(self, row: int, columns: Mapping[str, Sequence[Any]]) -> str:
         return str(columns[self.gold][row])
+
+
+def gold_text(gold: Any) -> str:
+    """A gold answer as text: the parts of a list joined by commas, whole floats without their point; "" where it is
+    missing (None, NaN, an empty list, a part that is missing) or no answer at all (a mapping)."""
+    if hasattr(gold, "tolist"):  # NumPy and torch
+        gold = gold.tolist()
+    if isinstance(gold, list | tuple):
+        parts = [gold_text(part) for part in gold]
+        return ", ".join(parts) if all(parts) else ""
+    if isinstance(gold, float):
+        if math.isnan(gold):
+            return ""
+        return str(int(gold)) if gold.is_integer() else repr(gold)
+    if isinstance(gold, str | int | Decimal | Fraction):
+        return str(gold).strip()
+    return ""
