@@ -12,6 +12,7 @@ __all__ = [
     "RequirementError",
     "RewardError",
     "RolloutError",
+    "SandboxError",
     "ScorerError",
     "TerminatedError",
     "WorkerError",
@@ -70,3 +71,7 @@ class RewardError(FdivError):
 
 class WorkerError(FdivError):
     """The workers cannot be started: a package is missing, or the machine has no memory or processes left."""
+
+
+class SandboxError(FdivError, ValueError):
+    """The sandbox of programs is unknown, not installed, or does not work on this machine."""

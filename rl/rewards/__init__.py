@@ -17,9 +17,9 @@ from fdiv.inference.prompting import completion_text
 from fdiv.rl.rewards.code_reward import CodeReward
 from fdiv.rl.rewards.completions import extract_python, extract_sql
 from fdiv.rl.rewards.math.reward import MathReward
+from fdiv.rl.rewards.pool import Outcome, WorkerPool
 from fdiv.rl.rewards.pooled_reward import PooledReward
 from fdiv.rl.rewards.sql.reward import SQLReward
-from fdiv.rl.rewards.worker_pool import Outcome, WorkerPool
 
 __all__ = [
     "REWARDS",

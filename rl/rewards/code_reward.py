@@ -1,15 +1,19 @@
-"""Python programs, verified by running their tests in a limited subprocess. Off unless asked for."""
+"""Python programs, verified in a sandbox by tests that run in another. Off unless asked for."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from fdiv.errors import DataError
 from fdiv.rl.rewards.completions import tested_names
+from fdiv.rl.rewards.pool import WorkerPool
 from fdiv.rl.rewards.pooled_reward import PooledReward, reasoning_open
-from fdiv.rl.rewards.worker_pool import WorkerPool
+from fdiv.rl.rewards.sandbox import check_sandbox
 
 __all__ = ["CodeReward"]
 
@@ -17,28 +21,37 @@ __all__ = ["CodeReward"]
 class CodeReward(PooledReward):
     """1.0 where the completion's program passes its tests, else 0.0. It runs code that a model wrote: off by default.
 
-    **This is not a security boundary.** The program runs with limits of time, memory, file size, open files and
-    processes (no fork, no thread), in its own session and temporary folder, with an empty environment, and as `nobody`
-    where the trainer is root. It can still read every file that its user may read, and write where that user may; use
-    the network; attack the kernel; and cheat: an object equal to everything passes `assert f(x) == y`, and a program
-    that looks for the token of its run in its own process finds it. For models or prompts that you do not trust, run
-    the whole trainer in a container or virtual machine without network and secrets.
+    The program is the answer (`find_program`: its last block that defines what is tested, after the imports and helpers
+    of the prompt and of its earlier blocks). It runs in a sandbox: no file of this machine but the interpreter, no
+    network, no other process, no environment, no right, limits of time, memory and files, and nothing of the answer
+    before (`fdiv.rl.rewards.sandbox`). **What is left to attack is the kernel**: for models that you do not trust at
+    all, run the whole trainer in a virtual machine. `sandbox="none"` leaves the limits, and protects from accidents.
 
-    Program and tests are the answer (`find_program`: its last block that defines what is tested, after the imports and
-    helpers of the prompt and of its earlier blocks), the column `test` (text, or MBPP's list of asserts), and, where
-    there is a column `entry_point`, the call `check(ENTRY_POINT)`: HumanEval's format. An answer that does not define
-    ENTRY_POINT continues the prompt, if that is plain text. A run passes when it comes to its end and delivers a
-    random token, which it is only then given; what it prints or its exit status does not matter.
+    The tests never enter the program's process. They run in a second sandbox, where each function of the program is a
+    proxy: it sends the arguments, and rebuilds the result as built-in types, so that `==` is Python's own; an argument
+    that the function changed is changed. Iterators and objects are proxies too; one never equals a value. An exception
+    arrives as the nearest built-in class. What a function prints is printed to the tests' standard output.
+
+    The column `test` holds the tests: Python code; a list of it (MBPP's lists of asserts); or inputs and outputs of a
+    script (`{"inputs": […], "outputs": […]}`, also as JSON text, or a list of `{"input": …, "output": …}`), which is
+    run once for each input and has to print the output, white space at the ends of lines aside. Names that the tests
+    use and do not define are the program's. Where there is a column `entry_point`, `check(ENTRY_POINT)` is called:
+    HumanEval's format. The prompt's imports and finished functions are the tests' as well, whatever the program makes
+    of them. An answer that does not define ENTRY_POINT continues the prompt, if that is plain text.
 
     Verdicts: `correct` 1. 0 by definition: `wrong` (a failed test, an exception, an early exit, over its memory),
-    `over_time` (as HumanEval counts it), `no_answer` (an empty or cut-off completion). `unusable_gold` None: no tests.
-    `timeout`, `memory`, `crash` of the process that watches the program: `failure_score`.
+    `over_time` (as HumanEval counts it), `no_answer` (an empty or cut-off completion). `unusable_gold` None: no tests,
+    or tests that do not compile or call nothing of the program. `crash`: the program's process ended by a signal that
+    this class did not send; `timeout`, `memory`, `crash` of the process that watches the program: `failure_score`.
 
     Args:
         allow_execution: True to allow running what the model wrote.
+        sandbox: `bubblewrap`, or `none`.
         test: Column of the tests.
         entry_point: Column of the name of the function; ignored where the dataset has none.
-        time_limit: Seconds of wall time for one program, its interpreter's start included.
+        setup: Column of code, or a list of it, that runs before the tests and in their process; ignored where the
+            dataset has none.
+        time_limit: Seconds of wall time for one answer, its tests and the start of its sandbox included.
         memory_limit: Bytes of address space for one program.
         workers: Programs that run at a time; None: the processors of this rank, at most 8.
         failure_score: Score of an answer that was lost.
@@ -48,7 +61,8 @@ class CodeReward(PooledReward):
     Raises:
         ValueError: `allow_execution` is not True; a limit is not positive; (when called) an entry point that is no
             name.
-        DataError: (when called) no column `test`.
+        SandboxError: bubblewrap is not installed, or does not work on this machine.
+        DataError: (when called) no column `test`, or tests of another form.
         WorkerError: (when called) not even a right program runs under the limits.
     """
 
@@ -60,8 +74,10 @@ class CodeReward(PooledReward):
         self,
         *,
         allow_execution: bool = False,
+        sandbox: str = "bubblewrap",
         test: str = "test",
         entry_point: str = "entry_point",
+        setup: str = "setup",
         time_limit: float = 5.0,
         memory_limit: int = 512 << 20,
         workers: int | None = None,
@@ -71,52 +87,83 @@ class CodeReward(PooledReward):
     ) -> None:
         if allow_execution is not True:
             raise ValueError(
-                "code reward: it runs programs that a model wrote, and its limits are no security boundary (see "
+                "code reward: it runs programs that a model wrote, and its sandbox shares this machine's kernel (see "
                 "CodeReward); where that is acceptable, say so with allow_execution: true"
             )
         if time_limit <= 0 or memory_limit <= 0:
             raise ValueError(f"code reward: time_limit={time_limit}, memory_limit={memory_limit} must be positive")
+        check_sandbox(sandbox)
         pool = WorkerPool(
-            Path(__file__).with_name("python_runner.py"), {"program_time": time_limit, "memory": memory_limit},
-            workers=workers, time_limit=time_limit + 10,
-            wall_limit=time_limit + 10, writes_files=True,
+            Path(__file__).with_name("sandbox") / "judge.py",
+            {"sandbox": sandbox, "program_time": time_limit, "memory": memory_limit},
+            workers=workers, time_limit=time_limit + 10, wall_limit=time_limit + 10, writes_files=True,
         )  # fmt: skip
         super().__init__(name, pool, failure_score=failure_score, failure_limit=failure_limit)
-        self.test, self.entry_point = test, entry_point
+        self.test, self.entry_point, self.setup = test, entry_point, setup
 
     def items(
         self, prompts: Sequence[Any], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> list[dict[str, Any] | str]:
         tests = self.column(self.test, columns, len(completions))
-        names = [""] * len(completions)
-        if self.entry_point in columns:
-            names = self.column(self.entry_point, columns, len(completions))
-        return [self._item(*row) for row in zip(prompts, completions, tests, names, strict=True)]
+        names, setups = (
+            self.column(name, columns, len(completions)) if name in columns else [""] * len(completions)
+            for name in (self.entry_point, self.setup)
+        )
+        return [self._item(*row) for row in zip(prompts, completions, tests, names, setups, strict=True)]
 
-    def _item(self, prompt: Any, completion: str, test: Any, entry_point: str) -> dict[str, Any] | str:
-        test = tests_text(test)
-        if not test.strip():
+    def _item(self, prompt: Any, completion: str, test: Any, entry_point: str, setup: Any) -> dict[str, Any] | str:
+        tests = self._tests(test)
+        if not tests:
             return "unusable_gold"
         if entry_point and not entry_point.isidentifier():
             raise ValueError(f"reward {self.__name__!r}: entry point {entry_point!r} is not the name of a function")
-        call = f"\ncheck({entry_point})\n" if entry_point else "\n"
+        item = {
+            "completion": completion,
+            "prompt": prompt,
+            "opened": reasoning_open(prompt),
+            "names": [],
+            "continues": False,
+        }
+        if isinstance(tests, list):
+            return {**item, "cases": tests}
+        setup = _joined(setup)
         return {
-            "completion": completion, "prompt": prompt, "opened": reasoning_open(prompt),
-            "names": [entry_point] if entry_point else _tested_names(test), "continues": bool(entry_point),
-            "tests": f"{test}\n{call}",
+            **item, "names": [entry_point] if entry_point else _tested_names(f"{setup}\n{tests}"),
+            "continues": bool(entry_point), "tests": tests, "setup": setup, "entry_point": entry_point or "",
         }  # fmt: skip
+
+    def _tests(self, test: Any) -> str | list[tuple[str, str]]:
+        """Tests as code, or as pairs of input and output; empty where there are none."""
+        if hasattr(test, "tolist"):
+            test = test.tolist()
+        if isinstance(test, str) and test.lstrip().startswith("{"):
+            with contextlib.suppress(ValueError):
+                test = json.loads(test)
+        if test is None or isinstance(test, str):
+            return (test or "").strip()
+        pairs = None
+        if isinstance(test, Mapping):
+            if {"inputs", "outputs"} <= test.keys() and len(test["inputs"]) == len(test["outputs"]):
+                pairs = zip(test["inputs"], test["outputs"], strict=True)
+        elif isinstance(test, list | tuple):
+            if all(isinstance(part, str) for part in test):
+                return _joined(test).strip()
+            if all(isinstance(case, Mapping) and {"input", "output"} <= case.keys() for case in test):
+                pairs = ((case["input"], case["output"]) for case in test)
+        if pairs is not None:
+            return [(_joined(given), _joined(printed)) for given, printed in pairs]
+        raise DataError(
+            f"reward {self.__name__!r}: column {self.test!r} must hold Python code, a list of it, or a script's input "
+            "and output ({'inputs': [...], 'outputs': [...]} or [{'input': ..., 'output': ...}]), got "
+            f"{str(test)[:80]!r}"
+        )
 
     def gold_name(self, row: int, columns: Mapping[str, Sequence[Any]]) -> str:
         return str(columns[self.test][row])
 
 
-def tests_text(test: Any) -> str:
-    """Tests as one text: a text, or a list of asserts (MBPP). "" where there are none."""
-    if hasattr(test, "tolist"):
-        test = test.tolist()
-    if isinstance(test, list | tuple):
-        return "\n".join(part for part in test if isinstance(part, str))
-    return test if isinstance(test, str) else ""
+def _joined(text: str | Sequence[str] | None) -> str:
+    return text if isinstance(text, str) else "\n".join(text or ())
 
 
 @functools.lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "Block", "after_reasoning", "blocks", "extract_python", "extract_sql", "find_program", "last_answer",
-    "tested_names",
+    "prompt_code", "tested_names",
 ]  # fmt: skip
 
 _REASONING = re.compile(
@@ -246,11 +246,16 @@ def find_program(
         return ""
     if names and continues and not _defined(program, names) and isinstance(prompt, str):
         return _unix(prompt) + program
-    last = prompt if isinstance(prompt, str) else str(prompt[-1].get("content") or "") if prompt else ""
-    header = [_definitions(code, names) for code in (*_code(_unix(last)), *earlier)]
+    header = [_definitions(code, names) for code in (*prompt_code(prompt), *earlier)]
     # `from __future__` has to come first.
     program = "\n".join([*filter(None, header), program])
     return "".join(_FUTURE.findall(program)) + _FUTURE.sub("", program)
+
+
+def prompt_code(prompt: str | Sequence[Mapping[str, str]]) -> list[str]:
+    """The pieces of Python in a prompt, or in the last message of a conversation."""
+    last = prompt if isinstance(prompt, str) else str(prompt[-1].get("content") or "") if prompt else ""
+    return _code(_unix(last))
 
 
 def _code(prompt: str) -> list[str]:

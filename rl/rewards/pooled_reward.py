@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from fdiv.errors import DataError, RewardError
 from fdiv.inference.prompting import completion_text
-from fdiv.rl.rewards.worker_pool import Outcome, WorkerPool
+from fdiv.rl.rewards.pool import Outcome, WorkerPool
 
 __all__ = ["PooledReward", "reasoning_open"]
 

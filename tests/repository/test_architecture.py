@@ -189,7 +189,6 @@ def test_a_prefix_is_a_package():
 METHODS_BY_THEIR_NAMES = {
     "unlearning/methods": ("grad",),
     "unlearning/baselines": ("grad",),
-    "rl/rewards": ("math", "python", "sql", "worker"),
 }
 
 

@@ -9,8 +9,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from fdiv.rl.rewards.pool import WorkerPool
 from fdiv.rl.rewards.pooled_reward import PooledReward, reasoning_open
-from fdiv.rl.rewards.worker_pool import WorkerPool
 
 __all__ = ["MathReward", "gold_text"]
 

@@ -1,6 +1,6 @@
 """A pool of killable worker processes: an item that hangs or crashes its worker costs exactly one answer.
 
-The trainer starts one template process (`pool_template.py`), which loads the task and forks the workers. Items and
+The trainer starts one template process (`template.py`), which loads the task and forks the workers. Items and
 answers are JSON over a socket per worker, never pickles. A worker has one item at a time; when that passes its
 limits of time or memory, or the worker ends, that item's outcome says so, the worker is killed and another is forked,
 and every other item goes on. Nothing relies on signals in the trainer, so the pool works in any of its threads.
@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fdiv.errors import WorkerError
-from fdiv.rl.rewards.worker_process import Processes, Worker, has_ended, usage
+
+from .processes import Processes, Worker, has_ended, usage
 
 __all__ = ["Outcome", "WorkerPool", "default_workers"]
 
-TEMPLATE = Path(__file__).with_name("pool_template.py")
+TEMPLATE = Path(__file__).with_name("template.py")
 PASSED_ON = (
     "PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "TMPDIR", "VIRTUAL_ENV",
 )  # fmt: skip

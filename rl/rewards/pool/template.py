@@ -1,6 +1,6 @@
 """The process that the workers of a `WorkerPool` are forked from. Run by path; it needs the standard library alone.
 
-    python pool_template.py CONTROL_FD TASK_FILE SETTINGS
+    python template.py CONTROL_FD TASK_FILE SETTINGS
 
 TASK_FILE is a Python file with `prepare(settings)` and `answer(item) -> dict`. It is loaded and prepared once, here:
 replacing a worker costs a fork and no import. CONTROL_FD is a sequenced-packet socket: each message brings the

@@ -1,0 +1,45 @@
+"""No sandbox: the limits of `confine`, an empty environment, `nobody` instead of root, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import weakref
+from pathlib import Path
+
+from fdiv.errors import SandboxError
+
+from .interpreter import INSIDE, others_can_read, python_command
+
+__all__ = ["Unconfined"]
+
+
+class Unconfined:
+    """Starts Python with limits alone.
+
+    Raises:
+        SandboxError: the trainer is root's and its interpreter is readable to nobody else, so that the program could
+            not run as another user.
+    """
+
+    name = "none"
+
+    def __init__(self) -> None:
+        if os.geteuid() == 0 and not others_can_read():
+            raise SandboxError(
+                f"sandbox: none: programs run as another user than root, who cannot read {os.__file__}; "
+                "use sandbox: bubblewrap, a Python outside root's home, or a trainer that is not root's"
+            )
+
+    def start(self, control: int, role: str, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
+        """As `Bubblewrap.start`, without a sandbox, in a temporary folder."""
+        folder = tempfile.mkdtemp(prefix="fdiv-code-")
+        Path(folder).chmod(0o777)  # for nobody, who is the owner of nothing
+        process = subprocess.Popen(
+            python_command(str(INSIDE.parent), control, role), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=stderr, env={}, pass_fds=[control], start_new_session=True, cwd=folder,
+        )  # fmt: skip
+        weakref.finalize(process, shutil.rmtree, folder, ignore_errors=True)
+        return process
