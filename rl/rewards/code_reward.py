@@ -21,11 +21,12 @@ __all__ = ["CodeReward"]
 class CodeReward(PooledReward):
     """1.0 where the completion's program passes its tests, else 0.0. It runs code that a model wrote: off by default.
 
-    The program is the answer (`find_program`: its last block that defines what is tested, after the imports and helpers
-    of the prompt and of its earlier blocks). It runs in a sandbox: no file of this machine but the interpreter, no
-    network, no other process, no environment, no right, limits of time, memory and files, and nothing of the answer
-    before (`fdiv.rl.rewards.sandbox`). **What is left to attack is the kernel**: for models that you do not trust at
-    all, run the whole trainer in a virtual machine. `sandbox="none"` leaves the limits, and protects from accidents.
+    The program is the answer (`find_program`: its last block that defines what is tested, after the imports and
+    helpers of the prompt and of its earlier blocks). It runs in a sandbox: no file of this machine but the
+    interpreter, no network, no other process, no environment, no right, limits of time, memory and files, and nothing
+    of the answer before (`fdiv.rl.rewards.sandbox`). **What is left to attack is the kernel**: for models that you do
+    not trust at all, run the whole trainer in a virtual machine. `sandbox="none"` leaves the limits, and protects from
+    accidents.
 
     The tests never enter the program's process. They run in a second sandbox, where each function of the program is a
     proxy: it sends the arguments, and rebuilds the result as built-in types, so that `==` is Python's own; an argument
@@ -117,15 +118,9 @@ class CodeReward(PooledReward):
             return "unusable_gold"
         if entry_point and not entry_point.isidentifier():
             raise ValueError(f"reward {self.__name__!r}: entry point {entry_point!r} is not the name of a function")
-        item = {
-            "completion": completion,
-            "prompt": prompt,
-            "opened": reasoning_open(prompt),
-            "names": [],
-            "continues": False,
-        }
+        item = {"completion": completion, "prompt": prompt, "opened": reasoning_open(prompt)}
         if isinstance(tests, list):
-            return {**item, "cases": tests}
+            return {**item, "names": [], "continues": False, "cases": tests}
         setup = _joined(setup)
         return {
             **item, "names": [entry_point] if entry_point else _tested_names(f"{setup}\n{tests}"),
