@@ -1,5 +1,6 @@
 # Everything runs in .venv, which `make setup` creates from the pinned set. Nothing is needed but Python (3.11 or newer)
-# and make; the code reward and its tests need bubblewrap (apt install bubblewrap). Variables: PYTHON=python3.12, TORCH_INDEX=URL (where torch comes from), VERBOSE=1 (pip's output),
+# and make; the code reward and its tests need bubblewrap as well (apt install bubblewrap).
+# Variables: PYTHON=python3.12, TORCH_INDEX=URL (where torch comes from), VERBOSE=1 (pip's output),
 # PYTEST_ARGS="-k name", WORKERS=2 (processes of `make test`), FDIV_SHARED=DIR (folder with the shared data; tests that
 # need it are skipped without).
 

@@ -1,11 +1,15 @@
 """1,000 mathematics answers through `MathReward`, 1 % of them hanging: time, counts, and what was lost.
 
     python -m benchmarks.reward_pool --data FOLDER [--workers 2] [--time_limit 10] [--output FILE]
+    python -m benchmarks.reward_pool --reward code [--workers 2] [--output FILE]
 
 FOLDER holds `passk_artifacts/qwen_math_cot_100.jsonl` (800 recorded answers) and `gsm8k/test.jsonl` (200 worked
 solutions, every fourth with a wrong number). They are scored twice in one run by fresh pools: as they are, and with
 every hundredth replaced by an answer that keeps SymPy busy for ever. Lost is an answer that does not hang, whose gold
 can be read, and that has no score; or, in the second pass, another one than in the first.
+
+With `--reward code`, 1,000 easy programs with three asserts each go through `CodeReward` in bubblewrap, and, batch by
+batch in the same run, the plain way without a sandbox: program and tests in one new interpreter per answer.
 """
 
 from __future__ import annotations
@@ -13,8 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +67,49 @@ def scored(golds: list[str], completions: list[str], options: argparse.Namespace
     return scores, result
 
 
-def main() -> int:
-    """Both passes; exit status 1 if anything was lost."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--time_limit", type=float, default=10.0, help="seconds of processor time for one answer")
-    parser.add_argument("--wall_limit", type=float, help="seconds by the clock for one answer")
-    parser.add_argument("--batch", type=int, default=250, help="answers per call")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+PROGRAM = "from typing import List\n\ndef f(x: List[int]) -> int:\n    return {} * sum(x)\n"
+TESTS = "assert f([1, 2]) == 3 * {0}\nassert f([]) == 0\nassert f([5]) == 5 * {0}\n"
 
-    from fdiv.provenance import environment
 
+def plainly(answer: tuple[str, str]) -> bool:
+    """Whether program and tests run to their end in one new interpreter."""
+    command = [sys.executable, "-I", "-S", "-B", "-c", "\n".join(answer)]
+    return subprocess.run(command, env={}, check=False).returncode == 0
+
+
+def code_report(options: argparse.Namespace) -> dict[str, Any]:
+    """1,000 programs in bubblewrap and without: seconds, and their ratio."""
+    from fdiv.rl.rewards import CodeReward
+
+    rows = [(PROGRAM.format(number), TESTS.format(number)) for number in range(1000)]
+    reward = CodeReward(allow_execution=True, workers=options.workers, time_limit=60.0, failure_limit=None)
+    reward(["warm up"] * options.workers, [rows[0][0]] * options.workers, test=[rows[0][1]] * options.workers)
+    reward.counts.clear()
+    seconds = {"sandboxed": 0.0, "plain": 0.0}
+    with ThreadPoolExecutor(options.workers) as threads:
+        for start in range(0, len(rows), options.batch):
+            programs, tests = zip(*rows[start : start + options.batch], strict=True)
+            started = time.perf_counter()
+            scores = reward(programs, programs, test=tests)
+            seconds["sandboxed"] += time.perf_counter() - started
+            started = time.perf_counter()
+            passed = list(threads.map(plainly, rows[start : start + options.batch]))
+            seconds["plain"] += time.perf_counter() - started
+            assert scores == [1.0] * len(programs) and all(passed)
+    counts = reward.summary()
+    reward.close()
+    return {
+        "answers": len(rows),
+        "workers": options.workers,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "answers_per_second": {name: round(len(rows) / value, 1) for name, value in seconds.items()},
+        "sandboxed_over_plain": round(seconds["sandboxed"] / seconds["plain"], 3),
+        **counts,
+    }
+
+
+def math_report(options: argparse.Namespace) -> dict[str, Any]:
+    """Both passes, and what was lost."""
     pairs = answers(options.data)
     golds, completions = [gold for gold, _ in pairs], [completion for _, completion in pairs]
     hanging = list(range(50, len(pairs), 100))
@@ -89,7 +125,7 @@ def main() -> int:
         if (scores[row] is None and golds[row] not in hung["unusable_golds"])
         or (None not in (scores[row], clean_scores[row]) and scores[row] != clean_scores[row])
     ]
-    report = {
+    return {
         "answers": len(pairs),
         "hanging": len(hanging),
         "hanging_not_scored": sum(scores[row] is None for row in hanging),
@@ -100,15 +136,34 @@ def main() -> int:
         "without_hanging": clean,
         "with_hanging": hung,
         "processor_seconds_of_hanging": len(hanging) * options.time_limit,
-        "environment": environment(shlex.join(["python", *sys.argv])),
     }
-    # The folder is this machine's own.
-    report["environment"]["command"] = report["environment"]["command"].replace(str(options.data), "FOLDER")
+
+
+def main() -> int:
+    """Print and write the report; exit status 1 if an answer was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reward", choices=("math", "code"), default="math")
+    parser.add_argument("--data", type=Path, help="folder of the mathematics answers")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--time_limit", type=float, default=10.0, help="seconds of processor time for one answer")
+    parser.add_argument("--wall_limit", type=float, help="seconds by the clock for one answer")
+    parser.add_argument("--batch", type=int, default=250, help="answers per call")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+
+    if options.reward == "math" and options.data is None:
+        parser.error("--data is needed for the mathematics answers")
+    from fdiv.provenance import environment
+
+    report = code_report(options) if options.reward == "code" else math_report(options)
+    report["environment"] = environment(shlex.join(["python", *sys.argv]))
+    if options.data is not None:  # this machine's own
+        report["environment"]["command"] = report["environment"]["command"].replace(str(options.data), "FOLDER")
     text = json.dumps(report, indent=1, ensure_ascii=False)
     print(text)
     if options.output:
         options.output.write_text(text + "\n", encoding="utf-8")
-    return 1 if lost_rows or len(pairs) != 1000 else 0
+    return 1 if report.get("lost") or report["answers"] != 1000 else 0
 
 
 if __name__ == "__main__":
