@@ -6,9 +6,7 @@ Any TRL reward function is a scorer. Those here are made by a factory each, so t
 
 from __future__ import annotations
 
-import difflib
 import functools
-import importlib
 import inspect
 import math
 import os
@@ -18,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fdiv.catalog import REWARDS, build_reward
 from fdiv.errors import ScorerError
 from fdiv.inference.prompting import completion_text
 
@@ -190,65 +189,12 @@ def classifier(
     return scorer
 
 
-SCORERS: dict[str, Callable[..., Scorer]] = {
-    "classifier": classifier,
-    "compiles": compiles,
-    "contains_words": contains_words,
-    "sentiment": lexicon_sentiment,
-}
-"""What a recipe can name under `scorers:`; the factory's arguments are its keys."""
+SCORERS = REWARDS  # its name in release 0.1: there is one table of what scores a completion
 
 
 def build_scorer(spec: str | Mapping[str, Any] | Scorer) -> Scorer:
-    """A scorer from a callable, a name, or a mapping `{name: …, argument: value, …}`; `as` renames it in the logs.
-
-    A name of the form `package.module:function` is that function, with TRL's reward signature.
-
-    Raises:
-        ValueError: unknown name, unknown or missing argument; what the factory refuses.
-    """
-    if callable(spec):
-        return spec
-    settings = {"name": spec} if isinstance(spec, str) else dict(spec)
-    kind, shown = settings.pop("name", None), settings.pop("as", None)
-    if isinstance(kind, str) and ":" in kind:
-        return _imported(kind, settings, shown)
-    if kind not in SCORERS:
-        near = difflib.get_close_matches(str(kind), SCORERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(SCORERS)}"
-        raise ValueError(f"unknown scorer {kind!r}; {hint}")
-    known = [key for key in inspect.signature(SCORERS[kind]).parameters if key != "name"]
-    for key in settings:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(
-                f"scorer {kind!r} has no argument {key!r}; "
-                + (f"did you mean {near[0]!r}?" if near else f"it takes: {', '.join(known)}")
-            )
-    try:
-        return SCORERS[kind](**settings, **({"name": shown} if shown else {}))
-    except TypeError as error:
-        raise ValueError(f"scorer {kind!r}: {error}") from error
-
-
-def _imported(path: str, settings: Mapping[str, Any], shown: str | None) -> Scorer:
-    module, _, attribute = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"scorer {path!r}: {error}") from error
-    if not callable(function) or settings:
-        what = f"takes no {', '.join(settings)} here" if settings else "is not callable"
-        raise ValueError(f"scorer {path!r} {what}: name a function with TRL's reward signature")
-    if shown is None:
-        return function
-
-    @functools.wraps(function)
-    def renamed(**columns: Any) -> Sequence[float]:
-        return function(**columns)
-
-    renamed.__name__ = shown
-    return renamed
+    """A scorer from a callable, a name, or a mapping: `fdiv.catalog.build_reward`, whose errors say "scorer"."""
+    return build_reward(spec, "scorer")
 
 
 def prepare_scorer(scorer: Scorer) -> None:

@@ -22,7 +22,6 @@ is the number of scored samples. A group with fewer scored samples than the meth
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor
 
 from fdiv.divergences.saturation import as_float
+from fdiv.named import Table, build_own, check_keys, is_path, split_spec
 
 __all__ = [
     "ADVANTAGES",
@@ -307,22 +307,27 @@ class _Row:
 
 
 #: Name → formula, parameters and what the advantage needs and estimates.
-ADVANTAGES: dict[str, _Row] = {
-    "grpo": _Row(grpo, "no objective at finite n; as n grows, binary rewards: grad 2 arcsin sqrt(p)"),
-    "dr_grpo": _Row(dr_grpo, "(1 - 1/n) grad E[r]"),
-    "rloo": _Row(rloo, "grad E[r]"),
-    "pkpo": _Row(pkpo, "grad E[max of k rewards]", "k", parameters={"k": _check_k}),
-    "pkpo_loo": _Row(pkpo_loo, "grad E[max of k rewards]", "k", parameters={"k": _check_k}),
-    "passk_analytic": _Row(
-        passk_analytic,
-        "no objective at finite n; times sigma: (1/k - 1/n) grad pass@k",
-        "k",
-        binary=True,
-        parameters={"k": _check_k},
-    ),
-    "maxrl": _Row(maxrl, "sum over j < n of grad pass@j / j", binary=True),
-    "nsr": _Row(nsr, "(1 + weight) grad E[r]", 1, binary=True, parameters={"weight": _check_weight}),
-}
+ADVANTAGES: Table[_Row] = Table(
+    "advantage",
+    "an Advantage, or a function of its parameters that returns one",
+    lambda found: isinstance(found, Advantage) or callable(found),
+    {
+        "grpo": _Row(grpo, "no objective at finite n; as n grows, binary rewards: grad 2 arcsin sqrt(p)"),
+        "dr_grpo": _Row(dr_grpo, "(1 - 1/n) grad E[r]"),
+        "rloo": _Row(rloo, "grad E[r]"),
+        "pkpo": _Row(pkpo, "grad E[max of k rewards]", "k", parameters={"k": _check_k}),
+        "pkpo_loo": _Row(pkpo_loo, "grad E[max of k rewards]", "k", parameters={"k": _check_k}),
+        "passk_analytic": _Row(
+            passk_analytic,
+            "no objective at finite n; times sigma: (1/k - 1/n) grad pass@k",
+            "k",
+            binary=True,
+            parameters={"k": _check_k},
+        ),
+        "maxrl": _Row(maxrl, "sum over j < n of grad pass@j / j", binary=True),
+        "nsr": _Row(nsr, "(1 + weight) grad E[r]", 1, binary=True, parameters={"weight": _check_weight}),
+    },
+)
 
 
 def list_advantages() -> list[str]:
@@ -333,6 +338,8 @@ def list_advantages() -> list[str]:
 def resolve_advantage(spec: str | Mapping[str, Any] | Advantage) -> Advantage:
     """The advantage of a spec: a name, a mapping `{name: pkpo, k: 4}`, or an `Advantage` (returned as is).
 
+    A name is one of `ADVANTAGES`, or `module:attribute`: an `Advantage`, or a function of its parameters.
+
     Nothing has a default parameter.
 
     Raises:
@@ -341,19 +348,11 @@ def resolve_advantage(spec: str | Mapping[str, Any] | Advantage) -> Advantage:
     """
     if isinstance(spec, Advantage):
         return spec
-    if not isinstance(spec, str | Mapping):
-        raise TypeError(f"an advantage is given by its name or a mapping, got {type(spec).__name__}: {spec!r}")
-    parameters = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = parameters.pop("name", None)
-    if name not in ADVANTAGES:
-        near = difflib.get_close_matches(str(name), ADVANTAGES, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"unknown advantage {name!r}{hint}; known: {', '.join(list_advantages())}")
-    row = ADVANTAGES[name]
-    for parameter in parameters:
-        if parameter not in row.parameters:
-            takes = ", ".join(row.parameters) or "none"
-            raise ValueError(f"advantage {name!r} has no parameter {parameter!r}: it takes {takes}")
+    name, parameters = split_spec(spec, "advantage", error=TypeError)
+    row = ADVANTAGES.find(name)
+    if is_path(name):
+        return build_own(row, parameters, f"advantage {name!r}", ADVANTAGES.must_be, Advantage)
+    check_keys(parameters, row.parameters, f"advantage {name!r}", "parameter")
     for parameter in row.parameters:
         if parameter not in parameters:
             example = "4" if parameter == "k" else "0.1"

@@ -17,13 +17,13 @@ loss would have the expected gradient 0 and is not offered.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from fdiv.divergences.saturation import DEFAULT_MAX_EXPONENT, as_float, capped_expm1
+from fdiv.named import Table
 
 __all__ = [
     "KL_ESTIMATORS",
@@ -144,15 +144,22 @@ class KLEstimator:
 
 
 #: Name → estimator.
-KL_ESTIMATORS: dict[str, KLEstimator] = {
-    entry.name: entry
-    for entry in (
-        KLEstimator("k1_reward", k1_reward, "reward", "reverse_kl", "sequence"),
-        KLEstimator("k2_loss", k2_loss, "loss", "reverse_kl", "token"),
-        KLEstimator("k3_loss", k3_loss, "loss", "forward_kl", "token"),
-        KLEstimator("k3_ratio_corrected", k3_ratio_corrected, "loss", "reverse_kl", "token", needs_importance=True),
-    )
-}
+KL_ESTIMATORS: Table[KLEstimator] = Table(
+    "KL estimator",
+    "a KLEstimator",
+    lambda found: isinstance(found, KLEstimator),
+    {
+        entry.name: entry
+        for entry in (
+            KLEstimator("k1_reward", k1_reward, "reward", "reverse_kl", "sequence"),
+            KLEstimator("k2_loss", k2_loss, "loss", "reverse_kl", "token"),
+            KLEstimator("k3_loss", k3_loss, "loss", "forward_kl", "token"),
+            KLEstimator(
+                "k3_ratio_corrected", k3_ratio_corrected, "loss", "reverse_kl", "token", needs_importance=True
+            ),
+        )
+    },
+)
 
 
 def list_kl_estimators() -> list[str]:
@@ -161,15 +168,11 @@ def list_kl_estimators() -> list[str]:
 
 
 def resolve_kl(spec: str | KLEstimator) -> KLEstimator:
-    """The estimator of a name; a `KLEstimator` is returned as is.
+    """The estimator of a name or of `module:attribute`; a `KLEstimator` is returned as it is.
 
     Raises:
         ValueError: an unknown name, with the nearest one.
     """
     if isinstance(spec, KLEstimator):
         return spec
-    if spec in KL_ESTIMATORS:
-        return KL_ESTIMATORS[spec]
-    near = difflib.get_close_matches(str(spec), KL_ESTIMATORS, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    raise ValueError(f"unknown KL estimator {spec!r}{hint}; known: {', '.join(list_kl_estimators())}")
+    return KL_ESTIMATORS.find(spec)

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fdiv.catalog import EVALUATIONS, load
+from fdiv.catalog import EVALUATIONS
+from fdiv.named import split_spec
 
 __all__ = ["MUSE_TERMS", "TOFU_TERMS", "build_evaluation", "evaluate_epoch", "selection_score"]
 
@@ -26,12 +27,10 @@ def build_evaluation(spec: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: no or an unknown name, a setting it does not have or refuses.
     """
-    settings = dict(spec)
-    name = settings.pop("name", None)
-    if name not in EVALUATIONS:
-        raise ValueError(f"epoch_evaluation names {name!r}: use one of {', '.join(sorted(EVALUATIONS))}")
+    name, settings = split_spec(spec, "epoch_evaluation")
+    evaluation = EVALUATIONS.find(name, "epoch_evaluation")
     try:
-        return load(EVALUATIONS[name])(**settings)
+        return evaluation(**settings)
     except TypeError as error:
         raise ValueError(f"epoch_evaluation ({name}): {error}") from error
 

@@ -15,7 +15,6 @@ A target is hard when P can be 0 where a is not (`pointwise`, `hybrid`, `filter`
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,17 +25,26 @@ from torch import Tensor
 
 from fdiv.alignment.scorers import Scorer, build_scorer
 from fdiv.errors import ScorerError
+from fdiv.named import Table, build_own, check_keys, is_path, split_spec
 
 __all__ = ["TARGET_KINDS", "Target", "build_target"]
 
-TARGET_KINDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
-    "pointwise": (frozenset({"scorers"}), frozenset({"smoothing", "positive"})),
-    "filter": (frozenset({"scorers"}), frozenset({"smoothing"})),
-    "reward": (frozenset({"scorers", "beta"}), frozenset()),
-    "distributional": (frozenset({"features", "moments"}), frozenset({"coefficients"})),
-    "hybrid": (frozenset({"scorers", "features", "moments"}), frozenset({"coefficients", "smoothing", "positive"})),
-}
-"""Kind → (keys it needs, keys it may have)."""
+TARGET_KINDS: Table[tuple[frozenset[str], frozenset[str]]] = Table(
+    "target",
+    "a Target, or a function of its parameters that returns one",
+    lambda found: isinstance(found, Target) or callable(found),
+    {
+        "pointwise": (frozenset({"scorers"}), frozenset({"smoothing", "positive"})),
+        "filter": (frozenset({"scorers"}), frozenset({"smoothing"})),
+        "reward": (frozenset({"scorers", "beta"}), frozenset()),
+        "distributional": (frozenset({"features", "moments"}), frozenset({"coefficients"})),
+        "hybrid": (
+            frozenset({"scorers", "features", "moments"}),
+            frozenset({"coefficients", "smoothing", "positive"}),
+        ),
+    },
+)
+"""Kind → (keys it needs, keys it may have); `module:attribute` names a target of your own."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,8 @@ class Target:
 def build_target(spec: Target | Mapping[str, Any]) -> Target:
     """A target from a mapping `{name: KIND, scorers: […], …}`; scorers are callables or specs of `build_scorer`.
 
+    `{name: module:attribute, …}` is a `Target` of your own, or what a function there returns for the further keys.
+
     >>> build_target({"name": "pointwise", "scorers": [{"name": "contains_words", "words": ["amazing"]}]}).hard
     True
 
@@ -135,21 +145,12 @@ def build_target(spec: Target | Mapping[str, Any]) -> Target:
     """
     if isinstance(spec, Target):
         return spec
-    settings = dict(spec)
-    kind = settings.pop("name", None)
-    if kind not in TARGET_KINDS:
-        near = difflib.get_close_matches(str(kind), TARGET_KINDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(TARGET_KINDS)}"
-        raise ValueError(f"unknown target {kind!r}; {hint}")
-    needed, optional = TARGET_KINDS[kind]
-    for key in settings:
-        if key not in needed | optional:
-            near = difflib.get_close_matches(key, needed | optional, n=1)
-            known = ", ".join(sorted(needed | optional))
-            raise ValueError(
-                f"target {kind!r} has no key {key!r}; "
-                + (f"did you mean {near[0]!r}?" if near else f"it has: {known}")
-            )
+    kind, settings = split_spec(spec, "target")
+    found = TARGET_KINDS.find(kind)
+    if is_path(kind):
+        return build_own(found, settings, f"target {kind!r}", TARGET_KINDS.must_be, Target)
+    needed, optional = found
+    check_keys(settings, needed | optional, f"target {kind!r}", "key")
     missing = sorted(needed - settings.keys())
     if missing:
         raise ValueError(f"target {kind!r} needs {', '.join(missing)}")

@@ -10,8 +10,9 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict, dataclass
+
+from fdiv.named import Table
 
 
 @dataclass(frozen=True)
@@ -58,31 +59,36 @@ class Preset:
 
 _EXACT = {"epsilon": 0.0, "extraction_floor": False, "drop_last_label": False}
 
-PRESETS: dict[str, Preset] = {
-    p.name: p
-    for p in (
-        Preset("open_unlearning", assumed_retain_auc=(("", 0.5),)),
-        Preset("tofu_paper", truth_ratio_mean="arithmetic", answer_bound="total", **_EXACT),
-        Preset("tofu_2024", max_rows=300, answer_bound="total", **_EXACT),
-        Preset(
-            "muse_original",
-            use_stemmer=False,
-            rouge_scale=100.0,
-            at_least_one_token=False,
-            verbatim_space=False,
-            verbatim_truth_tokens=128,
-            # muse_bench's constants are P(holdout score < forget score) = 1 - AUC: .4772 (News) and .5393 (Books)
-            assumed_retain_auc=(("News", 0.5228), ("Books", 0.4607)),
-            **_EXACT,
-        ),
-    )
-}
+PRESETS: Table[Preset] = Table(
+    "preset",
+    "a Preset",
+    lambda found: isinstance(found, Preset),
+    {
+        p.name: p
+        for p in (
+            Preset("open_unlearning", assumed_retain_auc=(("", 0.5),)),
+            Preset("tofu_paper", truth_ratio_mean="arithmetic", answer_bound="total", **_EXACT),
+            Preset("tofu_2024", max_rows=300, answer_bound="total", **_EXACT),
+            Preset(
+                "muse_original",
+                use_stemmer=False,
+                rouge_scale=100.0,
+                at_least_one_token=False,
+                verbatim_space=False,
+                verbatim_truth_tokens=128,
+                # muse_bench's constants are P(holdout score < forget score) = 1 - AUC: .4772 (News) and .5393 (Books)
+                assumed_retain_auc=(("News", 0.5228), ("Books", 0.4607)),
+                **_EXACT,
+            ),
+        )
+    },
+)
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of that name; ValueError with the nearest name otherwise."""
-    if name in PRESETS:
-        return PRESETS[name]
-    near = difflib.get_close_matches(str(name), PRESETS, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"unknown preset {name!r}{hint}; there are {', '.join(PRESETS)}")
+    """The preset of that name, or of `module:attribute`.
+
+    Raises:
+        ValueError: an unknown name, with the nearest one.
+    """
+    return PRESETS.find(name)

@@ -1,63 +1,61 @@
-"""`fdiv eval lm_eval`: WMDP, MMLU and every other task of EleutherAI's lm-evaluation-harness, or a task file of
-one's own."""
+"""Evaluate a model on tasks of lm-evaluation-harness (wmdp, mmlu, gsm8k, …) or on local task files."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from fdiv.errors import DataError
 from fdiv.inference.processes import process_state
 
-__all__ = ["LmEvalCommand", "command"]
+__all__ = ["add_arguments", "run"]
 
 
-class LmEvalCommand:
-    """Evaluate a model on tasks of lm-evaluation-harness (wmdp, mmlu, gsm8k, …) or on local task files."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    parser.add_argument("--model", required=True, help="directory or hub name")
+    parser.add_argument("--adapter", help="PEFT adapter on it")
+    parser.add_argument("--tasks", nargs="+", required=True, help="task or group names, or task files (*.yaml)")
+    parser.add_argument("--num_fewshot", type=int, help="examples in the prompt (the task's own)")
+    parser.add_argument("--limit", type=int, help="only the first so many items of every task")
+    parser.add_argument("--batch_size", default="8", help="rows of a forward, or auto (8)")
+    parser.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")
+    parser.add_argument("--apply_chat_template", action="store_true", help="ask through the chat template")
+    parser.add_argument("--seed", type=int, default=0, help="of few-shot choices and bootstrap (0)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where out.json and samples.jsonl go")
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """The options."""
-        parser.add_argument("--model", required=True, help="directory or hub name")
-        parser.add_argument("--adapter", help="PEFT adapter on it")
-        parser.add_argument("--tasks", nargs="+", required=True, help="task or group names, or task files (*.yaml)")
-        parser.add_argument("--num_fewshot", type=int, help="examples in the prompt (the task's own)")
-        parser.add_argument("--limit", type=int, help="only the first so many items of every task")
-        parser.add_argument("--batch_size", default="8", help="rows of a forward, or auto (8)")
-        parser.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")
-        parser.add_argument("--apply_chat_template", action="store_true", help="ask through the chat template")
-        parser.add_argument("--seed", type=int, default=0, help="of few-shot choices and bootstrap (0)")
-        parser.add_argument("--output", required=True, metavar="DIR", help="where out.json and samples.jsonl go")
 
-    def run(self, args: argparse.Namespace) -> int:
-        """Evaluate, write `out.json` and `samples.jsonl`, show the table. Returns the exit code 0.
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, write `out.json` and `samples.jsonl`, show the table. Returns the exit code 0.
 
-        Raises:
-            DataError: lm-eval is not installed, or a model, task or task file cannot be used.
-        """
-        from fdiv.eval.benchmark.output import output_paths
-        from fdiv.files import write_json
-        from fdiv.provenance import command_line, environment
-        from fdiv.terminal import info, is_main_process, number, print_table
+    Raises:
+        DataError: lm-eval is not installed, or a model, task or task file cannot be used.
+    """
+    from fdiv.eval.benchmark.output import output_paths
+    from fdiv.files import write_json
+    from fdiv.provenance import command_line, environment
+    from fdiv.terminal import info, is_main_process, number, print_table
 
-        folder, path = output_paths(args.output)
-        if folder is None:
-            raise DataError(f"--output {args.output}: name a directory, not a file")
-        results = _evaluate(args)
-        if results is None or not is_main_process():
-            return 0
-        values, errors = summarise(results)
-        folder.mkdir(parents=True, exist_ok=True)
-        content: dict[str, Any] = {"benchmark": "lm_eval", "model": args.model, **values}
-        content |= {"standard_errors": errors, "task_versions": results["versions"]}
-        content |= {"items": {task: n["effective"] for task, n in results.get("n-samples", {}).items()}}
-        content |= {"settings": {k: v for k, v in vars(args).items() if k != "debug"}}
-        write_json(path, content | {"environment": environment(command_line(), args.seed)})
-        _write_samples(folder / "samples.jsonl", results.get("samples", {}))
-        rows = [(name, number(value), number(errors.get(name))) for name, value in values.items()]
-        print_table(f"lm-eval · {args.model}", ("task/metric", "value", "s.e."), rows)
-        info(f"written: {path}")
+    folder, path = output_paths(args.output)
+    if folder is None:
+        raise DataError(f"--output {args.output}: name a directory, not a file")
+    results = _evaluate(args)
+    if results is None or not is_main_process():
         return 0
+    values, errors = summarise(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {"benchmark": "lm_eval", "model": args.model, **values}
+    content |= {"standard_errors": errors, "task_versions": results["versions"]}
+    content |= {"items": {task: n["effective"] for task, n in results.get("n-samples", {}).items()}}
+    content |= {"settings": {k: v for k, v in vars(args).items() if k != "debug"}}
+    write_json(path, content | {"environment": environment(command_line(), args.seed)})
+    _write_samples(folder / "samples.jsonl", results.get("samples", {}))
+    rows = [(name, number(value), number(errors.get(name))) for name, value in values.items()]
+    print_table(f"lm-eval · {args.model}", ("task/metric", "value", "s.e."), rows)
+    info(f"written: {path}")
+    return 0
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -133,4 +131,4 @@ def _write_samples(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None
                 file.write(json.dumps(line, default=str) + "\n")
 
 
-command = LmEvalCommand()
+command = LmEvalCommand = sys.modules[__name__]  # names of release 0.1

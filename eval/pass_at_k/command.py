@@ -1,9 +1,10 @@
-"""`fdiv eval passk`: Pass@k of a model, or of recorded samples."""
+"""Unbiased Pass@k, pass^k, G-Pass@k, mean@n and maj@n of a model's samples, or of recorded ones."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from fdiv.errors import DataError
 from fdiv.inference.greedy import BACKENDS
 
-__all__ = ["PassKCommand", "command"]
+__all__ = ["add_arguments", "run"]
 
 _OWN = ("k", "stop", "greedy", "allow_code_execution", "label", "dataset")
 _MODEL_ONLY = ("adapter", "dataset", "data", "scorer", "databases")
@@ -22,64 +23,58 @@ _FREE = ("n", "k", "greedy", "unscored", "resamples", "label", "batch_size", "al
 _SHOWN_FAULTS = 20
 
 
-class PassKCommand:
-    """Unbiased Pass@k, pass^k, G-Pass@k, mean@n and maj@n of a model's samples, or of recorded ones."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options; those of `PassKEvalConfig` keep their names and defaults."""
+    from fdiv.eval.pass_at_k.evaluation import PassKEvalConfig
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """The options; those of `PassKEvalConfig` keep their names and defaults."""
-        from fdiv.eval.pass_at_k.evaluation import PassKEvalConfig
+    parser.add_argument("--from_samples", metavar="FILE", help="score these recorded samples instead of a model")
+    parser.add_argument("--base_samples", metavar="FILE", help="the base model's samples: keep and explore rates")
+    parser.add_argument("--k", default="1,8,64", help="the k of pass@k, such as 1,10,100 (1,8,64)")
+    parser.add_argument("--output", help="out.json, or a directory (always one with --model)")
+    parser.add_argument(
+        "--check_golds", action="store_true",
+        help="no model: score each gold of --dataset against itself in several forms, and wrong answers beside it",
+    )  # fmt: skip
+    model = parser.add_argument_group("the model")
+    model.add_argument("--model", help="directory or hub name")
+    model.add_argument("--adapter", help="PEFT adapter on it")
+    model.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")
+    model.add_argument("--backend", choices=BACKENDS, default="transformers", help="what samples (transformers)")
+    model.add_argument("--vllm_memory", type=float, default=0.5, help="share of GPU memory vLLM takes (0.5)")
+    how = parser.add_argument_group("tasks and sampling")
+    how.add_argument("--dataset", metavar="NAME_OR_FILE", help="a benchmark by name, or a JSON-lines file")
+    how.add_argument("--stop", action="append", metavar="TEXT", help="text that ends a completion; repeat it")
+    how.add_argument("--greedy", action="store_true", help="also greedy accuracy: one more completion per task")
+    how.add_argument("--allow_code_execution", action="store_true", help="run programs the model wrote (humaneval)")
+    how.add_argument("--seed", type=int, default=0, help="of the samples and the bootstrap (0)")
+    # Launchers such as torchrun take --n for a beginning of an option of their own, wherever it stands.
+    size = PassKEvalConfig.n
+    how.add_argument("--n", "--samples_per_task", type=int, default=size, dest="n", help=f"samples per task ({size})")
+    kinds = {"max_new_tokens": int, "batch_size": int, "max_tasks": int, "resamples": int}
+    kinds |= {"temperature": float, "top_p": float}
+    for field in dataclasses.fields(PassKEvalConfig):
+        if field.name not in _OWN and field.name != "n":
+            shown = "" if field.default is None else f"({field.default})"
+            kind = kinds.get(field.name, str)
+            how.add_argument(f"--{field.name}", type=kind, default=field.default, help=shown or None)
 
-        parser.add_argument("--from_samples", metavar="FILE", help="score these recorded samples instead of a model")
-        parser.add_argument("--base_samples", metavar="FILE", help="the base model's samples: keep and explore rates")
-        parser.add_argument("--k", default="1,8,64", help="the k of pass@k, such as 1,10,100 (1,8,64)")
-        parser.add_argument("--output", help="out.json, or a directory (always one with --model)")
-        parser.add_argument(
-            "--check_golds", action="store_true",
-            help="no model: score each gold of --dataset against itself in several forms, and wrong answers beside it",
-        )  # fmt: skip
-        model = parser.add_argument_group("the model")
-        model.add_argument("--model", help="directory or hub name")
-        model.add_argument("--adapter", help="PEFT adapter on it")
-        model.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")
-        model.add_argument("--backend", choices=BACKENDS, default="transformers", help="what samples (transformers)")
-        model.add_argument("--vllm_memory", type=float, default=0.5, help="share of GPU memory vLLM takes (0.5)")
-        how = parser.add_argument_group("tasks and sampling")
-        how.add_argument("--dataset", metavar="NAME_OR_FILE", help="a benchmark by name, or a JSON-lines file")
-        how.add_argument("--stop", action="append", metavar="TEXT", help="text that ends a completion; repeat it")
-        how.add_argument("--greedy", action="store_true", help="also greedy accuracy: one more completion per task")
-        how.add_argument(
-            "--allow_code_execution", action="store_true", help="run programs the model wrote (humaneval)"
-        )
-        how.add_argument("--seed", type=int, default=0, help="of the samples and the bootstrap (0)")
-        # Launchers such as torchrun take --n for a beginning of an option of their own, wherever it stands.
-        size = PassKEvalConfig.n
-        how.add_argument(
-            "--n", "--samples_per_task", type=int, default=size, dest="n", help=f"samples per task ({size})"
-        )
-        kinds = {"max_new_tokens": int, "batch_size": int, "max_tasks": int, "resamples": int}
-        kinds |= {"temperature": float, "top_p": float}
-        for field in dataclasses.fields(PassKEvalConfig):
-            if field.name not in _OWN and field.name != "n":
-                shown = "" if field.default is None else f"({field.default})"
-                kind = kinds.get(field.name, str)
-                how.add_argument(f"--{field.name}", type=kind, default=field.default, help=shown or None)
 
-    def run(self, args: argparse.Namespace) -> int:
-        """Run, write `out.json`, show the table. Returns the exit code: 0; 1 where `--check_golds` finds faults.
+def run(args: argparse.Namespace) -> int:
+    """Run, write `out.json`, show the table. Returns the exit code: 0; 1 where `--check_golds` finds faults.
 
-        Raises:
-            DataError: options that do not go together or are out of range; data, model or scorer that cannot be used;
-                a folder with samples of other settings; a task with fewer scored samples than the largest k.
-        """
-        if args.check_golds:
-            return _checked_golds(args)
-        if args.output is None:
-            raise DataError("--output is missing: out.json, or a directory (always one with --model)")
-        if bool(args.from_samples) == bool(args.model):
-            raise DataError("give either --model (with --dataset) to sample, or --from_samples for recorded samples")
-        if args.seed < 0:
-            raise DataError(f"--seed {args.seed}: must be at least 0")
-        return _recorded(args) if args.from_samples else _sampled(args)
+    Raises:
+        DataError: options that do not go together or are out of range; data, model or scorer that cannot be used;
+            a folder with samples of other settings; a task with fewer scored samples than the largest k.
+    """
+    if args.check_golds:
+        return _checked_golds(args)
+    if args.output is None:
+        raise DataError("--output is missing: out.json, or a directory (always one with --model)")
+    if bool(args.from_samples) == bool(args.model):
+        raise DataError("give either --model (with --dataset) to sample, or --from_samples for recorded samples")
+    if args.seed < 0:
+        raise DataError(f"--seed {args.seed}: must be at least 0")
+    return _recorded(args) if args.from_samples else _sampled(args)
 
 
 def _checked_golds(args: argparse.Namespace) -> int:
@@ -301,4 +296,4 @@ def _write(
     info(f"written: {path}")
 
 
-command = PassKCommand()
+command = PassKCommand = sys.modules[__name__]  # names of release 0.1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from fdiv.errors import DataError
+from fdiv.named import nearest
 
 __all__ = ["TaskCounts", "Unscored", "counts_of_samples", "read_counts"]
 
@@ -160,7 +160,7 @@ def _check_columns(where: str, row: Mapping[str, Any], wanted: set[str]) -> None
     for column in sorted(wanted):
         if column not in row:
             near = [name for name in _LINKED.get(column, ()) if name in row]
-            near += difflib.get_close_matches(column, row, n=1)
+            near += nearest(column, row)
             hint = f"; did you mean {near[0]!r} to be it? rename it" if near else ""
             raise DataError(
                 f"{where} has no {column!r}; it has {', '.join(sorted(row)) or 'nothing'}{hint}. A line per sample "

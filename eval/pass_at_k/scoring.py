@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fdiv.catalog import load
+from fdiv.catalog import REWARDS, build_reward
 from fdiv.errors import DataError
 from fdiv.eval.pass_at_k.data import EvalTask
 from fdiv.inference.batches import run_batches
@@ -15,13 +15,7 @@ from fdiv.inference.cache import ItemCache
 
 __all__ = ["SCORERS", "Scorer", "boxed_answer", "make_scorer", "score_completions"]
 
-SCORERS: dict[str, str] = {
-    "exact": "fdiv.eval.pass_at_k.scoring:exact_match",
-    "math": "fdiv.rl.rewards:MathReward",
-    "sql": "fdiv.rl.rewards:SQLReward",
-    "code": "fdiv.rl.rewards:CodeReward",
-}
-"""`--scorer NAME`: rewards with TRL's signature, imported when they are asked for. `module:function` names another."""
+SCORERS = REWARDS  # its name in release 0.1: there is one table of what scores a completion
 
 Reward = Callable[..., Sequence[float | None]]
 
@@ -76,15 +70,13 @@ def make_scorer(name: str, *, databases: str | None = None, allow_code_execution
     """The scorer of a name.
 
     Args:
-        name: one of `SCORERS`, or `module:function` with TRL's signature,
-            `reward(prompts, completions, **columns) -> scores`; `answer` and the file's own columns are handed over.
+        name: one of `fdiv.catalog.REWARDS`, or `module:function` with TRL's signature,
+            `reward(prompts, completions, **columns) -> scores`; it gets `answer` and the file's own columns.
         databases: SQLite file, or folder with one per `database` of the tasks; for `sql`.
         allow_code_execution: must be True for `code`, which runs what the model wrote.
     Raises:
-        DataError: an unknown name, a module that cannot be imported, no database, code execution not allowed.
+        DataError: an unknown name, one that needs further keys, no database, code execution not allowed.
     """
-    if name not in SCORERS and ":" not in name:
-        raise DataError(f"unknown scorer {name!r}: use {', '.join(SCORERS)}, or module:function")
     if name == "code" and not allow_code_execution:
         raise DataError(
             "scorer 'code' runs programs written by the model on this machine: read what CodeReward does and does not "
@@ -94,18 +86,16 @@ def make_scorer(name: str, *, databases: str | None = None, allow_code_execution
         raise DataError(
             "scorer 'sql' needs --databases: an SQLite file, or a folder with one per database of the tasks"
         )
+    keys = {
+        "math": {"gold": "answer", "answers": "any", "failure_limit": None},
+        "sql": {"database": databases, "gold": "answer", "database_column": "database", "failure_limit": None},
+        "code": {"allow_execution": True, "failure_limit": None},
+    }.get(name, {})
     try:
-        made = load(SCORERS.get(name, name))
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"scorer {name!r} cannot be imported: {error}") from None
-    if name == "math":
-        return Scorer(name, made(gold="answer", answers="any", failure_limit=None), boxed_answer)
-    if name == "sql":
-        reward = made(database=databases, gold="answer", database_column="database", failure_limit=None)
-        return Scorer(name, reward, None)
-    if name == "code":
-        return Scorer(name, made(allow_execution=True, failure_limit=None), None)
-    return Scorer(name, made, _stripped if name == "exact" else None)
+        reward = build_reward({"name": name, **keys}, "scorer")
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    return Scorer(name, reward, {"math": boxed_answer, "exact": _stripped}.get(name))
 
 
 @dataclass(frozen=True)

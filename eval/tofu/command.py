@@ -1,41 +1,38 @@
-"""`fdiv eval tofu`: TOFU's metrics of a model, or of a published log."""
+"""Evaluate a model on TOFU (forget quality, model utility, memorisation, membership attacks), or re-aggregate a
+log."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
-__all__ = ["TofuCommand", "command"]
-
-
-class TofuCommand:
-    """Evaluate a model on TOFU (forget quality, model utility, memorisation, membership attacks), or re-aggregate a
-    log."""
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """The options."""
-        from fdiv.eval.benchmark.options import add_shared_arguments
-        from fdiv.eval.tofu.evaluation import TofuEvalConfig
-
-        parser.add_argument(
-            "--split", help="forget01, forget05, forget10, or a NAME with a NAME_perturbed set (forget10)"
-        )
-        parser.add_argument("--holdout", help="holdout set of the membership attacks (the split's own)")
-        add_shared_arguments(parser, TofuEvalConfig)
-
-    def run(self, args: argparse.Namespace) -> int:
-        """Evaluate, write the output, show the table. Returns the exit code 0.
-
-        Raises:
-            DataError: a model, data set or log that cannot be used, with the remedy.
-        """
-        from fdiv.eval.benchmark.options import evaluate_model, reaggregate, settings_from
-        from fdiv.eval.tofu.aggregate import aggregate_tofu
-        from fdiv.eval.tofu.evaluation import TofuEvalConfig, TofuEvaluation
-
-        if args.from_logs:
-            return reaggregate(args, "tofu", aggregate_tofu, TofuEvalConfig.summary_metrics)
-        config = settings_from(args, TofuEvalConfig)
-        return evaluate_model(args, TofuEvaluation, config, config.summary_metrics)
+__all__ = ["add_arguments", "run"]
 
 
-command = TofuCommand()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    from fdiv.eval.benchmark.options import add_shared_arguments
+    from fdiv.eval.tofu.evaluation import TofuEvalConfig
+
+    parser.add_argument("--split", help="forget01, forget05, forget10, or a NAME with a NAME_perturbed set (forget10)")
+    parser.add_argument("--holdout", help="holdout set of the membership attacks (the split's own)")
+    add_shared_arguments(parser, TofuEvalConfig)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, write the output, show the table. Returns the exit code 0.
+
+    Raises:
+        DataError: a model, data set or log that cannot be used, with the remedy.
+    """
+    from fdiv.eval.benchmark.options import evaluate_model, reaggregate, settings_from
+    from fdiv.eval.tofu.aggregate import aggregate_tofu
+    from fdiv.eval.tofu.evaluation import TofuEvalConfig, TofuEvaluation
+
+    if args.from_logs:
+        return reaggregate(args, "tofu", aggregate_tofu, TofuEvalConfig.summary_metrics)
+    config = settings_from(args, TofuEvalConfig)
+    return evaluate_model(args, TofuEvaluation, config, config.summary_metrics)
+
+
+command = TofuCommand = sys.modules[__name__]  # names of release 0.1

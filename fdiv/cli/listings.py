@@ -1,4 +1,4 @@
-"""`fdiv divergences` and `fdiv recipes`."""
+"""`fdiv methods`, `fdiv divergences` and `fdiv recipes`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,40 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fdiv.catalog import METHODS, load, lookup
+from fdiv.catalog import METHODS
 from fdiv.errors import RecipeError
 from fdiv.recipe.document import packaged_files, parse_value, read_document
 from fdiv.recipe.load import find_recipe, is_base, packaged_recipes
 from fdiv.recipe.whole import whole_text
 from fdiv.terminal import number, print_table
 
-__all__ = ["divergences", "recipes"]
+__all__ = ["divergences", "methods", "recipes"]
 
 _EXAMPLE = 0.5  # any value inside (0, 1): limits that depend on the parameter are shown as formulas by `NAME`
+
+
+def methods() -> int:
+    """Every method with its title, its paper and the divergences that it is defined for."""
+    from fdiv.divergences import get_divergence, list_divergences
+    from fdiv.divergences.registry import parameters_of
+
+    entries = {
+        name: get_divergence({"name": name, **dict.fromkeys(parameters_of(name), _EXAMPLE)})
+        for name in list_divergences()
+    }
+    rows = []
+    for name in METHODS:
+        method = METHODS.find(name)
+        refused = [other for other, entry in entries.items() if _refusal(method, entry)]
+        valid = "–" if method.check_divergence is None else "all" if not refused else f"all but {', '.join(refused)}"
+        rows.append((name, method.title, method.paper, valid))
+    notes = [
+        f"Divergences with a parameter are checked at {_EXAMPLE}. `fdiv divergences NAME` says why one is refused.",
+        "A method of your own: `method: module:TrainerClass` in a recipe.",
+    ]
+    columns = ("name", "title", "paper", "divergences")
+    print_table("Methods", columns, rows, notes, text_columns=(0, 1, 2, 3))
+    return 0
 
 
 def divergences(spec: str | None) -> int:
@@ -68,8 +92,8 @@ def _one_divergence(entry: Any) -> int:
     ]
     if entry.name in list_divergences():
         rows.append(("aliases", ", ".join(aliases_of(entry.name)) or "–"))
-    for name, method in METHODS.items():
-        reason = _refusal(method, entry)
+    for name in METHODS:
+        reason = _refusal(METHODS.find(name), entry)
         if reason:
             rows.append((f"not for {name}", reason))
     print_table(entry.label, ("", ""), rows, text_columns=(0, 1))
@@ -96,14 +120,15 @@ def _refusal(method: Any, entry: Any) -> str | None:
     if method.check_divergence is None:
         return None
     try:
-        load(method.check_divergence)(entry)
+        method.check_divergence(entry)
     except ValueError as error:
         return str(error)
     return None
 
 
 def _lawful_for(entry: Any) -> str:
-    lawful = [name for name, method in METHODS.items() if method.check_divergence and not _refusal(method, entry)]
+    found = {name: METHODS.find(name) for name in METHODS}
+    lawful = [name for name, method in found.items() if method.check_divergence and not _refusal(method, entry)]
     return ", ".join(lawful) or "–"
 
 
@@ -146,7 +171,7 @@ def _keys(name: str) -> int:
     from fdiv.recipe.check import all_keys
     from fdiv.recipe.schema import type_name
 
-    method = lookup(METHODS, name, "method", "--keys")
+    method = METHODS.find(name, "--keys", error=RecipeError)
     group = None
     for path, key in sorted(all_keys(method), key=lambda entry: not entry[1].own):  # stable: the groups stay together
         heading = f"{key.group}, the method's own keys" if key.own else key.group

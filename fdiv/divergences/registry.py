@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from fdiv.divergences.base import Divergence
 from fdiv.divergences.entries import ENTRIES
 from fdiv.divergences.powers import Alpha
+from fdiv.named import build_own, is_path, nearest, own_object
 
 #: What `get_divergence` accepts.
 DivergenceSpec = str | Mapping[str, Any] | Divergence
@@ -82,6 +82,8 @@ def register_divergence(
 def get_divergence(spec: DivergenceSpec) -> Divergence:
     """The divergence of a spec: a name, a mapping with `name` and the parameters, or a `Divergence` (returned as is).
 
+    A name is registered, or says `module:attribute`: a `Divergence` of your own, or a function of its parameters.
+
     Names are case-insensitive, and "-" or " " count as "_". Nothing has a default parameter.
 
     Raises:
@@ -117,6 +119,9 @@ def parameters_of(name: str) -> list[str]:
 
 
 def _build(name: str, parameters: dict[str, Any]) -> Divergence:
+    if is_path(name):
+        found = own_object(name, "divergence", _OWN, lambda found: isinstance(found, Divergence) or _is_factory(found))
+        return build_own(found, parameters, f"divergence {name!r}", _OWN, Divergence)
     key = _normalise(name)
     if key in _AMBIGUOUS:
         first, second = _AMBIGUOUS[key]
@@ -137,8 +142,15 @@ def _build(name: str, parameters: dict[str, Any]) -> Divergence:
     return factory(**parameters)
 
 
+_OWN = "a Divergence, or a function of its parameters that returns one"
+
+
+def _is_factory(found: Any) -> bool:
+    return callable(found) and not (inspect.isclass(found) and not issubclass(found, Divergence))
+
+
 def _did_you_mean(key: str) -> str:
-    near = difflib.get_close_matches(key, [*_factories, *_aliases, *_CONVENTIONS], n=3, cutoff=0.6)
+    near = nearest(key, [*_factories, *_aliases, *_CONVENTIONS], count=3)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 

@@ -7,8 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdiv.catalog import lookup
 from fdiv.errors import RecipeError
+from fdiv.named import lookup
 
 if TYPE_CHECKING:
     pass

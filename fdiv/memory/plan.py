@@ -155,14 +155,12 @@ def plan_memory(recipe: Any, configs: Any, placement: Placement, prompt_tokens: 
     """
     from trl import get_peft_config
 
-    from fdiv.catalog import load
-
     args, model = configs.training, configs.model
     name = model.model_name_or_path
     if recipe.prepare is not None and (not name or name.startswith("${prepare}")):
         raise FdivError(f"the model is built by the `prepare` block ({recipe.prepare.name}), which a dry run leaves")
     config = _read_config(model)
-    trainer, peft_config = load(recipe.method.trainer), get_peft_config(model)
+    trainer, peft_config = recipe.method, get_peft_config(model)
     shape = trainer.step_shape(
         args, peft=peft_config is not None, processes=placement.processes, prompt_tokens=prompt_tokens
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from fdiv.catalog import EVALUATIONS, METHODS, PREPARE, Method, load, lookup
+from fdiv.catalog import EVALUATIONS, METHODS, TASKS, load
 from fdiv.errors import RecipeError
 from fdiv.recipe.model import Block, Recipe, ReportKeys, RunKeys
 from fdiv.recipe.overrides import KeyPath
@@ -27,7 +27,7 @@ from fdiv.recipe.schema import (
 __all__ = ["all_keys", "check_recipe", "top_section"]
 
 BLOCKS = ("prepare", "eval", "report", "sweep")
-_BUILDERS = {"prepare": PREPARE, "eval": EVALUATIONS}
+_BUILDERS = {"prepare": TASKS, "eval": EVALUATIONS}
 _BLOCK_HELP = {
     "prepare": "Builds the data (and model) of the run; `name` selects the builder.",
     "eval": "What is measured before and after training; `name` selects the evaluation; a list runs several.",
@@ -36,7 +36,7 @@ _BLOCK_HELP = {
 }
 
 
-def top_section(method: Method) -> Section:
+def top_section(method: type) -> Section:
     """The keys at the top level of a recipe for `method`, the blocks among them."""
     keys: dict[str, Key] = dict(section_of(RunKeys).keys)
     for config in (method_config(method), *trl_configs()):
@@ -49,21 +49,23 @@ def top_section(method: Method) -> Section:
 
 def block_section(title: str, name: str, config: type) -> Section:
     """The keys of a `prepare:` or `eval:` block whose `name` selects `config`."""
-    extra = {"name": Key("name", str, name, "Which one.", tuple(_BUILDERS[title]), title)}
+    extra = {
+        "name": Key("name", str, name, f"One of {', '.join(_BUILDERS[title])}; or module:attribute.", group=title)
+    }
     if title == "eval":
         extra["require"] = Key("require", dict, None, "Metric → improved | increased | decreased.", group=title)
         extra["summary"] = Key("summary", list[str] | None, None, "Metrics of the tables, in order.", group=title)
     return Section(title, {**extra, **section_of(config, title).keys})
 
 
-def sweep_section(method: Method) -> Section:
+def sweep_section(method: type) -> Section:
     """The keys of `sweep:`: `metrics`, and any other key of the recipe."""
     metrics = Key("metrics", dict, None, "Axes of the frontier plot: {reward: NAME, divergence: NAME}.", None, "sweep")
     keys = {name: dataclasses.replace(key, group="sweep") for name, key in top_section(method).keys.items()}
     return Section("sweep", {"metrics": metrics, **{n: k for n, k in keys.items() if n not in BLOCKS}}, open=True)
 
 
-def all_keys(method: Method) -> Iterator[tuple[str, Key]]:
+def all_keys(method: type) -> Iterator[tuple[str, Key]]:
     """Every valid key with its dotted path: the top level, the fields of every builder and evaluation, the blocks."""
     for name, key in top_section(method).keys.items():
         yield name, key
@@ -82,7 +84,7 @@ def check_recipe(name: str, source: str, values: dict[str, Any], origins: dict[K
     Raises:
         RecipeError: the first thing that is wrong, in one line.
     """
-    checker = _Checker(METHODS[values["method"]], values["method"], source, origins)
+    checker = _Checker(METHODS.find(values["method"], error=RecipeError), values["method"], source, origins)
     section = top_section(checker.method)
     values = checker.switches(values, section)
     stated = checker.check(values, section, ())
@@ -128,7 +130,7 @@ def _present(block: Any) -> Any:
 class _Checker:
     """The checks of one recipe; holds what every error message needs."""
 
-    def __init__(self, method: Method, method_name: str, source: str, origins: dict[KeyPath, str]):
+    def __init__(self, method: type, method_name: str, source: str, origins: dict[KeyPath, str]):
         self.method, self.method_name, self.source, self.origins = method, method_name, source, origins
 
     def where(self, path: KeyPath) -> str:
@@ -211,7 +213,7 @@ class _Checker:
         if "name" not in values:
             raise RecipeError(f"{self.where(path)}: `{title}:` needs a `name`: one of {', '.join(sorted(table))}")
         name = read_words(values["name"])
-        config = load(lookup(table, name, f"`{title}.name`", self.where((*path, "name"))))
+        config = table.find(name, self.where((*path, "name")), what=f"`{title}.name`", error=RecipeError)
         checked = self.check(values, block_section(title, name, config), path)
         checked.pop("name")
         require = checked.pop("require", None) or {}

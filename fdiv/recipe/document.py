@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from fdiv.catalog import lookup
 from fdiv.errors import RecipeError
+from fdiv.named import lookup
 
 __all__ = ["Document", "compose", "is_replaced", "merged_values", "packaged_files", "parse_value", "read_document"]
 

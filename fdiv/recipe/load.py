@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fdiv.catalog import METHODS, lookup
+from fdiv.catalog import METHODS
 from fdiv.errors import RecipeError
+from fdiv.named import lookup
 from fdiv.recipe.document import Document, packaged_files, read_document
 from fdiv.recipe.model import Recipe
 from fdiv.recipe.overrides import KeyPath, parse_overrides, set_value
@@ -90,7 +91,7 @@ def _checked(name: str, document: Document, values: dict[str, Any], origins: dic
         )
     if isinstance(values["method"], CommandLineValue):
         values["method"] = values["method"].read()
-    lookup(METHODS, values["method"], "method", where)
+    METHODS.find(values["method"], where, error=RecipeError)
 
     from fdiv.recipe.check import check_recipe  # imports the method's config, hence TRL
 

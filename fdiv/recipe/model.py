@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fdiv.catalog import METHODS, Method
+from fdiv.catalog import METHODS
 from fdiv.errors import RecipeError
 from fdiv.files import one_line
 from fdiv.recipe.overrides import KeyPath
@@ -111,9 +111,9 @@ class Recipe:
     """`${NAME}` that are not environment variables (`prepare`)."""
 
     @property
-    def method(self) -> Method:
+    def method(self) -> type:
         """The entry of the table of methods."""
-        return METHODS[self.method_name]
+        return METHODS.find(self.method_name)
 
     @property
     def output_dir(self) -> Path:

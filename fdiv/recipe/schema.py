@@ -8,7 +8,6 @@ where that is impossible.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import types
 import typing
@@ -17,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from fdiv.catalog import Method, load
 from fdiv.errors import RecipeError
+from fdiv.named import nearest
 from fdiv.recipe.document import parse_value
 
 __all__ = [
@@ -113,7 +112,7 @@ def section_of(config: type, title: str = "", skip: Iterable[str] = ()) -> Secti
 
 def nearest_key(name: str, section: Section, others: Callable[[], Iterator[tuple[str, Key]]]) -> str | None:
     """The valid key most like `name`: first in its own section, then in the whole schema, as a dotted path."""
-    matches = difflib.get_close_matches(name, section.keys, n=1, cutoff=0.7)
+    matches = nearest(name, section.keys, cutoff=0.7)
     prefix = f"{section.title}." if section.title else ""
     if matches:
         return prefix + matches[0]
@@ -121,10 +120,10 @@ def nearest_key(name: str, section: Section, others: Callable[[], Iterator[tuple
     for path, key in others():
         whole.setdefault(key.name, path)
         whole.setdefault(path, path)
-    matches = difflib.get_close_matches(name, whole, n=1, cutoff=0.6)
+    matches = nearest(name, whole)
     if matches:
         return whole[matches[0]]
-    matches = difflib.get_close_matches(name, section.keys, n=1, cutoff=0.6)
+    matches = nearest(name, section.keys)
     return prefix + matches[0] if matches else None
 
 
@@ -292,6 +291,6 @@ def trl_configs() -> tuple[type, type, type]:
     return ScriptArguments, ModelConfig, DatasetMixtureConfig
 
 
-def method_config(method: Method) -> type:
+def method_config(method: type) -> type:
     """The config dataclass of a method."""
-    return load(method.config)
+    return method.config_class

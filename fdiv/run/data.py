@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fdiv.errors import DataError, RecipeError
 from fdiv.files import one_line
 from fdiv.models.fetch import find_model
+from fdiv.named import nearest
 from fdiv.recipe.model import Configs, Recipe
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def model_arguments(configs: Configs) -> dict[str, Any]:
     known = {*inspect.signature(PreTrainedModel.from_pretrained).parameters, *config.to_dict(), *_MODEL_ARGUMENTS}
     for key in stated:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = nearest(key, known)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RecipeError(f"unknown key {key!r} in `model_init_kwargs` for a {type(config).__name__}{hint}")
     arguments = {

@@ -18,7 +18,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fdiv.catalog import load
 from fdiv.errors import FdivError, RecipeError, TerminatedError
 from fdiv.files import one_line, plain, read_json, write_json
 from fdiv.models.fetch import find_model
@@ -175,7 +174,7 @@ def _trainer(
     datasets = load_datasets(recipe, configs)
     instances = [(block, block.instance(recipe.variables)) for block in recipe.evaluations]
     evaluations, bar = Evaluations(instances, datasets, directory.path), ProgressBar()
-    trainer_class = load(recipe.method.trainer)
+    trainer_class = recipe.method
     try:
         trainer = trainer_class(
             model=find_model(configs.model.model_name_or_path),

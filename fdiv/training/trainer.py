@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from fdiv.errors import NonFiniteLossError
+from fdiv.errors import FdivError, NonFiniteLossError
 from fdiv.models.loading import keep_trainable_layout
 from fdiv.training.resume import ResumableMixin
 
@@ -90,8 +90,14 @@ class ObjectiveTrainerMixin(ResumableMixin):
         Args:
             args: the trainer's config. peft: whether an adapter is trained. processes: how many share the work.
             prompt_tokens: length of the prompts of rollouts, where it is known.
+
+        Raises:
+            FdivError: the config does not say (it has no `step_shape`), so the memory plan is not modelled.
         """
-        return args.step_shape(peft=peft, processes=processes, prompt_tokens=prompt_tokens)
+        shape = getattr(args, "step_shape", None)
+        if shape is None:
+            raise FdivError(f"not modelled: {type(args).__name__} has no step_shape (see fdiv.memory.step_shape)")
+        return shape(peft=peft, processes=processes, prompt_tokens=prompt_tokens)
 
     @classmethod
     def freeze_untrained(cls, args: Any, model: torch.nn.Module) -> None:

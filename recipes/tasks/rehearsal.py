@@ -105,16 +105,16 @@ class RehearsalConfig(PresampleConfig):
             RecipeError: an unknown builder or key, or a value of the wrong type.
             ValueError: no name, a missing key, or a value the builder refuses.
         """
-        from fdiv.catalog import PREPARE, load, lookup
+        from fdiv.catalog import TASKS
         from fdiv.errors import RecipeError
         from fdiv.recipe.schema import coerce, nearest_key, section_of
 
         where = "prepare.task"
         values = dict(self.task)
         if "name" not in values:
-            raise ValueError(f"{where} needs a `name`: one of {', '.join(sorted(PREPARE))}")
+            raise ValueError(f"{where} needs a `name`: one of {', '.join(sorted(TASKS))}")
         name = values.pop("name")
-        config = load(lookup(PREPARE, name, f"`{where}.name`", where))
+        config = TASKS.find(name, where, what=f"`{where}.name`", error=RecipeError)
         if issubclass(config, RehearsalConfig):
             raise ValueError(f"{where} cannot be {name!r} itself")
         section = section_of(config, where)

@@ -1,4 +1,6 @@
-"""`fdiv presample`: the pre-sampling pass as a command."""
+"""Sample the reference n times per prompt, score, split the prompts into rehearsal and exploration, and cache one
+verified sample with reference log-probabilities for each near-perfect prompt. Go on after a kill with the same
+command; several processes: `torchrun --nproc_per_node N -m fdiv presample …`."""
 
 from __future__ import annotations
 
@@ -12,62 +14,58 @@ from typing import Any
 
 from fdiv.errors import RecipeError
 
-__all__ = ["PresampleCommand", "command"]
+__all__ = ["add_arguments", "run"]
 
 
-class PresampleCommand:
-    """Sample the reference n times per prompt, score, split the prompts into rehearsal and exploration, and cache one
-    verified sample with reference log-probabilities for each near-perfect prompt. Go on after a kill with the same
-    command; several processes: `torchrun --nproc_per_node N -m fdiv presample …`."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag per field of `PresampleConfig`, with its name and default."""
+    from fdiv.rl.presample.config import PresampleConfig
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """One flag per field of `PresampleConfig`, with its name and default."""
-        from fdiv.rl.presample.config import PresampleConfig
+    hints = typing.get_type_hints(PresampleConfig)
+    for field in dataclasses.fields(PresampleConfig):
+        text = field.metadata["help"]
+        if hints[field.name] is bool:
+            parser.add_argument(f"--{field.name}", action="store_true", help=text)
+            continue
+        required = field.name in ("model", "dataset", "reward")
+        shown = "" if required or field.default is None else f" ({field.default})"
+        parser.add_argument(
+            f"--{field.name}",
+            type=_reader(hints[field.name]),
+            default=argparse.SUPPRESS,
+            required=required,
+            choices=field.metadata.get("choices"),
+            help=text + shown,
+        )
+    parser.add_argument("--output", required=True, metavar="DIR", help="new, or that of a run to go on with")
+    parser.add_argument("--repartition", action="store_true", help="split the samples of a finished DIR again")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="check, print the settings and stop")
 
-        hints = typing.get_type_hints(PresampleConfig)
-        for field in dataclasses.fields(PresampleConfig):
-            text = field.metadata["help"]
-            if hints[field.name] is bool:
-                parser.add_argument(f"--{field.name}", action="store_true", help=text)
-                continue
-            required = field.name in ("model", "dataset", "reward")
-            shown = "" if required or field.default is None else f" ({field.default})"
-            parser.add_argument(
-                f"--{field.name}",
-                type=_reader(hints[field.name]),
-                default=argparse.SUPPRESS,
-                required=required,
-                choices=field.metadata.get("choices"),
-                help=text + shown,
-            )
-        parser.add_argument("--output", required=True, metavar="DIR", help="new, or that of a run to go on with")
-        parser.add_argument("--repartition", action="store_true", help="split the samples of a finished DIR again")
-        parser.add_argument("--dry_run", "--dry-run", action="store_true", help="check, print the settings and stop")
 
-    def run(self, args: argparse.Namespace) -> int:
-        """Run it, print the partition. Returns the exit code 0.
+def run(args: argparse.Namespace) -> int:
+    """Run it, print the partition. Returns the exit code 0.
 
-        Raises:
-            RecipeError: an option outside its range.
-            DataError, RolloutError: see `fdiv.rl.presample.run.presample`.
-        """
-        from fdiv.rl.presample.config import PresampleConfig
+    Raises:
+        RecipeError: an option outside its range.
+        DataError, RolloutError: see `fdiv.rl.presample.run.presample`.
+    """
+    from fdiv.rl.presample.config import PresampleConfig
 
-        names = {field.name for field in dataclasses.fields(PresampleConfig)}
-        try:
-            config = PresampleConfig(**{name: value for name, value in vars(args).items() if name in names})
-        except ValueError as error:
-            raise RecipeError(f"--{error}") from None
-        if args.dry_run:
-            return _dry_run(config, Path(args.output))
-        from fdiv.rl.presample.run import presample
-        from fdiv.terminal import info
+    names = {field.name for field in dataclasses.fields(PresampleConfig)}
+    try:
+        config = PresampleConfig(**{name: value for name, value in vars(args).items() if name in names})
+    except ValueError as error:
+        raise RecipeError(f"--{error}") from None
+    if args.dry_run:
+        return _dry_run(config, Path(args.output))
+    from fdiv.rl.presample.run import presample
+    from fdiv.terminal import info
 
-        began = time.monotonic()
-        content = presample(config, Path(args.output), repartition=args.repartition)
-        show_partition(content)
-        info(f"written: {args.output} ({time.monotonic() - began:.1f} s)")
-        return 0
+    began = time.monotonic()
+    content = presample(config, Path(args.output), repartition=args.repartition)
+    show_partition(content)
+    info(f"written: {args.output} ({time.monotonic() - began:.1f} s)")
+    return 0
 
 
 def _reader(hint: Any) -> Any:
@@ -119,4 +117,4 @@ def show_partition(content: dict[str, Any]) -> None:
     print_table(f"{content['counts']['prompts']} prompts", ("part", "prompts", "share"), rows, notes)
 
 
-command = PresampleCommand()
+command = PresampleCommand = sys.modules[__name__]  # names of release 0.1

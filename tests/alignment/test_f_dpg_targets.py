@@ -113,7 +113,7 @@ def test_scores_a_target_refuses():
         ),
         ({"name": "distributional", "features": ["compiles"], "moments": [0.1, 0.2]}, "must be 1 finite numbers"),
         ({"name": "pointwise", "scorers": ["compile"]}, "unknown scorer 'compile'; did you mean 'compiles'"),
-        ({"name": "pointwise", "scorers": [{"name": "contains_words"}]}, "missing 1 required positional argument"),
+        ({"name": "pointwise", "scorers": [{"name": "contains_words"}]}, "missing a required argument: 'words'"),
         ({"name": "pointwise", "scorers": [{"name": "contains_words", "word": "a"}]}, "did you mean 'words'"),
         ({"name": "pointwise", "scorers": [{"name": "contains_words", "words": []}]}, "at least one word"),
     ],
@@ -197,7 +197,7 @@ def test_classifier(tmp_path, tiny_model_dir):
 
 
 def test_scorers_are_trl_rewards_and_keep_their_names():
-    assert set(SCORERS) == {"classifier", "compiles", "contains_words", "sentiment"}
+    assert {"classifier", "compiles", "contains_words", "sentiment", "math", "sql", "code", "exact"} == set(SCORERS)
     assert build_scorer("compiles").__name__ == "compiles"
     checked = checked_scorer(build_scorer("compiles"))
     assert checked.__name__ == "compiles"
@@ -215,7 +215,8 @@ def test_any_reward_function_by_its_path():
     for spec, message in (
         ("trl.rewards:no_such_reward", "no_such_reward"),
         ("no_such_module:f", "No module named"),
-        ({"name": "math:floor", "x": 1}, "takes no x here"),
+        ({"name": "trl.rewards:think_format_reward", "x": 1}, "takes no x here"),
+        ("math:floor", "math is a module of Python itself"),
     ):
         with pytest.raises(ValueError, match=message):
             build_scorer(spec)

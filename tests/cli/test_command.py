@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import fdiv
-from fdiv.catalog import EVAL_COMMANDS, EVALUATIONS, METHODS, PREPARE, load
+from fdiv.catalog import EVAL_COMMANDS, EVALUATIONS, METHODS, REWARDS, TASKS
 from fdiv.cli import main
 from fdiv.divergences import get_divergence, list_divergences
 from fdiv.provenance import command_line, environment, git_revision, package_versions
@@ -23,15 +23,14 @@ def run_module(*words, **options):
 
 
 def test_every_path_of_the_tables_can_be_imported():
-    for method in METHODS.values():
-        assert load(method.config).__module__.startswith("fdiv.")
-        assert load(method.trainer).__module__.startswith("fdiv.")
+    for table in (METHODS, TASKS, EVALUATIONS, EVAL_COMMANDS, REWARDS):
+        for name, path in table.items():
+            assert path.startswith("fdiv.")
+            assert table.is_one(table.find(name)), f"{name}: {path} is not {table.must_be}"
+    for method in map(METHODS.find, METHODS):
+        assert method.title and re.fullmatch(r"arXiv:\d{4}\.\d{5}", method.paper)
         if method.check_divergence:
-            load(method.check_divergence)("jensen_shannon")  # lawful everywhere: nothing raised
-    for target in (*PREPARE.values(), *EVALUATIONS.values()):
-        assert callable(load(target))
-    for target in EVAL_COMMANDS.values():
-        assert callable(load(target).run)
+            method.check_divergence("jensen_shannon")  # valid everywhere: nothing raised
 
 
 @pytest.mark.parametrize("words", [[], ["run"], ["sweep"], ["eval"], ["report"], ["divergences"], ["recipes"]])
@@ -58,6 +57,16 @@ def test_version_and_wrong_verbs(capsys):
         assert error.startswith("fdiv: ")
     assert main(["divergences", "--nmae", "x"]) == 2
     assert capsys.readouterr().err == "fdiv: unrecognized arguments: --nmae (see `fdiv divergences --help`)\n"
+
+
+def test_methods_are_listed_with_what_they_are_valid_for(capsys):
+    assert main(["methods"]) == 0
+    printed = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]
+    rows = {row[0]: row for row in rows if len(row) == 4 and row[0]}
+    assert set(METHODS) <= set(rows)
+    assert rows["npo"][3] == "–" and rows["flat"][3] == "all"
+    assert rows["f_dpo"][2] == "arXiv:2309.16240" and rows["f_dpo"][3].startswith("all but")
 
 
 def test_divergences_lists_the_registry(capsys):

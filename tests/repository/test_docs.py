@@ -116,8 +116,8 @@ def test_index_has_a_row_for_every_method(repository):
     from fdiv.catalog import METHODS
 
     index = (repository / "docs" / "index.md").read_text()
-    for name, method in METHODS.items():
-        trainer = method.trainer.rpartition(":")[2]
+    for name, path in METHODS.items():
+        method, trainer = METHODS.find(name), path.rpartition(":")[2]
         assert method.paper in index, f"docs/index.md has no row for the paper of {name} ({method.paper})"
         assert trainer in index, f"docs/index.md does not name the trainer of {name} ({trainer})"
 

@@ -153,9 +153,7 @@ def test_names():
     }
     built = resolve_kl("k2_loss")
     assert resolve_kl(built) is built
-    with pytest.raises(
-        ValueError, match=r"unknown KL estimator 'k3_los' \(did you mean k3_loss\?\); known: k1_reward"
-    ):
+    with pytest.raises(ValueError, match="unknown KL estimator 'k3_los'; did you mean 'k3_loss'"):
         resolve_kl("k3_los")
 
 

@@ -2,8 +2,6 @@
 
 import pytest
 
-import fdiv.rl.rewards
-from fdiv.catalog import load
 from fdiv.rl.rewards import REWARDS, MathReward, PooledReward, build_reward
 
 
@@ -17,11 +15,22 @@ def test_names_and_mappings():
     assert (reward.gold, reward.pool.time_limit, reward.__name__) == ("answer", 2.5, "sums")
     assert build_reward("math").__name__ == "math"
     assert build_reward(own_reward) is own_reward
-    assert all(issubclass(load(path), PooledReward) for path in REWARDS.values())
+    assert all(issubclass(REWARDS.find(name), PooledReward) for name in ("math", "sql", "code"))
+
+
+def make_reward(score):
+    return lambda completions, **columns: [score] * len(completions)
+
+
+def make_number(score):
+    return score
 
 
 def test_ones_own():
-    assert build_reward("fdiv.rl.rewards:build_reward") is fdiv.rl.rewards.build_reward
+    assert build_reward(f"{__name__}:own_reward")([], ["a"]) == [0.5]
+    assert build_reward({"name": f"{__name__}:make_reward", "score": 0.25})(completions=["a", "b"]) == [0.25, 0.25]
+    renamed = build_reward({"name": f"{__name__}:own_reward", "as": "half"})
+    assert renamed.__name__ == "half" and renamed(prompts=[], completions=["a"]) == [0.5]
     reward = build_reward({"name": "fdiv.rl.rewards:MathReward", "gold": "answer"})
     assert isinstance(reward, MathReward) and reward.gold == "answer"
 
@@ -36,8 +45,11 @@ def test_ones_own():
         ("sql", "reward 'sql': missing a required argument: 'database'"),
         ("no_such_module:x", "No module named"),
         ("fdiv.rl.rewards:nothing", "has no attribute 'nothing'"),
-        ({"name": "fdiv.rl.rewards:build_reward", "gold": "x"}, "takes no gold here"),
-        ("fdiv.rl.rewards:REWARDS", "is not callable"),
+        ({"name": f"{__name__}:own_reward", "gold": "x"}, "takes no gold here"),
+        ({"name": f"{__name__}:make_reward", "scor": 1}, "has no argument 'scor'; did you mean 'score'?"),
+        ({"name": f"{__name__}:make_number", "score": 1}, "made a int: it must make a function with TRL's signature"),
+        ("fdiv.rl.rewards:REWARDS", "of type Table: it must be a reward function"),
+        ("os:system", "os is a module of Python itself"),
     ],
 )
 def test_mistakes_are_named(spec, message):

@@ -10,7 +10,6 @@ import torch
 import yaml
 from transformers import TrainerCallback
 
-from fdiv.catalog import load
 from fdiv.cli import main
 from fdiv.errors import FdivError
 from fdiv.memory.count import ModelCount, Weight, count_saved
@@ -82,7 +81,7 @@ def planned_and_counted(model_dir: Path, tmp_path: Path, rows: Any, prompt_token
     configs = recipe.configs()
     plan = plan_memory(recipe, configs, read_placement(configs.training), prompt_tokens)
     configs.training.model_init_kwargs = model_arguments(configs)
-    trainer = load(recipe.method.trainer)(
+    trainer = recipe.method(
         model=str(model_dir),
         args=configs.training,
         train_dataset=Dataset.from_list(rows),

@@ -183,7 +183,7 @@ def _pad_token(model: Path) -> str:
 def _data(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Every `*dataset_name` of the recipe as a generated folder with the splits the recipe names."""
     result: dict[str, Any] = {}
-    rows = _ROWS[METHODS[values["method"]].family]()
+    rows = _ROWS[METHODS[values["method"]].split(".")[1]]()
     if str(values.get("dataset_name", "")).startswith("muse-bench/"):
         rows = [{"text": f"Chapter {i}. " + "The quick brown fox jumps over the lazy dog. " * 60} for i in range(2)]
     for key in [key for key in values if key.endswith("dataset_name")]:
@@ -215,7 +215,7 @@ def _unlearning(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if "epoch_evaluation" in values:
         off = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
         result |= off | {"epoch_evaluation": None, "metric_for_best_model": None}
-    if values["method"] in METHODS and METHODS[values["method"]].family == "unlearning" and "optim" in values:
+    if values["method"] in METHODS and METHODS[values["method"]].startswith("fdiv.unlearning.") and "optim" in values:
         result["optim"] = "adamw_torch"  # the paged optimizers need bitsandbytes and a GPU
     return result
 
