@@ -20,7 +20,7 @@ from fdiv.files import plain
 from fdiv.memory.step_shape import StepShape
 from fdiv.models.fingerprints import data_fingerprint
 from fdiv.models.reference import FrozenReference
-from fdiv.statistics.estimates import log_ratio_quantiles
+from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
 from fdiv.training.config import DivergenceOptions
 from fdiv.training.data_checks import check_pad_token
 from fdiv.training.trainer import ObjectiveTrainerMixin
@@ -317,9 +317,8 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
             if name.startswith("log_ratio/"):
                 metrics |= log_ratio_quantiles(name.removeprefix("log_ratio/"), values)
             elif name == "divergence":
-                error = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
                 label = f"divergence/{self.metric_divergence.label}"
-                metrics |= {label: values.mean().item(), f"{label}_se": error}
+                metrics[label], metrics[f"{label}_se"] = mean_and_error(values)
             elif name != "loss" or mode == "eval":  # Trainer's own weighs an incomplete last batch like a full one
                 metrics[name] = values.mean().item()
         return metrics

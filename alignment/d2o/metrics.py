@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdiv.divergences import Divergence, get_divergence
-from fdiv.statistics.estimates import log_ratio_quantiles
+from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
 
 __all__ = ["divergence_terms", "mean_and_error", "reduce_groups"]
 
@@ -29,11 +29,9 @@ def divergence_terms(divergence: Divergence, log_prob: Tensor, reference: Tensor
     return weight * divergence.generator(log_prob - reference)
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean and standard error of `values[N]` without its NaN entries; NaN where there are too few."""
-    values = values[~values.isnan()]
-    error = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return (values.mean().item() if len(values) else math.nan), error
+def _defined(values: Tensor) -> Tensor:
+    """`values` without its NaN entries."""
+    return values[~values.isnan()]
 
 
 def reduce_groups(examples: Mapping[str, Tensor], divergence: Divergence, anchors: int) -> dict[str, float]:
@@ -65,11 +63,11 @@ def reduce_groups(examples: Mapping[str, Tensor], divergence: Divergence, anchor
         kind, _, reference = name.partition("_to_")
         if kind in labels and reference:
             key = f"divergence/{labels[kind]}" + ("" if reference == "both" else f"_to_{reference}")
-            metrics[key], metrics[f"{key}_se"] = mean_and_error(values)
+            metrics[key], metrics[f"{key}_se"] = mean_and_error(_defined(values))
     if "harm_scored" in examples:
         scored = examples["harm_scored"].sum().item()
         metrics["harmfulness/anchors"], metrics["harmfulness/anchors_se"] = mean_and_error(
-            examples["harm_sum"] / examples["harm_scored"]
+            _defined(examples["harm_sum"] / examples["harm_scored"])
         )
         metrics["harmfulness/harmful_share"] = examples["harm_above"].sum().item() / scored if scored else math.nan
         metrics["harmfulness/unscored"] = len(margins) * anchors - scored

@@ -15,6 +15,7 @@ from fdiv.alignment.f_dpg.loss import effective_sample_size, log_partition, targ
 from fdiv.alignment.f_dpg.targets import as_scores
 from fdiv.alignment.scorers import checked_scorer
 from fdiv.errors import DataError
+from fdiv.statistics.estimates import mean_and_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -187,22 +188,17 @@ def _prompt_metrics(
     log_z = log_partition(log_p - log_q)
     own = slice(0, from_policy)
     names = [function.__name__ for function in target.functions]
-    metrics = {f"score/{name}": _mean(scores[own, column]) for column, name in enumerate(names)}
+    metrics = {f"score/{name}": mean_and_error(scores[own, column]) for column, name in enumerate(names)}
     metrics["score"] = metrics[f"score/{names[0]}"]
-    metrics["kl_to_base"] = _mean((log_policy - log_base)[own])
-    metrics["sequence_entropy"] = _mean(-log_policy[own])
+    metrics["kl_to_base"] = mean_and_error((log_policy - log_base)[own])
+    metrics["sequence_entropy"] = mean_and_error(-log_policy[own])
     metrics["z"] = (log_z.exp().item(), math.nan)
     metrics["z_ess"] = (effective_sample_size(log_p - log_q).item(), math.nan)
     if not torch.isneginf(log_z):
         for name in _DIVERGENCES:
             terms = target_divergence_terms(log_policy - log_p + log_z, name, log_weight=log_policy - log_q)
-            metrics[name] = _mean(terms)
+            metrics[name] = mean_and_error(terms)
     return metrics
-
-
-def _mean(values: Tensor) -> tuple[float, float]:
-    error = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return values.mean().item(), error
 
 
 def _average(per_prompt: list[dict[str, tuple[float, float]]]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fdiv.alignment.f_dpg.loss import grouped_logsumexp, target_divergence_terms
 from fdiv.divergences import Divergence
-from fdiv.statistics.estimates import log_ratio_quantiles
+from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
 
 __all__ = ["LOGGED_DIVERGENCES", "f_dpg_metrics", "partition_metrics", "slope_columns", "weighted_mean"]
 
@@ -70,10 +70,9 @@ def weighted_mean(values: Tensor, weight: Tensor) -> tuple[float, float]:
 
 def _mean(terms: Tensor) -> tuple[float, float]:
     """Mean and standard error; NaN, which TRL logs as null, where a term is infinite."""
-    if len(terms) == 0 or not torch.isfinite(terms).all():
+    if not torch.isfinite(terms).all():
         return math.nan, math.nan
-    error = terms.std(correction=1).item() / math.sqrt(len(terms)) if len(terms) > 1 else math.nan
-    return terms.mean().item(), error
+    return mean_and_error(terms)
 
 
 def f_dpg_metrics(examples: Mapping[str, Tensor], divergence: Divergence, score_names: list[str]) -> dict[str, float]:

@@ -6,7 +6,6 @@ error is that of the paired difference (GDC's and DPG's KL-adaptive proposal, ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from fdiv.alignment.f_dpg.loss import target_divergence_terms
 from fdiv.divergences import Divergence, get_divergence
+from fdiv.statistics.estimates import mean_and_error
 
 __all__ = ["AdaptiveProposal"]
 
@@ -75,7 +75,7 @@ class AdaptiveProposal:
             return {}
         gain = -torch.tensor(self._terms, dtype=torch.float64)
         self._terms = []
-        improvement, error = gain.mean().item(), gain.std(correction=1).item() / math.sqrt(len(gain))
+        improvement, error = mean_and_error(gain)
         replaced = improvement > self.margin * error
         if replaced:
             self.version += 1

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fdiv.alignment.f_dpg.loss import log_partition
 from fdiv.errors import FdivError
+from fdiv.statistics.estimates import mean_and_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,9 +67,7 @@ def quasi_rejection_statistics(log_importance: Tensor, log_beta: float) -> Quasi
             f"every one of the {log_importance.numel()} proposal samples has P = 0: the proposal misses it"
         )
     accept = (log_importance - log_beta).clamp(max=0.0).exp()
-    count = accept.numel()
-    error = accept.std(correction=1).item() / math.sqrt(count) if count > 1 else math.nan
-    rate = accept.mean().item()
+    rate, error = mean_and_error(accept.flatten())
     bound = max(0.0, 1.0 - rate * math.exp(log_beta - log_z))
     return QuasiRejection(float(log_beta), rate, error, bound, log_z)
 

@@ -7,7 +7,6 @@ answer_likelihood, data: …}`. It asks nothing of the training method.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fdiv.errors import DataError
+from fdiv.statistics.estimates import mean_and_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -148,10 +148,10 @@ class AnswerLikelihoodConfig:
             metrics[f"{key}_log_prob"] = log_probs[side].mean().item()
             if key in self._start:
                 changes[side] = log_probs[side] - self._start[key]
-                metrics[f"{key}_change"], metrics[f"{key}_change_se"] = _mean_and_error(changes[side])
+                metrics[f"{key}_change"], metrics[f"{key}_change_se"] = mean_and_error(changes[side])
         if changes:
             margin = changes["chosen"] - changes["rejected"]
-            metrics[f"{split}_margin_change"], metrics[f"{split}_margin_change_se"] = _mean_and_error(margin)
+            metrics[f"{split}_margin_change"], metrics[f"{split}_margin_change_se"] = mean_and_error(margin)
         mean = {side: log_probs[side] / tokens[side] for side in _SIDES}
         metrics[f"{split}_preference_accuracy"] = (mean["chosen"] > mean["rejected"]).double().mean().item()
         return metrics
@@ -202,9 +202,3 @@ class AnswerLikelihoodConfig:
         from fdiv.alignment.scorers import build_scorer, checked_scorer
 
         return checked_scorer(build_scorer(self.harmfulness_scorer))
-
-
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error over rows."""
-    error = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return values.mean().item(), error

@@ -11,7 +11,17 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fdiv.divergences import Divergence
 
-__all__ = ["divergence_estimate", "log_ratio_quantiles"]
+__all__ = ["divergence_estimate", "log_ratio_quantiles", "mean_and_error"]
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of `values[N]` and its standard error s/√N with s² = Σ (v − mean)²/(N − 1).
+
+    Returns:
+        (mean, standard error); both NaN for N = 0, the error NaN for N = 1.
+    """
+    error = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return (values.mean().item() if len(values) else math.nan), error
 
 
 _QUANTILES = (("p05", 0.05), ("p50", 0.50), ("p95", 0.95))
@@ -40,5 +50,4 @@ def divergence_estimate(divergence: Divergence, log_ratio: Tensor) -> tuple[floa
         (value, standard error); the latter is NaN for N = 1.
     """
     terms = divergence.generator(log_ratio.reshape(log_ratio.size(0), -1)).mean(-1)
-    standard_error = terms.std(correction=1).item() / math.sqrt(len(terms)) if len(terms) > 1 else math.nan
-    return terms.mean().item(), standard_error
+    return mean_and_error(terms)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdiv.rl.dph.loss import rehearsal_capped, rehearsal_coefficient, rehearsal_loss
-from fdiv.statistics.estimates import log_ratio_quantiles
+from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
 
 if TYPE_CHECKING:
     from fdiv.divergences import Divergence
@@ -71,9 +71,8 @@ def dph_metrics(examples: dict[str, Tensor], log_ratio: Tensor, divergence: Dive
         **log_ratio_quantiles("rehearsal", log_ratio),
     }
     for name, column in (("forward_kl", "forward_kl"), (divergence.name, "divergence")):
-        values = examples[column][counted]
-        error = values.std(correction=1).item() / math.sqrt(rows) if rows > 1 else math.nan
-        metrics |= {f"divergence/{name}": values.mean().item(), f"divergence/{name}_se": error}
+        mean, error = mean_and_error(examples[column][counted])
+        metrics |= {f"divergence/{name}": mean, f"divergence/{name}_se": error}
     if args.coefficient_clip is not None:
         coefficient = rehearsal_coefficient(log_ratio, divergence, max_exponent=args.max_exponent)
         metrics["rehearsal/clipped_fraction"] = (coefficient.abs() > args.coefficient_clip).double().mean().item()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from fdiv.alignment import D2OConfig
 from fdiv.alignment.d2o.anchors import Anchor, AnchorCache, instructed_prompt, prompt_key
-from fdiv.alignment.d2o.metrics import divergence_terms, mean_and_error
+from fdiv.alignment.d2o.metrics import divergence_terms, reduce_groups
 from fdiv.divergences import get_divergence
 from fdiv.errors import DataError, RolloutError, ScorerError
 from fdiv.models.reference import FrozenReference
@@ -43,12 +43,15 @@ def test_divergence_terms_are_unbiased_whoever_sampled(name):
     )
 
 
-def test_mean_and_error():
-    mean, error = mean_and_error(torch.tensor([1.0, float("nan"), 3.0]))
-    assert (mean, error) == (2.0, pytest.approx(1.0))  # s = sqrt 2, over sqrt 2
-    assert (
-        mean_and_error(torch.tensor([4.0]))[0] == 4.0 and torch.tensor(mean_and_error(torch.tensor([4.0]))[1]).isnan()
-    )
+def test_divergences_are_averaged_where_they_are_defined():
+    nothing = ["rejected_reward", "rejected_raw_reward", "rejected_log_prob", "rejected_log_ratio", "clamped"]
+    nothing += ["anchor_reward", "anchor_raw_reward", "anchor_log_prob", "anchor_0_log_ratio", "online"]
+    nothing += ["anchor_tokens", "anchor_cut"]
+    examples = {name: torch.zeros(3).double() for name in nothing}
+    examples["divergence_to_sampler"] = torch.tensor([1.0, float("nan"), 3.0]).double()
+    found = reduce_groups(examples, get_divergence("reverse_kl"), anchors=1)
+    key = "divergence/reverse_kl_to_sampler"
+    assert (found[key], found[f"{key}_se"]) == (2.0, pytest.approx(1.0))  # s = sqrt 2, over sqrt 2
 
 
 def test_harmfulness_and_the_share_of_harmful_anchors(tiny_model_dir, tmp_path):

@@ -101,7 +101,7 @@ def test_scores_a_target_refuses():
     ("spec", "message"),
     [
         ({"name": "pointwize", "scorers": []}, "unknown target 'pointwize'; did you mean 'pointwise'"),
-        ({"scorers": []}, "unknown target None; there are: pointwise"),
+        ({"scorers": []}, "unknown target None; there are: distributional, filter"),
         ({"name": "filter", "scorers": []}, "scorers is empty"),
         ({"name": "reward", "scorers": ["compiles"]}, "target 'reward' needs beta"),
         ({"name": "reward", "scorers": ["compiles"], "beta": 0}, "beta=0 must be a number above 0"),
