@@ -233,7 +233,8 @@ def check_keys(
     known = list(known)
     for key in keys:
         if key not in known:
-            raise error(f"{title} has no {word} {key!r}; {hint(key, known, 'it takes')}")
+            said = hint(key, known, "it takes") if known else "it takes none"
+            raise error(f"{title} has no {word} {key!r}; {said}")
 
 
 def bind_arguments(

@@ -30,9 +30,7 @@ from fdiv.unlearning.vocabulary_losses import ce_u, pdu, undial, vocabulary_dive
 
 # A method's line in the catalog is the only one: `npo.py` there gives `NPOConfig` and `NPOTrainer` here.
 _METHODS = dict(
-    reversed(method.trainer.removesuffix("Trainer").split(":"))
-    for method in METHODS.values()
-    if method.family == "unlearning"
+    reversed(path.removesuffix("Trainer").split(":")) for path in METHODS.values() if path.startswith(f"{__name__}.")
 )
 _HOMES = {f"{stem}{kind}": home for stem, home in sorted(_METHODS.items()) for kind in ("Config", "Trainer")}
 __getattr__, __dir__ = attach(__name__, _HOMES)

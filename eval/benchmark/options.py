@@ -37,7 +37,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser, config: type[Evaluatio
     compare.add_argument("--reference_model", help="model of the Reference attack (the retain model)")
     how = parser.add_argument_group("how")
     how.add_argument("--data", help="hub dataset or local folder")
-    how.add_argument("--preset", choices=config.presets, help="metric definitions (open_unlearning)")
+    how.add_argument(
+        "--preset", metavar="NAME", help=f"metric definitions: {', '.join(config.presets)}, or module:attribute"
+    )
     how.add_argument("--batch_size", type=int, default=config.batch_size, help=f"of scoring ({config.batch_size})")
     size = config.generation_batch_size
     how.add_argument("--generation_batch_size", type=int, default=size, help=f"of generating ({size})")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from fdiv.errors import DataError
 from fdiv.named import Table
 
 
@@ -89,6 +90,6 @@ def get_preset(name: str) -> Preset:
     """The preset of that name, or of `module:attribute`.
 
     Raises:
-        ValueError: an unknown name, with the nearest one.
+        DataError: (a ValueError) an unknown name, with the nearest one.
     """
-    return PRESETS.find(name)
+    return PRESETS.find(name, error=DataError)

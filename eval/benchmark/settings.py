@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from fdiv.errors import DataError
 from fdiv.eval.benchmark.presets import PRESETS, get_preset
 from fdiv.inference.prompting import PromptFormat
+from fdiv.named import is_path
 
 __all__ = ["EvaluationSettings"]
 
@@ -18,7 +19,7 @@ class EvaluationSettings:
 
     Args:
         data: hub dataset or local folder.
-        preset: the metric definitions, one of the class's `presets`.
+        preset: the metric definitions, one of the class's `presets`, or `module:attribute` of your own.
         retain_logs: `*_EVAL.json` of the retain model: forget quality and PrivLeak compare with it.
         retain_model: a retain model to evaluate instead of a log.
         reference_model: model of the Reference attack; by default the retain model.
@@ -54,7 +55,7 @@ class EvaluationSettings:
 
     def __post_init__(self):
         get_preset(self.preset)
-        if self.preset not in self.presets:
+        if self.preset not in self.presets and not is_path(self.preset):
             raise DataError(f"preset {self.preset} does not define these metrics; choose {', '.join(self.presets)}")
         if self.retain_logs and self.retain_model:
             raise DataError("give retain_logs or retain_model, not both")

@@ -123,7 +123,7 @@ def prepare(recipe: Recipe, root: Path) -> tuple[Recipe, Configs]:
     block = recipe.prepare
     builder = block.instance()
     identity = json.dumps([block.name, plain(builder)], sort_keys=True)
-    folder = root / f"{block.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    folder = root / f"{block.name.replace(':', '.')}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     marker = folder / "recipe_keys.json"
     if not marker.is_file():
         if folder.exists():

@@ -147,7 +147,7 @@ def test_keys_print_bounds_and_choices_from_the_declaration(capsys, write_recipe
 
 
 def test_eval_hands_over_to_the_kind(capsys, fails):
-    assert "invalid choice: 'tofuu'" in _exit_line(["eval", "tofuu"], capsys)
+    assert "fdiv eval: unknown evaluation 'tofuu'; did you mean 'tofu'?" in fails("eval", "tofuu")
     assert "--model" in _exit_line(["eval", "preferences"], capsys)
     with pytest.raises(SystemExit) as stop:
         main(["eval", "preferences", "--help"])

@@ -15,6 +15,8 @@ from fdiv.moved import MOVED
 
 NAMES: dict[str, list[str]] = json.loads((Path(__file__).parent / "names_of_0_1.json").read_text(encoding="utf-8"))
 
+OLD = "_".join(["fdiv.eval.tofu", "data"])  # in one piece, a tool that renames imports would rename it
+
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("module", sorted(NAMES))

@@ -273,7 +273,7 @@ def test_computed_in_float64(dtype):
         ({"name": "pkpo", "k": 0}, "pkpo: k=0 must be an integer >= 1"),
         ({"name": "pkpo", "k": 2.0}, "k=2.0 must be an integer"),
         ({"name": "nsr", "weight": -1}, "nsr: weight=-1 must be a finite number >= 0"),
-        ({"name": "grpo", "k": 2}, "advantage 'grpo' has no parameter 'k': it takes none"),
+        ({"name": "grpo", "k": 2}, "advantage 'grpo' has no parameter 'k'; it takes none"),
     ],
 )
 def test_bad_specs(spec, words):
@@ -290,7 +290,7 @@ def test_bad_rewards():
         rloo(torch.tensor([[1.0, math.inf]]))
     with pytest.raises(ValueError, match=r"rewards have shape \(2,\)"):
         rloo(torch.tensor([1.0, 0.0]))
-    with pytest.raises(TypeError, match="an advantage is given by its name or a mapping, got int"):
+    with pytest.raises(TypeError, match="advantage: a name or a mapping with a `name` is due, got 3"):
         resolve_advantage(3)
 
 
