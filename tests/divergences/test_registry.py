@@ -362,7 +362,7 @@ def test_importing_the_registry_imports_torch_only():
     code = (
         "import sys, fdiv.divergences\n"
         "heavy = {'transformers', 'trl', 'datasets', 'scipy', 'matplotlib', 'accelerate'} & set(sys.modules)\n"
-        "ours = {m for m in sys.modules if m.startswith('fdiv') and not m.startswith('fdiv.divergences')} "
+        "ours = {m for m in sys.modules if m.startswith('fdiv') and not m.startswith('fdiv.divergences')}\n"
         "ours -= {'fdiv', 'fdiv.moved', 'fdiv.named', 'fdiv.errors'}\n"
         "assert not heavy and not ours, (heavy, ours)"
     )
