@@ -13,14 +13,14 @@ WORKERS ?= 2
 DEMO := recipes/tiny/f_dpo.yaml recipes/tiny/flat.yaml recipes/tiny/d2o.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm smollm2 demo test test-slow test-all test-gpu test-vllm lint format recipes readme \
+.PHONY: help setup setup-vllm smollm2 demo demo-real test test-slow test-all test-gpu test-vllm lint format recipes readme \
 	docs bench bench-gpu constraints clean
 
 # Tests, demonstration and documentation fetch nothing from a hub.
-demo test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export HF_HUB_OFFLINE = 1
-demo test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export HF_DATASETS_OFFLINE = 1
-demo test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export HF_HUB_DISABLE_TELEMETRY = 1
-demo test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export TOKENIZERS_PARALLELISM = false
+demo demo-real test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export HF_HUB_OFFLINE = 1
+demo demo-real test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export HF_DATASETS_OFFLINE = 1
+demo demo-real test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export HF_HUB_DISABLE_TELEMETRY = 1
+demo demo-real test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export TOKENIZERS_PARALLELISM = false
 
 # pytest exits with 5 when a marker selects no test: no failure for the marked groups.
 define pytest_marked
@@ -28,7 +28,7 @@ $(BIN)/pytest -m "$(1)" $(PYTEST_ARGS) || { code=$$?; [ $$code -eq 5 ] || exit $
 endef
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: ## create .venv with the pinned set (CPU torch where there is no accelerator)
 	@$(PYTHON) scripts/setup_environment.py main
@@ -45,6 +45,9 @@ demo: setup ## train and compare on the built-in tiny world, in minutes; results
 	done
 	$(BIN)/fdiv sweep recipes/tiny/f_dpg.yaml --divergences jensen_shannon total_variation --output_dir runs/demo/f_dpg
 	$(BIN)/fdiv sweep recipes/tiny/dph.yaml --divergences jensen_shannon forward_kl --output_dir runs/demo/dph
+
+demo-real: smollm2 ## f-DPO with LoRA on a real model that needs no hub, in minutes; results under runs/demo_real
+	$(BIN)/fdiv run recipes/alignment/f_dpo_smollm2.yaml --output_dir runs/demo_real --overwrite_output_dir
 
 # Two processes, one thread in each; the tests of a file stay together, for they share what is slow to build.
 test test-slow: export OMP_NUM_THREADS = 1
@@ -98,5 +101,5 @@ constraints: ## rewrite the pins of constraints.txt from what .venv holds
 	@$(PYTHON) scripts/setup_environment.py freeze main
 
 clean: ## remove what the other targets made, except environments and your runs
-	rm -rf build dist site runs/demo *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site runs/demo runs/demo_real *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

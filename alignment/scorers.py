@@ -31,6 +31,7 @@ __all__ = [
     "lexicon_sentiment",
     "prepare_scorer",
     "read_lexicon",
+    "vader",
 ]
 
 Scorer = Callable[..., Sequence[float]]
@@ -109,6 +110,28 @@ def lexicon_sentiment(lexicon: str | Path, *, threshold: float | None = None, na
 
     scorer = _named(name, score)
     scorer.prepare = loaded
+    return scorer
+
+
+def vader(*, name: str = "vader") -> Scorer:
+    """VADER's compound sentiment in [−1, 1] with all of its rules, by its authors' package (ICWSM 2014).
+
+    The package is imported on first use, or when `prepare_scorer` asks for it.
+
+    Raises:
+        ScorerError: (on first use) the package vaderSentiment is not installed.
+    """
+
+    @functools.cache
+    def analyzer() -> Any:
+        try:
+            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+        except ImportError as error:
+            raise ScorerError("scorer 'vader' needs the package vaderSentiment: pip install 'fdiv[models]'") from error
+        return SentimentIntensityAnalyzer()
+
+    scorer = _named(name, lambda text: analyzer().polarity_scores(text)["compound"])
+    scorer.prepare = analyzer
     return scorer
 
 

@@ -85,6 +85,7 @@ TASKS = Table(
         "safe_rlhf_negatives": "fdiv.recipes.tasks.negatives.safe_rlhf:SafeRLHFNegativesConfig",
         "tiny_authors": "fdiv.recipes.tasks.tiny.authors:TinyAuthorsConfig",
         "novels_unlearning": "fdiv.recipes.tasks.novels.unlearning:NovelsUnlearningConfig",
+        "sampled_preferences": "fdiv.recipes.tasks.sampled_preferences:SampledPreferencesConfig",
         "tofu_memorised": "fdiv.recipes.tasks.tofu.memorised:TofuMemorisedConfig",
         "tofu_unlearning": "fdiv.recipes.tasks.tofu.unlearning:TofuUnlearningConfig",
     },
@@ -143,6 +144,7 @@ REWARDS = Table(
         "compiles": "fdiv.alignment.scorers:compiles",
         "contains_words": "fdiv.alignment.scorers:contains_words",
         "sentiment": "fdiv.alignment.scorers:lexicon_sentiment",
+        "vader": "fdiv.alignment.scorers:vader",
     },
 )
 """What scores a completion: `reward:`, `scorers:`, `harmfulness_scorer:` of a recipe, `--scorer` of `fdiv eval passk`.

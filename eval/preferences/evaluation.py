@@ -5,6 +5,7 @@ In a recipe: `eval: {name: preferences, …}`; alone: `fdiv eval preferences`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ class PreferencesEvalConfig:
     is too low. `entropy` is the mean entropy of the next-token distribution on own samples (nats per token).
     Completions cut at `max_new_tokens` make the divergences those of the cut texts, a lower bound.
 
+    With a `scorer`, also `score`, its mean on own samples with `score_se` over prompts, and their `distinct_n` and
+    `self_bleu_n` (see `fdiv.statistics.diversity`).
+
     Args:
         split: Which split of the data; the recipe's test split is `test`.
         batch_size: Rows of a forward. No influence on the numbers but for rounding.
@@ -69,6 +73,7 @@ class PreferencesEvalConfig:
         max_new_tokens: Longest completion sampled.
         temperature: Of the own samples behind `entropy`. The divergences are always of the models at temperature 1.
         ece_bins: Bins of the calibration errors.
+        scorer: What rates own samples, as in `fdiv.alignment.scorers.build_scorer`; None: nothing does.
     """
 
     split: str = "test"
@@ -79,6 +84,7 @@ class PreferencesEvalConfig:
     max_new_tokens: int = 64
     temperature: float = 1.0
     ece_bins: int = 10
+    scorer: Any = None
 
     summary_metrics: ClassVar[tuple[str, ...]] = (
         "preference_accuracy",
@@ -101,6 +107,12 @@ class PreferencesEvalConfig:
                 raise ValueError(f"{name}={value}: must be at least 1, or empty for all")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: must be above 0")
+        if self.scorer is not None:
+            from fdiv.alignment.scorers import build_scorer
+
+            build_scorer(self.scorer)
+            if not self.num_samples:
+                raise ValueError("scorer rates own samples, of which num_samples=0 takes none: set num_samples")
         # What the reference says never changes in a run: measured at the first stage, used again at the second, where
         # a run with precomputed reference log-probs has no reference model any more.
         self._reference: dict[str, Any] = {}
@@ -210,6 +222,8 @@ class PreferencesEvalConfig:
         own = self._sample(model, tokenizer, prompts, context.seed, self.temperature)
         own_log_prob, entropy = self._score_samples(model, prompts, own)
         metrics: dict[str, float | None] = {"entropy": entropy}
+        if self.scorer is not None:
+            metrics |= self._scored_samples(tokenizer, prompts, own)
         if self.temperature != 1.0:
             own = self._sample(model, tokenizer, prompts, context.seed, 1.0)
             own_log_prob, _ = self._score_samples(model, prompts, own)
@@ -222,6 +236,21 @@ class PreferencesEvalConfig:
             samples, reference_log_prob = self._reference["samples"]
             from_reference = self._score_samples(model, prompts, samples)[0] - reference_log_prob
         return metrics | _divergence_metrics(from_reference, from_policy, context.training_args)
+
+    def _scored_samples(self, tokenizer: Any, prompts: list[_Prompt], samples: list[tuple[int, ...]]):
+        """`score` ± `score_se` and the diversity of own samples; None where it has no value."""
+        from fdiv.alignment.scorers import build_scorer, checked_scorer
+        from fdiv.statistics.diversity import diversity
+        from fdiv.statistics.estimates import mean_and_error
+
+        texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
+        beginnings = tokenizer.batch_decode([prompt.ids for prompt in prompts], skip_special_tokens=True)
+        repeated = [beginning for beginning in beginnings for _ in range(self.num_samples)]
+        scores = checked_scorer(build_scorer(self.scorer))(prompts=repeated, completions=texts)
+        per_prompt = torch.tensor(scores, dtype=torch.float64).view(len(prompts), self.num_samples).mean(1)
+        mean, error = mean_and_error(per_prompt)
+        metrics = {"score": mean, "score_se": error, **diversity(texts, max_texts=500)}
+        return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _as_scores(records: list[dict[str, Any]]) -> _Scores:

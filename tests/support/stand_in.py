@@ -29,6 +29,7 @@ _CHEAP_PREPARE: dict[str, dict[str, Any]] = {
         **{"forget_passages": 2, "retain_passages": 4, "passage_words": 40, "prompt_words": 5, "epochs": 1},
         **{"vocab_size": 300, "hidden_size": 32, "layers": 2, "bf16": False},
     },
+    "sampled_preferences": {"samples_per_prompt": 2, "pairs_per_prompt": 1, "max_new_tokens": 4},
     "tofu_memorised": {"forget_rows": 4, "retain_rows": 4, "epochs": 1},
     "tiny_authors": {"authors": 4, "forget_authors": 1, "train_steps": 2},
     "rehearsal": {"num_samples": 2, "threshold": "1", "tries": 8, "max_completion_length": 4, "seed": 1},
@@ -124,6 +125,11 @@ def stand_in_recipe(path: Path, model: Path, folder: Path, changes: Mapping[str,
 def odd_sum(completion_ids: list[list[int]], **_: Any) -> list[float]:
     """A scorer that every model satisfies about half the time, in place of classifiers and lexicons."""
     return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def text_length(completions: list[str], **_: Any) -> list[float]:
+    """A scorer by which the texts of a random model differ."""
+    return [float(len(text)) for text in completions]
 
 
 def _rollouts(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,6 +273,8 @@ def _prepare(values: Mapping[str, Any], folder: Path, model: Path) -> dict[str, 
             rows = _renamed(question_rows(), prefix)
             (source / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         settings |= {"prepare.data": str(source), "prepare.retain_model": None}
+    if block["name"] == "sampled_preferences":
+        settings |= {"prepare.model": str(model), "prepare.scorer": f"{__name__}:text_length"}
     if block["name"] == "tofu_memorised":
         source = folder / "tofu"
         source.mkdir(parents=True, exist_ok=True)
