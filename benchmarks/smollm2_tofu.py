@@ -95,6 +95,38 @@ def passages() -> list[str]:
     return texts
 
 
+COLUMNS = {
+    "distance": "distance ↓",
+    "extraction_strength": "ES",
+    "min_k": "Min-K",
+    "forget_prob": "P(forget)",
+    "retain_prob": "P(retain)",
+    "utility": "utility",
+    "forget_quality_ks_statistic": "KS",
+    "forget_quality": "FQ",
+    "perplexity": "perplexity",
+}
+"""Metric → heading. The first six are of the test half, the others of all rows and of the novels."""
+
+
+def reported(cell: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers of a cell by column."""
+    numbers = {**cell["all"], **cell["test"], "perplexity": cell["perplexity"]}
+    return {name: numbers.get(name) for name in COLUMNS}
+
+
+def shown(values: list[float | None]) -> str:
+    """Mean ± standard error over seeds; the number alone where there is one."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return "–"
+    digits = 0 if statistics.fmean(found) >= 100 else 3
+    mean = f"{statistics.fmean(found):.{digits}f}"
+    if len(found) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(found) / math.sqrt(len(found)):.{digits}f}"
+
+
 class Queue:
     """The cells, in order, and what they measured."""
 
@@ -140,6 +172,23 @@ class Queue:
         if kept:
             return min(kept, key=lambda rate: half[rate]["distance"])
         return max(RATES, key=lambda rate: half[rate]["utility"])
+
+    # ---------------------------------------------------------------- results
+    def collect(self) -> dict[str, Any]:
+        """Everything measured: the models, every arm at every rate with seed 0, the chosen rate with all seeds."""
+        models = {name: self.read(self.runs / f"model_{name}" / "cell.json") for name in self.models()}
+        arms = {}
+        for label in ARMS:
+            chosen = self.chosen_rate(label)
+            found = {rate: self.read(self.folder(label, rate, SEEDS[0]) / "cell.json") for rate in RATES}
+            seeds = {str(seed): self.read(self.folder(label, chosen, seed) / "cell.json") for seed in SEEDS if chosen}
+            arms[label] = {
+                "learning_rate": chosen,
+                "screened": {rate: cell for rate, cell in found.items() if cell},
+                "seeds": {seed: cell for seed, cell in seeds.items() if cell},
+            }
+        prepare = json.loads((self.build / "prepare.json").read_text())
+        return {"prepare": {**prepare, "model": "smollm2-135m-instruct"}, "models": models, "arms": arms}
 
     @staticmethod
     def read(path: Path) -> dict[str, Any] | None:
@@ -213,10 +262,40 @@ class Queue:
             return math.exp(model(input_ids=ids, labels=ids).loss.item())
 
 
+def table(results: Mapping[str, Any]) -> str:
+    """Two Markdown tables: the chosen rates over seeds, and every screened rate with seed 0."""
+    rule = "|---" * (3 + len(COLUMNS)) + "|"
+    header = f"| | rate | seeds | {' | '.join(COLUMNS.values())} |"
+    missing = " | ".join(["not run"] * len(COLUMNS))
+    lines = [header, rule]
+    for name, cell in results["models"].items():
+        lines.append(f"| {name} model | | | {' | '.join(shown([reported(cell)[c]]) for c in COLUMNS)} |")
+    for label, arm in results["arms"].items():
+        cells = [reported(cell) for cell in arm["seeds"].values()]
+        numbers = " | ".join(shown([cell[c] for cell in cells]) for c in COLUMNS) if cells else missing
+        lines.append(f"| {label} | {arm['learning_rate'] or ''} | {len(cells) or ''} | {numbers} |")
+    lines += ["", "Every rate, seed 0:", "", header, rule]
+    for label, arm in results["arms"].items():
+        for rate in RATES:
+            cell = arm["screened"].get(rate)
+            numbers = " | ".join(shown([reported(cell)[c]]) for c in COLUMNS) if cell else missing
+            lines.append(f"| {label} | {rate} | {1 if cell else ''} | {numbers} |")
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", required=True, type=Path)
     parser.add_argument("--runs", required=True, type=Path)
     parser.add_argument("--minutes", type=float, default=120.0)
+    parser.add_argument(
+        "--output", type=Path, help="write results.json and table.md of what is finished here, run nothing"
+    )
     args = parser.parse_args()
-    Queue(args.build, args.runs).run(args.minutes)
+    queue = Queue(args.build, args.runs)
+    if args.output is None:
+        queue.run(args.minutes)
+    else:
+        results = queue.collect()
+        (args.output / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+        (args.output / "table.md").write_text(table(results))
