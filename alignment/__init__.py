@@ -5,6 +5,7 @@ if __name__ != "fdiv.alignment":
 
 
 from fdiv.alignment.d2o.loss import d2o_loss
+from fdiv.alignment.f_dpg.estimate import estimate_to_target
 from fdiv.alignment.f_dpg.loss import f_dpg_coefficient, f_dpg_loss
 from fdiv.alignment.f_dpo.loss import f_dpo_loss, f_dpo_rewards
 from fdiv.lazy import attach
@@ -27,6 +28,7 @@ __all__ = [
     "FDPOConfig",
     "FDPOTrainer",
     "d2o_loss",
+    "estimate_to_target",
     "f_dpg_coefficient",
     "f_dpg_loss",
     "f_dpo_loss",

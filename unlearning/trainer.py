@@ -60,9 +60,9 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
 
     Logged, as means over every example since the last log on all processes: `forget_term`, `retain_term`,
     `prob/{template,forget,retain}` (length-normalised probability, TOFU's), and where there is a reference
-    `log_ratio/{role}_p05|p50|p95` of whole answers and `divergence/<name>` with `_se` over examples, per token on the
-    retain rows (on the forget rows when there are no others): exact over the vocabulary where the method has logits,
-    else f(P/Q) at the rows' own tokens, an estimate of D_f as far as those are the reference's own.
+    `log_ratio/{role}_p05|p50|p95` of whole answers and, with `_se` over examples, per token on the retain rows (on the
+    forget rows when there are no others): `divergence/<name>`, exact over the vocabulary, where the method has logits,
+    else `mean_f/<name>`, the mean of f(P/Q) at the rows' own tokens, which are no samples of the reference.
 
     Raises:
         ValueError: rows without the needed columns, a forget row inside the retain set, missing retain rows, a
@@ -163,7 +163,7 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
 
     @property
     def metric_divergence(self) -> Divergence:
-        """The f that `divergence/<name>` is logged for: the method's own, else the retain term's."""
+        """The f of `divergence/<name>`, `mean_f/<name>`: the method's own, else the retain term's."""
         return get_divergence(getattr(self.args, "divergence", None) or self.args.retain_divergence)
 
     @property
@@ -295,7 +295,8 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
         if rows.reference is None:
             return {}
         if rows.logits is None:
-            return {"divergence": sampled_divergence(rows.token_log_ratio, rows.mask, self.metric_divergence)}
+            # The tokens are those of the data, not samples of the reference: no estimate of a divergence.
+            return {"mean_f": sampled_divergence(rows.token_log_ratio, rows.mask, self.metric_divergence)}
         pair = rows.logits, rows.reference.logits
         return {"divergence": vocabulary_divergence(*pair, rows.mask, self.metric_divergence)}
 
@@ -316,8 +317,8 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
         for name, values in examples.items():
             if name.startswith("log_ratio/"):
                 metrics |= log_ratio_quantiles(name.removeprefix("log_ratio/"), values)
-            elif name == "divergence":
-                label = f"divergence/{self.metric_divergence.label}"
+            elif name in ("divergence", "mean_f"):
+                label = f"{name}/{self.metric_divergence.label}"
                 metrics[label], metrics[f"{label}_se"] = mean_and_error(values)
             elif name != "loss" or mode == "eval":  # Trainer's own weighs an incomplete last batch like a full one
                 metrics[name] = values.mean().item()

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from fdiv.alignment.f_dpg.loss import effective_sample_size, log_partition, target_divergence_terms
+from fdiv.alignment.f_dpg.estimate import estimate_by_prompt
+from fdiv.alignment.f_dpg.loss import effective_sample_size, log_partition
 from fdiv.alignment.f_dpg.targets import as_scores
 from fdiv.alignment.scorers import checked_scorer
 from fdiv.errors import DataError
@@ -196,8 +197,9 @@ def _prompt_metrics(
     metrics["z_ess"] = (effective_sample_size(log_p - log_q).item(), math.nan)
     if not torch.isneginf(log_z):
         for name in _DIVERGENCES:
-            terms = target_divergence_terms(log_policy - log_p + log_z, name, log_weight=log_policy - log_q)
-            metrics[name] = mean_and_error(terms)
+            one = torch.zeros_like(log_p, dtype=torch.long)
+            found = estimate_by_prompt(log_policy - log_p, one, name, log_weight=log_policy - log_q)
+            metrics[name] = (found.value.item(), found.standard_error.item())
     return metrics
 
 

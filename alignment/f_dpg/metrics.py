@@ -8,11 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fdiv.alignment.f_dpg.loss import grouped_logsumexp, target_divergence_terms
-from fdiv.divergences import Divergence
-from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
+from fdiv.alignment.f_dpg.estimate import estimate_by_prompt, mean_over_prompts
+from fdiv.alignment.f_dpg.loss import grouped_logsumexp
+from fdiv.divergences import Divergence, get_divergence
+from fdiv.statistics.estimates import clustered_mean, log_ratio_quantiles
 
-__all__ = ["LOGGED_DIVERGENCES", "f_dpg_metrics", "partition_metrics", "slope_columns", "weighted_mean"]
+__all__ = ["LOGGED_DIVERGENCES", "f_dpg_metrics", "partition_metrics", "prompt_columns", "slope_columns"]
 
 LOGGED_DIVERGENCES = ("forward_kl", "reverse_kl", "total_variation", "jensen_shannon")
 
@@ -30,7 +31,10 @@ def partition_metrics(prompts: Tensor, log_importance: Tensor, log_z: Tensor) ->
     log_sum = grouped_logsumexp(log_importance, inverse, len(distinct))
     log_squares = grouped_logsumexp(2 * log_importance, inverse, len(distinct))
     effective = torch.where(torch.isneginf(log_squares), 0.0, torch.exp(2 * log_sum - log_squares))
-    of_prompt = log_z.new_zeros(len(distinct)).index_copy(0, inverse, log_z)  # equal for all samples of a prompt
+    # The mean over the prompt's samples: they share one Ẑ, but with `loo`, where the mean is that of the group.
+    of_prompt = (
+        grouped_logsumexp(log_z, inverse, len(distinct)) - inverse.bincount(minlength=len(distinct)).to(log_z).log()
+    )
     skipped = torch.isneginf(of_prompt)
     return {
         "z/ess": effective.tolist(),
@@ -54,58 +58,73 @@ def slope_columns(
     }
 
 
-def weighted_mean(values: Tensor, weight: Tensor) -> tuple[float, float]:
-    """The self-normalised mean Σ w v / Σ w under π of samples with weights w = π/q, and its standard error.
-
-    The standard error is the delta method's, √(Σ w² (v − mean)²) / Σ w; NaN for fewer than two samples.
-    """
-    total = weight.sum()
-    if len(values) == 0 or total == 0:
-        return math.nan, math.nan
-    mean = (weight * values).sum() / total
-    error = (weight * (values - mean)).square().sum().sqrt() / total
-    correction = math.sqrt(len(values) / (len(values) - 1)) if len(values) > 1 else math.nan
-    return mean.item(), error.item() * correction
+def prompt_columns(prompts: Tensor) -> dict[str, Tensor]:
+    """The keys of prompts (`[B]` int64) as columns of 24-bit numbers, which float32 holds exactly."""
+    return {"prompt_low": prompts & 0xFFFFFF, "prompt_high": prompts >> 24 & 0xFFFFFF}
 
 
-def _mean(terms: Tensor) -> tuple[float, float]:
-    """Mean and standard error; NaN, which TRL logs as null, where a term is infinite."""
-    if not torch.isfinite(terms).all():
-        return math.nan, math.nan
-    return mean_and_error(terms)
+def _divergences(examples: Mapping[str, Tensor], divergence: Divergence, exact_z: bool) -> dict[str, float]:
+    """`divergence/NAME` ± `_se` of all samples of the window, and `divergence/uncorrected_fraction` of its prompts."""
+    prompts = examples["prompt_low"] + examples["prompt_high"] * 2.0**24
+    _, inverse, counts = prompts.unique(return_inverse=True, return_counts=True)
+    use = torch.ones_like(inverse, dtype=torch.bool) if exact_z else counts[inverse] > 1
+    log_z = examples["log_z"]
+    rows = {"log_ratio": examples["log_t"] - log_z, "prompt_ids": prompts, "log_weight": examples["log_weight"]}
+    rows = {name: column[use] for name, column in rows.items()} | {"log_z": log_z[use] if exact_z else None}
+    metrics = {}
+    poor = 1.0
+    for name, f in {**{n: get_divergence(n) for n in LOGGED_DIVERGENCES}, divergence.label: divergence}.items():
+        value = error = math.nan
+        if use.any():
+            found = estimate_by_prompt(divergence=f, **rows)
+            poor = 1.0 - int(found.corrected.sum()) / len(counts)
+            value, error = (number.item() for number in mean_over_prompts(found))
+        if poor > 0.5 or not math.isfinite(value):
+            value = error = math.nan
+        most = f.at_zero + f.slope_at_infinity
+        metrics |= {f"divergence/{name}": min(max(value, 0.0), most) if value == value else value}
+        metrics |= {f"divergence/{name}_se": error}
+    return metrics | {"divergence/uncorrected_fraction": poor}
 
 
-def f_dpg_metrics(examples: Mapping[str, Tensor], divergence: Divergence, score_names: list[str]) -> dict[str, float]:
-    """Metrics of the recorded columns (`[N]` each).
+def f_dpg_metrics(
+    examples: Mapping[str, Tensor], divergence: Divergence, score_names: list[str], *, exact_z: bool = False
+) -> dict[str, float]:
+    """Metrics of the recorded columns (`[N]` each); every standard error is over prompts.
 
-    `divergence/NAME` ± `_se` estimate D_NAME(π‖p) from samples of q weighted by π/q: `forward_kl` is KL(p‖π),
-    `reverse_kl` KL(π‖p), `jensen_shannon` twice the textbook value. An infinite one (KL(π‖p) with a sample the target
-    rules out) is null. `score/NAME` ± `_se` and `kl_to_base` ± `_se` are expectations under π. Samples of prompts with
-    Ẑ = 0 count in `z/skipped_fraction` alone.
+    `divergence/NAME` ± `_se` estimate D_NAME(π‖p) from samples of q weighted by π/q, with the bias of an estimated Z
+    taken out (`fdiv.alignment.estimate_to_target`): `forward_kl` is KL(p‖π), `reverse_kl` KL(π‖p), `jensen_shannon`
+    twice the textbook value. An estimate below 0 or above f(0⁺) + f'(∞) is shown as that bound. An infinite one (as
+    KL(π‖p) with a sample the target rules out) is null; all are where more than half of the prompts could not be
+    corrected (`divergence/uncorrected_fraction`: fewer than two samples with P > 0). `score/NAME` ± `_se` and
+    `kl_to_base` ± `_se` are expectations under π. Samples of prompts with Ẑ = 0 count in `z/skipped_fraction` and in
+    the divergences alone.
+
+    Args:
+        examples: the columns. divergence: the run's own. score_names: of the scorers.
+        exact_z: Z is given, so `log_z` is exact.
     """
     used = examples["skipped"] == 0
     rows = {name: column[used] for name, column in examples.items()}
     metrics = {"z/skipped_fraction": examples["skipped"].mean().item()}
     if not used.any():
         return metrics
+    metrics |= _divergences(examples, divergence, exact_z)
     log_t, log_weight = rows["log_t"], rows["log_weight"]
-    weight = log_weight.exp()
-    for name, each in {**dict.fromkeys(LOGGED_DIVERGENCES), divergence.label: divergence}.items():
-        value, error = _mean(target_divergence_terms(log_t, each or name, log_weight=log_weight))
-        metrics |= {f"divergence/{name}": value, f"divergence/{name}_se": error}
+    weight, prompts = log_weight.exp(), rows["prompt_low"] + rows["prompt_high"] * 2.0**24
     for name in score_names:
-        value, error = weighted_mean(rows[f"score/{name}"], weight)
+        value, error = clustered_mean(rows[f"score/{name}"], weight, prompts)
         metrics |= {f"score/{name}": value, f"score/{name}_se": error}
     log_policy = rows["log_policy"]
-    value, error = weighted_mean(log_policy - rows["log_base"], weight)
+    value, error = clustered_mean(log_policy - rows["log_base"], weight, prompts)
     supported = ~torch.isposinf(log_t)
     metrics |= {
         "kl_to_base": value,
         "kl_to_base_se": error,
         "entropy": (rows["entropy"].sum() / rows["tokens"].sum()).item(),
-        "sequence_entropy": weighted_mean(-log_policy, weight)[0],
-        "off_support_fraction": weighted_mean((~supported).double(), weight)[0],
-        "pseudo_reward": weighted_mean(-rows["slope"], weight)[0],
+        "sequence_entropy": clustered_mean(-log_policy, weight, prompts)[0],
+        "off_support_fraction": clustered_mean((~supported).double(), weight, prompts)[0],
+        "pseudo_reward": clustered_mean(-rows["slope"], weight, prompts)[0],
         "clipped_fraction": rows["clipped"].mean().item(),
         "clamped_fraction": rows["clamped"].mean().item(),
         "importance_weight/mean": weight.mean().item(),

@@ -1,8 +1,8 @@
 """Fits λ of a distributional target a(x)·exp(λ·φ(x)) to wanted moments, from weighted samples (GDC, arXiv:2012.11635).
 
-Self-normalised importance sampling: with samples x_i of a proposal q and w_i = a(x_i)/q(x_i), the moments of the
-target are Σ w e^{λ·φ} φ / Σ w e^{λ·φ}. Matching them is the minimum of the convex log-partition function
-log Σ w e^{λ·φ} − λ·μ̄, found by a trust-region Newton method.
+Self-normalised importance sampling: with samples x_i of a proposal q and w_i = a(x_i)/q(x_i), the moments of one
+prompt's target are Σ w e^{λ·φ} φ / Σ w e^{λ·φ}. Matching their mean over prompts, as training weighs prompts, is the
+minimum of the mean over prompts of log Σ w e^{λ·φ} − λ·μ̄, which is convex; a trust-region Newton method finds it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class MomentFit:
     coefficients: tuple[float, ...]
     """λ, one per feature."""
     moments: tuple[float, ...]
-    """The moments λ gives on the samples."""
+    """The moments λ gives on the samples, means over prompts."""
     proposal_moments: tuple[float, ...]
     """The moments under the base, λ = 0."""
     effective_samples: float
-    """(Σ w e^{λ·φ})² / Σ (w e^{λ·φ})²."""
+    """1 / Σ s², s the shares of the samples: equal for prompts, w e^{λ·φ}/Σ within each."""
 
 
 def fit_moments(
@@ -36,16 +36,21 @@ def fit_moments(
     moments: Sequence[float],
     log_weight: np.ndarray | Sequence[float] | None = None,
     *,
+    prompts: np.ndarray | Sequence[int] | None = None,
     names: Sequence[str] | None = None,
     tolerance: float = 1e-5,
     min_effective_samples: float = 10.0,
 ) -> MomentFit:
-    """λ with E_{a·exp(λφ)}[φ] = `moments`, estimated on the samples.
+    """λ with mean over prompts of E_{a·exp(λφ)}[φ] = `moments`, estimated on the samples.
+
+    A prompt without a sample of a rare feature cannot be moved: give some multiples of 1/(base rate) samples each.
 
     Args:
         features: `[N, K]`, φ of each sample.
         moments: `[K]`, the wanted moments μ̄.
         log_weight: `[N]`, log a − log q for samples of q; None for samples of a. −inf leaves a sample out.
+        prompts: `[N]`, equal for the samples of one prompt; prompts count by their number of samples, not by their Z.
+            None: all samples are of one prompt.
         names: `[K]`, for messages.
         tolerance: largest gap between a moment and what is wanted.
         min_effective_samples: fewest effective samples λ may rest on.
@@ -56,7 +61,6 @@ def fit_moments(
         ValueError: shapes that do not fit, or a feature that is not finite.
     """
     from scipy.optimize import minimize
-    from scipy.special import logsumexp
 
     phi = np.asarray(features, dtype=np.float64)
     wanted = np.asarray(moments, dtype=np.float64)
@@ -65,17 +69,28 @@ def fit_moments(
         raise ValueError(
             f"features {phi.shape}, moments {wanted.shape} and log_weight {log_w.shape} must be [N, K], [K] and [N]"
         )
+    groups = np.zeros(len(phi), dtype=np.int64) if prompts is None else np.asarray(prompts)
+    if groups.shape != phi.shape[:1]:
+        raise ValueError(f"prompts {groups.shape} must have one entry for each of the {len(phi)} samples")
     if not np.isfinite(phi).all():
         raise ValueError("a feature is NaN or infinite: every sample needs a finite value")
     kept = log_w > -np.inf
     phi, log_w = phi[kept], log_w[kept]
+    _, group, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    shown, group = np.unique(group[kept], return_inverse=True)
+    counts = counts[shown]
     names = list(names or (f"feature {number}" for number in range(len(wanted))))
     _check_reach(phi, wanted, names)
 
+    part = counts / counts.sum()
+
     def weights(coefficients: np.ndarray) -> tuple[np.ndarray, float]:
+        """Shares of the samples, and the mean over prompts of the log-partition function."""
         exponent = log_w + phi @ coefficients
-        log_total = logsumexp(exponent)
-        return np.exp(exponent - log_total), log_total
+        top = np.full(len(counts), -np.inf)
+        np.maximum.at(top, group, exponent)
+        log_total = top + np.log(np.bincount(group, np.exp(exponent - top[group])))
+        return np.exp(exponent - log_total[group]) * part[group], float(part @ log_total)
 
     def value(coefficients: np.ndarray) -> float:
         return weights(coefficients)[1] - coefficients @ wanted
@@ -85,7 +100,8 @@ def fit_moments(
 
     def covariance(coefficients: np.ndarray) -> np.ndarray:
         share = weights(coefficients)[0]
-        centred = phi - share @ phi
+        means = np.stack([np.bincount(group, share * column) for column in phi.T], axis=1) / part[:, None]
+        centred = phi - means[group]
         return (centred * share[:, None]).T @ centred
 
     start = np.zeros(len(wanted))

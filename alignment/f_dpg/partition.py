@@ -12,7 +12,7 @@ from fdiv.alignment.f_dpg.loss import grouped_logsumexp
 
 __all__ = ["Z_MODES", "PartitionEstimates"]
 
-Z_MODES = ("history", "group", "given")
+Z_MODES = ("history", "group", "loo", "given")
 
 
 class PartitionEstimates:
@@ -20,7 +20,8 @@ class PartitionEstimates:
 
     Args:
         mode: `"history"`: the mean over every sample of the prompt so far (this step's among them); `"group"`: over
-            this step's samples (α-DPG); `"given"`: known, passed to `update`.
+            this step's samples (α-DPG); `"loo"`: for each sample over the others of its prompt in this step, so that
+            Ẑ does not depend on the sample it is used for; `"given"`: known, passed to `update`.
         z_max: upper bound on Ẑ; 1 for a filter target, where Z is a probability. None: none.
         z_floor: what an estimate below it becomes. None: prompts with Ẑ = 0 are skipped.
     """
@@ -45,6 +46,8 @@ class PartitionEstimates:
         """
         if self.mode == "given":
             return self._bounded(given.double())
+        if self.mode == "loo":
+            return self._bounded(_leave_one_out(prompts, log_importance.double()))
         distinct, inverse = prompts.unique(return_inverse=True)
         counts = torch.bincount(inverse).cpu()
         log_sums = grouped_logsumexp(log_importance.double(), inverse, len(distinct)).cpu()
@@ -77,3 +80,14 @@ class PartitionEstimates:
             int(prompt): (-math.inf if log_sum is None else log_sum, count)
             for prompt, (log_sum, count) in state.items()
         }
+
+
+def _leave_one_out(prompts: Tensor, log_importance: Tensor) -> Tensor:
+    """`[N]`: log of the mean P/q over the OTHER samples of each row's prompt; −inf where there is none."""
+    log_z = torch.full_like(log_importance, -math.inf)
+    for prompt in prompts.unique():
+        rows = torch.nonzero(prompts == prompt).squeeze(1)
+        if len(rows) > 1:
+            table = log_importance[rows].repeat(len(rows), 1).fill_diagonal_(-math.inf)
+            log_z[rows] = torch.logsumexp(table, 1) - math.log(len(rows) - 1)
+    return log_z

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fdiv.alignment.f_dpg.loss import target_divergence_terms
 from fdiv.divergences import Divergence, get_divergence
-from fdiv.statistics.estimates import mean_and_error
+from fdiv.statistics.estimates import clustered_mean
 
 __all__ = ["AdaptiveProposal"]
 
@@ -41,6 +41,7 @@ class AdaptiveProposal:
         self.metric, self.margin = get_divergence(metric), margin
         self.version = 0
         self._terms: list[float] = []
+        self._prompts: list[int] = []
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -58,24 +59,25 @@ class AdaptiveProposal:
         for name, parameter in self._policy.items():
             parameter.data, self._frozen[name] = self._frozen[name], parameter.data
 
-    def observe(self, log_t_policy: Tensor, log_t_proposal: Tensor, log_weight: Tensor) -> None:
-        """Take in samples of q: `[N]` each, log π/p, log q/p and log π/q, over all processes."""
+    def observe(self, log_t_policy: Tensor, log_t_proposal: Tensor, log_weight: Tensor, prompts: Tensor) -> None:
+        """Take in samples of q over all processes: `[N]` each, log π/p, log q/p, log π/q and the prompt's key."""
         policy = target_divergence_terms(log_t_policy, self.metric, log_weight=log_weight)
         proposal = target_divergence_terms(log_t_proposal, self.metric)
         self._terms += (policy - proposal).double().cpu().tolist()
+        self._prompts += prompts.cpu().tolist()
 
     def decide(self) -> dict[str, float]:
         """Compare on what was observed since the last decision, and let π replace q if it is measurably closer.
 
         Returns:
-            `proposal/improvement` = D(q‖p) − D(π‖p), `proposal/improvement_se`, `proposal/replaced` (0 or 1). With
-            fewer than two observations nothing is decided: an empty dict.
+            `proposal/improvement` = D(q‖p) − D(π‖p), `proposal/improvement_se` over prompts, `proposal/replaced` (0 or
+            1). With fewer than two observations nothing is decided: an empty dict.
         """
         if len(self._terms) < 2:
             return {}
         gain = -torch.tensor(self._terms, dtype=torch.float64)
-        self._terms = []
-        improvement, error = mean_and_error(gain)
+        improvement, error = clustered_mean(gain, torch.ones_like(gain), torch.tensor(self._prompts))
+        self._terms, self._prompts = [], []
         replaced = improvement > self.margin * error
         if replaced:
             self.version += 1
@@ -91,11 +93,12 @@ class AdaptiveProposal:
     # ---------------------------------------------------------------- checkpoints
     def state_dict(self) -> dict[str, Any]:
         """Version and observations; the weights are saved by `save_weights`."""
-        return {"version": self.version, "terms": self._terms}
+        return {"version": self.version, "terms": self._terms, "prompts": self._prompts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.version, self._terms = state["version"], list(state["terms"])
+        self._prompts = list(state.get("prompts", range(len(self._terms))))
 
     def save_weights(self, path: Path) -> None:
         """Write q's weights, unless an engine holds them."""

@@ -5,6 +5,7 @@ become the density of a target, and each sample's log-probability is weighted by
 """
 
 import copy
+import itertools
 import json
 import math
 from collections import deque
@@ -21,7 +22,7 @@ from trl import GRPOTrainer
 from fdiv.alignment.f_dpg.config import FDPGConfig
 from fdiv.alignment.f_dpg.data import empty_prompts, given_log_z, prompt_keys
 from fdiv.alignment.f_dpg.loss import check_f_dpg_divergence, f_dpg_loss, leave_one_out_mean
-from fdiv.alignment.f_dpg.metrics import f_dpg_metrics, partition_metrics, slope_columns
+from fdiv.alignment.f_dpg.metrics import f_dpg_metrics, partition_metrics, prompt_columns, slope_columns
 from fdiv.alignment.f_dpg.moments import fit_moments
 from fdiv.alignment.f_dpg.partition import PartitionEstimates
 from fdiv.alignment.f_dpg.proposal import AdaptiveProposal
@@ -36,6 +37,8 @@ from fdiv.training.trainer import ObjectiveTrainerMixin
 
 __all__ = ["FDPGConfig", "FDPGTrainer"]
 
+#: Completions of each prompt behind the fit of λ.
+_SAMPLES_PER_PROMPT = 128
 _STATE_FILE = "f_dpg_state.json"
 _PROPOSAL_FILE = "f_dpg_proposal.safetensors"
 
@@ -249,22 +252,30 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             self._metrics["train" if training else "eval"][name] += values
         if self._adaptive is not None and training:
             kept = ~skipped
-            self._adaptive.observe(log_t[kept], (log_q - log_p + log_z)[kept], (log_policy - log_q)[kept])
+            self._adaptive.observe(
+                log_t[kept], (log_q - log_p + log_z)[kept], (log_policy - log_q)[kept], prompts[kept]
+            )
             self._maybe_replace_proposal()
         slope = slope_columns(self.divergence, log_t, self.args.max_exponent, self.args.pseudo_reward_clip)["slope"]
         baseline = self._baseline(slope, prompts, ~skipped, training)
         self._show_pseudo_rewards((baseline - slope).masked_fill(skipped, 0.0))
+        finite_log_z = self._local(log_z, rows).masked_fill(self._local(skipped, rows), 0.0)
         return {
             "scores": scores,
             "log_base": samples["log_base"],
             "log_proposal": samples["log_proposal"],
-            "log_target": log_target - self._local(log_z, rows).masked_fill(self._local(skipped, rows), 0.0),
+            "log_target": log_target - finite_log_z,
+            "log_z": finite_log_z,
+            "prompt": self._local(prompts, rows),
             "baseline": self._local(baseline, rows),
             "skipped": self._local(skipped, rows),
         }
 
     def _baseline(self, slope: Tensor, prompts: Tensor, counted: Tensor, training: bool) -> Tensor:
-        """What is subtracted from f′(t) of each sample; it never depends on that sample, so nothing is biased."""
+        """What is subtracted from f′(t) of each sample: never the sample's own f′(t), so with Z known it adds no bias.
+
+        With an estimated Z the f′(t) of the others hold Ẑ, and Ẑ (but for `z_estimate: loo`) holds the sample.
+        """
         if self.args.baseline == "loo":
             return leave_one_out_mean(slope, prompts, counted)
         if self.args.baseline == "none":
@@ -304,33 +315,44 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         if not isinstance(self.train_dataset, Dataset):
             raise ValueError("a streamed dataset cannot be sampled for the moments: give the target's coefficients")
         kept_metrics = copy.deepcopy(self._metrics)
-        features, weights = self._moment_samples()
+        features, weights, prompts = self._moment_samples()
         self._metrics = kept_metrics
         first = len(self.target.scorers)
-        fit = fit_moments(features, self.target.moments, weights, names=self.reward_func_names[first:])
+        names = self.reward_func_names[first:]
+        fit = fit_moments(features, self.target.moments, weights, prompts=prompts, names=names)
         self.target = self.target.with_coefficients(fit.coefficients)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value, base in zip(self.target.features, fit.coefficients, fit.proposal_moments, strict=True):
+        rows = zip(self.target.features, fit.coefficients, fit.proposal_moments, fit.moments, strict=True)
+        for name, value, base, target in rows:
             metrics[f"moments/{name.__name__}/lambda"].append(value)
             metrics[f"moments/{name.__name__}/base"].append(base)
+            metrics[f"moments/{name.__name__}/target"].append(target)
         metrics["moments/effective_samples"].append(fit.effective_samples)
 
-    def _moment_samples(self) -> tuple[np.ndarray, np.ndarray]:
-        """φ `[N, K]` and log a·b − log q `[N]` of `moment_samples` completions for prompts drawn from the data."""
+    def _moment_samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """φ `[N, K]`, log a·b − log q `[N]` and prompt keys `[N]` of `moment_samples` completions.
+
+        The prompts are a random part of the data, with about `_SAMPLES_PER_PROMPT` completions each: λ is matched
+        within each prompt, where a few samples would not show a rare feature.
+        """
         generator = torch.Generator().manual_seed(self.args.seed + self.accelerator.process_index)
         group = self.num_generations if self.model.training else self.num_generations_eval
         groups = max(1, self.args.per_device_train_batch_size * self.args.steps_per_generation // group)
-        features, weights, drawn = [], [], 0
+        wanted = self.args.moment_samples // (_SAMPLES_PER_PROMPT * self.accelerator.num_processes)
+        pool = torch.randperm(len(self.train_dataset), generator=generator)[: max(groups, wanted)].tolist()
+        turn = itertools.cycle(pool)
+        features, weights, prompts, drawn = [], [], [], 0
         while drawn < self.args.moment_samples:
-            chosen = torch.randint(len(self.train_dataset), (groups,), generator=generator).tolist()
+            chosen = list(itertools.islice(turn, groups))
             inputs = [dict(self.train_dataset[number]) for number in chosen for _ in range(group)]
             batch = super()._generate_and_score_completions(inputs)
             samples = self._sample_log_probs(batch)
             log_weight = self.accelerator.gather(samples["log_base"] - samples["log_proposal"])
             weights.append(log_weight + self.target.log_potential(self._scores, without_features=True))
             features.append(self._scores[:, len(self.target.scorers) :])
+            prompts.append(self.accelerator.gather(prompt_keys(batch)))
             drawn += len(log_weight)
-        return torch.cat(features).cpu().numpy(), torch.cat(weights).cpu().numpy()
+        return tuple(torch.cat(parts).cpu().numpy() for parts in (features, weights, prompts))
 
     # ---------------------------------------------------------------- loss
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -344,13 +366,13 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         log_weight = now - inputs["log_proposal"]
         cap = math.log(self.args.importance_weight_cap) if self.args.importance_weight_cap else math.inf
         capped = log_weight > cap
-        # Weight 0 leaves the samples of a prompt with an estimate of Z = 0 out.
-        log_weight = log_weight.clamp(max=cap).masked_fill(inputs["skipped"], -math.inf)
+        log_weight = log_weight.clamp(max=cap)
         losses = f_dpg_loss(
             log_policy,
             log_t.masked_fill(inputs["skipped"], 0.0),
             self.divergence,
-            log_weight=log_weight,
+            # weight 0 leaves the samples of a prompt with an estimate of Z = 0 out
+            log_weight=log_weight.masked_fill(inputs["skipped"], -math.inf),
             baseline=inputs["baseline"],
             clip=self.args.pseudo_reward_clip,
             max_exponent=self.args.max_exponent,
@@ -361,7 +383,7 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         ratios = {"log_t": log_t, "log_weight": log_weight, "weight_capped": capped}
         sums = {"log_policy": log_policy, "entropy": (entropy * mask).sum(-1), "tokens": mask.sum(-1)}
         scores = {f"score/{n}": c for n, c in zip(self.reward_func_names, inputs["scores"].unbind(1), strict=True)}
-        batch = {name: inputs[name] for name in ("log_base", "skipped")}
+        batch = {name: inputs[name] for name in ("log_base", "log_z", "skipped")} | prompt_columns(inputs["prompt"])
         slopes = slope_columns(self.divergence, log_t, self.args.max_exponent, self.args.pseudo_reward_clip)
         self.record_examples({"loss": losses, **ratios, **sums, **scores, **batch, **slopes})
         # GRPOTrainer tells Trainer that the loss is scaled for accumulation already.
@@ -369,7 +391,12 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
 
     def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:
         """See `fdiv.alignment.f_dpg.metrics.f_dpg_metrics`; and the diversity of the last generation's completions."""
-        metrics = f_dpg_metrics(examples, get_divergence(self.args.divergence), self.reward_func_names)
+        metrics = f_dpg_metrics(
+            examples,
+            get_divergence(self.args.divergence),
+            self.reward_func_names,
+            exact_z=self.args.z_estimate == "given",
+        )
         texts = [text if isinstance(text, str) else text[-1]["content"] for text in self._logs["completion"]]
         return metrics | diversity(texts, max_texts=self.args.diversity_samples)
 

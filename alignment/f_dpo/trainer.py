@@ -35,9 +35,9 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
     copy of the model object as it was handed over; a second load of the model named by a string.
 
     Logged beside what `DPOTrainer` logs: `rewards/*` is the f-scored implicit reward β·f′(u), what the loss compares;
-    `rewards_raw/*` is β·log u, TRL's; `log_ratio/{chosen,rejected}_p05|p50|p95`; `divergence/<name>` with `_se`;
-    `clamped_fraction`; in evaluation `ece_length_normalised` and `ece_margin`. All are over every example since the
-    last log, on all processes.
+    `rewards_raw/*` is β·log u, TRL's; `log_ratio/{chosen,rejected}_p05|p50|p95`; `mean_f/<name>` with `_se`, the mean
+    of f(u) over the rows; `clamped_fraction`; in evaluation `ece_length_normalised` and `ece_margin`. All are over
+    every example since the last log, on all processes.
 
     Raises:
         DataError: (a ValueError) data without the needed columns or rows, a tokenizer without pad or eos token, no
@@ -212,9 +212,9 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
             metrics[f"rewards/{half}"] = pair["reward"][:, side].mean().item()
             metrics[f"rewards_raw/{half}"] = raw[:, side].mean().item()
             metrics |= log_ratio_quantiles(half, pair["log_ratio"][:, side])
-        # An estimate of D_f as far as the data were sampled from π_ref, as preference data usually are.
+        # The rows are data, not samples of π_ref: a mean of f over them is no estimate of D_f and has not its bounds.
         divergence = get_divergence(self.args.divergence)
-        name = f"divergence/{divergence.label}"
+        name = f"mean_f/{divergence.label}"
         metrics[name], metrics[f"{name}_se"] = divergence_estimate(divergence, pair["log_ratio"])
         if "aux_loss" in examples:
             metrics["aux_loss"] = examples["aux_loss"].mean().item()

@@ -16,6 +16,10 @@ from torch import Tensor
 #: for the products built on it, and log t in [-30, 30] stays exact even where t² is taken.
 DEFAULT_MAX_EXPONENT = 60.0
 
+#: What training configs cap at unless they are told otherwise. The registry's own cap keeps numbers finite, not their
+#: squares: the norm of a gradient overflows float32 from elements of e^44 on, and one pair near it owns the batch.
+TRAINING_MAX_EXPONENT = 10.0
+
 #: Largest `max_exponent` accepted: e^80 · (1 + log 1e4) / α still fits float32 (3.4e38) for α ≥ 0.01.
 LARGEST_MAX_EXPONENT = 80.0
 

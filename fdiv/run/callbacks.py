@@ -33,7 +33,7 @@ class ProgressBar(ProgressCallback):
         kept = {
             name: number(value)
             for name, value in (logs or {}).items()
-            if (name in watched or name.startswith("divergence/")) and not name.endswith("_se")
+            if (name in watched or name.startswith(("divergence/", "mean_f/"))) and not name.endswith("_se")
         }
         if "loss" in kept:  # the last log of a training has totals only
             self.training_bar.set_postfix(kept, refresh=False)

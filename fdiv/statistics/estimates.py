@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fdiv.divergences import Divergence
 
-__all__ = ["divergence_estimate", "log_ratio_quantiles", "mean_and_error"]
+__all__ = ["clustered_mean", "divergence_estimate", "log_ratio_quantiles", "mean_and_error"]
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
@@ -51,3 +51,31 @@ def divergence_estimate(divergence: Divergence, log_ratio: Tensor) -> tuple[floa
     """
     terms = divergence.generator(log_ratio.reshape(log_ratio.size(0), -1)).mean(-1)
     return mean_and_error(terms)
+
+
+def clustered_mean(values: Tensor, weight: Tensor, cluster_ids: Tensor) -> tuple[float, float]:
+    """The self-normalised mean Σ w v / Σ w of weighted samples, and its standard error over clusters (prompts).
+
+    The delta method with the residuals w·(v − mean) summed within each cluster, so that samples of one prompt need not
+    be independent: √(C/(C−1)·Σ_c (Σ_i r_ci)²) / Σ w over C clusters. Samples of a single one count as independent.
+
+    Args:
+        values: `[N]`. weight: `[N]`, ≥ 0. cluster_ids: `[N]`, equal within a cluster.
+
+    Returns:
+        (mean, standard error); NaN without samples or weight, the error NaN for a single sample.
+    """
+    total = weight.sum()
+    if len(values) == 0 or total == 0:
+        return math.nan, math.nan
+    mean = (weight * values).sum() / total
+    residual = weight * (values - mean)
+    inverse = cluster_ids.unique(return_inverse=True)[1]
+    clusters = int(inverse.max()) + 1
+    if clusters > 1:
+        residual = residual.new_zeros(clusters).index_add(0, inverse, residual)
+    count = len(residual)
+    if count < 2:
+        return mean.item(), math.nan
+    error = (residual.square().sum() * count / (count - 1)).sqrt() / total
+    return mean.item(), error.item()

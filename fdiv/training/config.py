@@ -25,7 +25,7 @@ from types import NoneType, UnionType
 from typing import Any
 
 from fdiv.divergences import Divergence, get_divergence
-from fdiv.divergences.saturation import LARGEST_MAX_EXPONENT
+from fdiv.divergences.saturation import LARGEST_MAX_EXPONENT, TRAINING_MAX_EXPONENT
 
 __all__ = [
     "CappedDivergenceOptions",
@@ -249,9 +249,9 @@ class CappedDivergenceOptions(DivergenceOptions):
     """Adds `max_exponent`, for a loss that takes f or f′ of a log-ratio without bound."""
 
     max_exponent: float | None = option(
-        None,
-        "Overflow cap on the exponents in f and f'; above it they continue logarithmically. Not set: the registry's "
-        "own, 60",
+        TRAINING_MAX_EXPONENT,
+        "Overflow cap on the exponents in f and f'; above it they continue logarithmically. null: the registry's own, "
+        "60, at which gradient norms overflow float32",
         above=0,
         most=LARGEST_MAX_EXPONENT,
     )

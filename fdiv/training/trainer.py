@@ -15,14 +15,37 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from fdiv.divergences import Divergence, get_divergence
+from fdiv.divergences.saturation import TRAINING_MAX_EXPONENT, check_max_exponent
 from fdiv.errors import FdivError, NonFiniteLossError
 from fdiv.models.loading import keep_trainable_layout
+from fdiv.terminal import info
 from fdiv.training.resume import ResumableMixin
 
 if TYPE_CHECKING:
     from fdiv.memory.step_shape import StepShape
 
-__all__ = ["ObjectiveTrainerMixin"]
+__all__ = ["ObjectiveTrainerMixin", "overflow_note"]
+
+
+#: Gradient norms of float32 overflow when exponentials near this exponent are squared and summed.
+_OVERFLOWING_EXPONENT = 40.0
+
+
+def overflow_note(divergence: Divergence, exponents: tuple[float, ...], max_exponent: float | None) -> str | None:
+    """The overflow policy in a line; None where there is no unbounded exponential e^(k·log u), k of `exponents`."""
+    places = [
+        f"log u {'above' if k > 0 else 'below'} {check_max_exponent(max_exponent) / k:.4g}" for k in exponents if k
+    ]
+    if not places:
+        return None
+    cap = check_max_exponent(max_exponent)
+    note = (
+        f"max_exponent={cap:g}: the exponentials of {divergence.label} go on as logarithms at {' and '.join(places)}"
+    )
+    if cap >= _OVERFLOWING_EXPONENT:
+        return f"{note}; gradient norms can overflow float32 with it: {TRAINING_MAX_EXPONENT:g} is known to train"
+    return f"{note}; clamped_fraction in the log says how often"
 
 
 class ObjectiveTrainerMixin(ResumableMixin):
@@ -79,6 +102,10 @@ class ObjectiveTrainerMixin(ResumableMixin):
         """The settings that define the objective (divergence, β, …), for error messages and the model card."""
         return {}
 
+    def overflow_exponents(self, divergence: Divergence) -> tuple[float, ...]:
+        """The k of every e^(k·log u) that `max_exponent` caps: those of f′."""
+        return divergence.exponents
+
     def run_settings(self) -> dict[str, Any]:
         """What a resumed run may change, and is told of: the objective's settings and the optimizer's."""
         return super().run_settings() | self.objective_settings()
@@ -102,6 +129,15 @@ class ObjectiveTrainerMixin(ResumableMixin):
     @classmethod
     def freeze_untrained(cls, args: Any, model: torch.nn.Module) -> None:
         """Freeze the parameters of `model` that the method does not train; most train what they are given."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; the overflow cap is stated first, where the divergence has exponentials."""
+        if hasattr(self.args, "max_exponent") and getattr(self.args, "divergence", None) is not None:
+            divergence = get_divergence(self.args.divergence)
+            note = overflow_note(divergence, self.overflow_exponents(divergence), self.args.max_exponent)
+            if note is not None:
+                info(note)
+        return super().train(*args, **kwargs)
 
     # ---------------------------------------------------------------- metrics
     def record_examples(self, columns: dict[str, Tensor]) -> None:

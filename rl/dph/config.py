@@ -113,7 +113,7 @@ class DPHConfig(CappedDivergenceOptions, RolloutConfig, GRPOConfig):
             self.resolve_divergence().name != "jensen_shannon"
             or self.normalized
             or self.coefficient_clip is not None
-            or self.max_exponent != type(self).max_exponent
+            or self.max_exponent not in (None, type(self).max_exponent)
         ):
             raise ValueError(
                 "rehearsal_form: definition is that of jensen_shannon, without normalized, coefficient_clip and "

@@ -142,7 +142,7 @@ def rehearsal_capped(
 ) -> Tensor:
     """Bool, the shape of `log_ratio`: where f(u) is on its logarithmic continuation rather than exact."""
     log_u = as_float(log_ratio, "log_ratio").detach()
-    up, down = _growth(get_divergence(divergence))
+    up, down = growth(get_divergence(divergence))
     cap = check_max_exponent(max_exponent)
     return (up * log_u > cap) | (down * -log_u > cap)
 
@@ -224,7 +224,7 @@ def _with_coefficient(value: Tensor, coefficient: Tensor, log_u: Tensor) -> Tens
     return value + coefficient * (finite - finite.detach())
 
 
-def _growth(divergence: Divergence) -> tuple[float, float]:
+def growth(divergence: Divergence) -> tuple[float, float]:
     """The largest powers of u and of 1/u in f(u): one above those of f′, and u itself, which every f holds."""
     powers = [1.0, *(exponent + 1.0 for exponent in divergence.exponents)]
     return max(powers), max(0.0, -min(powers))
@@ -235,7 +235,7 @@ def _capped_log_ratio(log_u: Tensor, divergence: Divergence, max_exponent: float
     if max_exponent is None:
         return log_u
     cap = check_max_exponent(max_exponent)
-    up, down = _growth(divergence)
+    up, down = growth(divergence)
     log_u = soft_cap(log_u, up, cap)
     return -soft_cap(-log_u, down, cap) if down else log_u
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdiv.rl.dph.loss import rehearsal_capped, rehearsal_coefficient, rehearsal_loss
-from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
+from fdiv.statistics.estimates import clustered_mean, log_ratio_quantiles
 
 if TYPE_CHECKING:
     from fdiv.divergences import Divergence
@@ -44,14 +44,14 @@ def dph_metrics(examples: dict[str, Tensor], log_ratio: Tensor, divergence: Dive
 
     Args:
         examples: recorded columns `[N]`: `explore_loss`, `counted` (0 where a process had no row), and per row
-            `rehearsal_loss` and those of `rehearsal_columns`.
+            `rehearsal_loss`, `row` (its number in the cache) and those of `rehearsal_columns`.
         log_ratio: log u of every rehearsal token (level `token`) or row (`sequence`); empty without rehearsal.
         divergence: f.
         args: the `DPHConfig`.
 
     Returns:
         `explore_loss`; `rehearsal/loss` (the mean that is multiplied by the weight), `rehearsal/rows`,
-        `rehearsal/mean_tokens`; `divergence/<f>` and `divergence/forward_kl` with `_se` over rows;
+        `rehearsal/mean_tokens`; `divergence/<f>` and `divergence/forward_kl` with `_se` over distinct rows;
         `log_ratio/rehearsal_p05|p50|p95`; `rehearsal/clipped_fraction` (|c(u)| above `coefficient_clip`) and
         `clamped_fraction` (f beyond `max_exponent`), of tokens or rows as `level` says;
         `sampling/sampling_logp_difference/max` where the rollouts came with log-probabilities.
@@ -63,6 +63,7 @@ def dph_metrics(examples: dict[str, Tensor], log_ratio: Tensor, divergence: Dive
     if not counted.any():
         return metrics
     rows = int(counted.sum())
+    numbers = examples["row"][counted]
     metrics |= {
         "rehearsal/loss": examples["rehearsal_loss"][counted].mean().item(),
         "rehearsal/rows": float(rows),
@@ -71,8 +72,12 @@ def dph_metrics(examples: dict[str, Tensor], log_ratio: Tensor, divergence: Dive
         **log_ratio_quantiles("rehearsal", log_ratio),
     }
     for name, column in (("forward_kl", "forward_kl"), (divergence.name, "divergence")):
-        mean, error = mean_and_error(examples[column][counted])
-        metrics |= {f"divergence/{name}": mean, f"divergence/{name}_se": error}
+        values = examples[column][counted]
+        # A cached row that comes round again in the window is the same sample: it counts once in the error.
+        value, error = clustered_mean(values, torch.ones_like(values), numbers)
+        if len(numbers.unique()) == 1:
+            error = math.nan
+        metrics |= {f"divergence/{name}": value, f"divergence/{name}_se": error}
     if args.coefficient_clip is not None:
         coefficient = rehearsal_coefficient(log_ratio, divergence, max_exponent=args.max_exponent)
         metrics["rehearsal/clipped_fraction"] = (coefficient.abs() > args.coefficient_clip).double().mean().item()

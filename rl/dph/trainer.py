@@ -15,6 +15,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
+from fdiv.divergences import Divergence
 from fdiv.errors import DataError, FdivError, RolloutError
 from fdiv.models.fingerprints import data_fingerprint
 from fdiv.models.reference import FrozenReference
@@ -22,6 +23,7 @@ from fdiv.rl.dph.batches import explore_mean, group_advantages, join, rows_of_sl
 from fdiv.rl.dph.config import DPHConfig
 from fdiv.rl.dph.loss import (
     check_rehearsal_divergence,
+    growth,
     js_on_policy,
     js_on_reference,
     rehearsal_loss,
@@ -141,6 +143,13 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         settings |= {name: getattr(self.args, name) for name in (*names, "coefficient_clip", "max_exponent")}
         return settings | {"rehearsal_rows_per_step": self._rows_per_step, "rehearsal_rows": len(self.rehearsal)}
 
+    def overflow_exponents(self, divergence: Divergence) -> tuple[float, ...]:
+        """Those of f, which holds u itself; none without rehearsal."""
+        if self.rehearsal is None or self.args.rehearsal_form == "definition":
+            return ()
+        up, down = growth(divergence)
+        return (up, -down)
+
     def run_identity(self) -> dict[str, Any]:
         """Also the rehearsal rows."""
         return super().run_identity() | {"rehearsal cache": data_fingerprint(self.rehearsal)}
@@ -243,6 +252,7 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         if not mine:
             return None
         batch = self.rehearsal.batch(mine, self._tokenizer.pad_token_id)
+        self._row_numbers = mine
         return RehearsalBatch(*(tensor.to(self.accelerator.device) for tensor in batch))
 
     # ---------------------------------------------------------------- loss
@@ -292,7 +302,8 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             part = weight * losses.sum() * processes / self._rows_per_step
             detached = log_ratio.detach()
             columns = {
-                "rehearsal_loss": losses, **rehearsal_columns(detached, mask, self.divergence, args.level)
+                "rehearsal_loss": losses, **rehearsal_columns(detached, mask, self.divergence, args.level),
+                "row": torch.tensor(self._row_numbers, device=losses.device),
             }  # fmt: skip
             token_level = args.level == "token"
             values = detached[mask.bool()] if token_level else (detached * mask).sum(-1)
@@ -328,7 +339,9 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         have = next(iter(columns.values())).size(0) if columns else 0
         table = {name: value.float().expand(rows) for name, value in shared.items()}
         table["counted"] = (torch.arange(rows, device=log_policy.device) < have).float()
-        for name in ("rehearsal_loss", "divergence", "forward_kl", "tokens") if self.rehearsal is not None else ():
+        for name in (
+            ("rehearsal_loss", "divergence", "forward_kl", "tokens", "row") if self.rehearsal is not None else ()
+        ):
             filled = log_policy.new_zeros(rows)
             if have:
                 filled[:have] = columns[name].to(filled)

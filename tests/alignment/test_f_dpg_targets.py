@@ -257,6 +257,29 @@ def test_one_boolean_moment_has_a_closed_form():
     assert fit_moments(features, [0.5], weight).coefficients[0] == pytest.approx(math.log(8), abs=1e-4)
 
 
+def test_moments_are_means_over_prompts():
+    """Base rates 5 % and 50 %, asked for 50 %: σ(logit .05 + λ) + σ(λ) = 1 at λ = −½·logit .05, whatever Z each has.
+
+    Pooled, the second prompt would count more by its larger Z and the mean would be 42 %.
+    """
+    features, prompts = [[1.0], [0.0], [1.0], [0.0]], [7, 7, 3, 3]
+    rates = torch.tensor([0.05, 0.95, 0.5, 0.5])
+    for scale in (torch.zeros(4), torch.tensor([3.0, 3.0, -2.0, -2.0])):
+        log_weight = (rates.log() + scale).numpy()
+        fit = fit_moments(features, [0.5], log_weight, prompts=prompts, min_effective_samples=1)
+        assert fit.coefficients[0] == pytest.approx(0.5 * math.log(19), abs=1e-3)
+        assert fit.moments[0] == pytest.approx(0.5, abs=1e-5)
+        assert fit.proposal_moments[0] == pytest.approx(0.275, abs=1e-6)
+    pooled = fit_moments(features, [0.5], rates.log().numpy(), min_effective_samples=1)
+    odds = math.exp(pooled.coefficients[0]) * torch.tensor([1 / 19, 1.0])
+    assert (odds / (1 + odds)).mean().item() == pytest.approx(0.42, abs=0.01)
+    # a prompt counts by its samples: three rows of one prompt against one of the other
+    fit = fit_moments([[1.0], [0.0]] * 4, [0.4], prompts=[1] * 6 + [2] * 2, min_effective_samples=1)
+    assert fit.coefficients[0] == pytest.approx(math.log(0.4 / 0.6), abs=1e-3)
+    with pytest.raises(ValueError, match="prompts .* one entry for each of the 4 samples"):
+        fit_moments(features, [0.5], prompts=[1, 2])
+
+
 @pytest.mark.parametrize(
     ("features", "moments", "message"),
     [

@@ -367,14 +367,19 @@ def test_proposal_decides_by_standard_errors():
     assert proposal.decide() == {}
     # π = p on every sample (term 0); q is off by ±0.5: its terms are log t − 1 + 1/t.
     log_t_q = torch.tensor([0.5, -0.5] * 8, dtype=torch.float64)
-    proposal.observe(torch.zeros(16).double(), log_t_q, -log_t_q)
+    proposal.observe(torch.zeros(16).double(), log_t_q, -log_t_q, torch.arange(16))
     terms = log_t_q - 1 + torch.exp(-log_t_q)
     decided = proposal.decide()
     assert decided["proposal/improvement"] == pytest.approx(terms.mean().item())
     assert decided["proposal/improvement_se"] == pytest.approx(terms.std().item() / 4)
     assert decided["proposal/replaced"] == 1.0 and proposal.version == 1
-    proposal.observe(log_t_q, torch.zeros(16).double(), log_t_q)
+    proposal.observe(log_t_q, torch.zeros(16).double(), log_t_q, torch.arange(16))
     assert proposal.decide()["proposal/replaced"] == 0.0 and proposal.version == 1
+    # Eight prompts of two samples each: the standard error is that of the prompts' means.
+    proposal.observe(torch.zeros(16).double(), log_t_q * torch.arange(16), -log_t_q, torch.arange(16) // 2)
+    x = log_t_q * torch.arange(16)
+    means = (x - 1 + torch.exp(-x)).reshape(8, 2).mean(1)
+    assert proposal.decide()["proposal/improvement_se"] == pytest.approx(means.std().item() / 8**0.5)
 
 
 # ---------------------------------------------------------------- evaluation

@@ -81,8 +81,8 @@ def test_evaluation_metrics_equal_an_independent_calculation(request, architectu
     expected["entropy"] = sum(s.entropy.sum() for h in log_ratio for s in policy_scores[h]) / sum(tokens.values())
     expected["mean_token_accuracy"] = sum(s.is_top1.sum() for s in policy_scores["chosen"]) / tokens["chosen"]
     pairs = divergence.generator(torch.stack(list(log_ratio.values()), 1)).mean(1)
-    expected["divergence/jeffreys"] = pairs.mean()
-    expected["divergence/jeffreys_se"] = pairs.std() / math.sqrt(11)
+    expected["mean_f/jeffreys"] = pairs.mean()
+    expected["mean_f/jeffreys_se"] = pairs.std() / math.sqrt(11)
     means = {half: torch.cat([mean_log_prob(s) for s in policy_scores[half]]) for half in log_ratio}
     expected["ece_length_normalised"] = torch.tensor(length_normalised_calibration(means["chosen"], means["rejected"]))
     expected["ece_margin"] = torch.tensor(margin_calibration(margin))

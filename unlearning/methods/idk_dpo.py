@@ -37,3 +37,9 @@ class IdkDPOTrainer(UnlearningTrainer):
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
         ratios = scores["template"].log_ratio, scores["forget"].log_ratio
         return idk_dpo(*ratios, self.divergence, self.args.beta, max_exponent=self.args.max_exponent)
+
+    def method_columns(self, scores: dict[str, RoleScores]) -> dict[str, Tensor]:
+        """Also `clamped_fraction`: pairs with a score beyond `max_exponent`."""
+        cap = self.args.max_exponent
+        touched = [self.divergence.capped(scores[role].log_ratio, cap) for role in ("template", "forget")]
+        return super().method_columns(scores) | {"clamped_fraction": (touched[0] | touched[1]).float()}
