@@ -34,7 +34,7 @@ _SCRIPT = re.compile(r"\s*(-?\d+(?:\.\d+)?|\\[A-Za-z]+|[^\s{}\\])")
 _IN_PARENTHESES = re.compile(r"\^\s*\(([^()]*)\)")
 _PLAIN_ROOT = re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)")
 _SPACES = re.compile(
-    r"\\(?:[,;:!> ]|q?quad\b|hspace\{[^{}]*\}|displaystyle\b|textstyle\b|limits\b)|~|[\u00a0\u2009\u202f]"
+    r"(?<!\\)\\(?:[,;:!> ]|q?quad\b|hspace\{[^{}]*\}|displaystyle\b|textstyle\b|limits\b)|~|[\u00a0\u2009\u202f]"
 )
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?)(?=[\s()\[\]|.]|\\[{}|A-Za-z])")
 _COMMAS = re.compile(r"(?<![\d.,])(\d{1,3})((?:\s?(?:,|\{,\})\d{3})+)(?![\d]|,\d)")
