@@ -388,7 +388,7 @@ def same_value(family, first, second):
     return {
         fraction_forms: a * d == b * c, root_forms: a * a * b == c * c * d,
         grouped_forms: (a, b) == (c, d), decimal_forms: (a, b) == (c, d),
-        numeral_forms: numeral_forms(a, b)[0] == numeral_forms(c, d)[0],
+        numeral_forms: numeral_forms(a, b)[0].lstrip("0") == numeral_forms(c, d)[0].lstrip("0"),
         power_forms: b ** (a + 60) == d ** (c + 60), pair_forms: (a, b) == (c, d),
         set_forms: {a, a + b} == {c, c + d},
     }[family]  # fmt: skip
