@@ -61,19 +61,27 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe(run)
     run.add_argument("--dry_run", "--dry-run", action="store_true", help="print the resolved recipe and stop")
 
-    sweep = verbs.add_parser("sweep", help="run a recipe for divergences × seeds: one table, one frontier plot")
+    sweep = verbs.add_parser("sweep", help="run methods × divergences × seeds: one table and its plots")
     sweep.usage = (
-        "fdiv sweep RECIPE [--divergences D ...] [--seeds N ...] [--dry_run] "
-        "[--accelerate NAME_OR_FILE [--num_processes N]] [--debug] [--KEY VALUE ...]"
+        "fdiv sweep RECIPE_OR_EXPERIMENT [--methods M ...] [--divergences D ...] [--seeds N ...] [--minutes N]\n"
+        "                  [--results DIR] [--dry_run | --collect] [--accelerate NAME_OR_FILE [--num_processes N]]\n"
+        "                  [--debug] [--KEY VALUE ...]"
     )
     sweep.epilog = (
-        "The cells are all combinations of the lists in the recipe's `sweep:` block. A finished cell is not run\n"
-        "again; a failed one is reported, and the exit code is then 1.\n\n" + _OVERRIDES
+        "The cells are all combinations of the lists in the `sweep:` block; recipes/README.md says what else it may\n"
+        "hold. A finished cell is not run again; a failed one is reported, and the exit code is then 1.\n\n"
+        + _OVERRIDES
     )
     _add_recipe(sweep)
+    sweep.add_argument("--methods", nargs="+", metavar="M", help="rows of `sweep.method` to run; else method names")
     sweep.add_argument("--divergences", nargs="+", metavar="D", help="names, or '{name: alpha, alpha: 0.3}'")
     sweep.add_argument("--seeds", nargs="+", type=int, metavar="N", help="training seeds")
-    sweep.add_argument("--dry_run", "--dry-run", action="store_true", help="print the cells and stop")
+    sweep.add_argument("--minutes", type=float, metavar="N", help="start no further cell after so many minutes")
+    sweep.add_argument(
+        "--results", metavar="DIR", help="where results.json, table.md and the plots are; else output_dir"
+    )
+    sweep.add_argument("--dry_run", "--dry-run", action="store_true", help="print the cells and an estimate, and stop")
+    sweep.add_argument("--collect", action="store_true", help="draw table and plots again from results.json, and stop")
 
     evaluate = verbs.add_parser("eval", help="evaluate a model: " + ", ".join(EVAL_COMMANDS))
     evaluate.add_argument("kind", metavar="KIND", help=", ".join(EVAL_COMMANDS) + ", or module:attribute")

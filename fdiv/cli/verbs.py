@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from fdiv.cli.launch import check_options, launch
 from fdiv.errors import FdivError, RecipeError, RequirementError
@@ -11,8 +12,9 @@ from fdiv.files import one_line
 from fdiv.provenance import command_line
 from fdiv.recipe.document import parse_value
 from fdiv.recipe.load import load_recipe
-from fdiv.recipe.model import Configs, Recipe
+from fdiv.recipe.model import Recipe
 from fdiv.report.table import run_table
+from fdiv.run.plan import RunPlan
 from fdiv.terminal import binary_size, complain, info, is_main_process, print_table
 from fdiv.training.merge import merge_adapter, trained_rounding
 
@@ -27,10 +29,11 @@ def run(args: argparse.Namespace, overrides: list[str], words: list[str]) -> int
         return _dry_run(recipe, args.accelerate, args.num_processes)
     if args.accelerate is not None:
         return launch(args.accelerate, words, args.num_processes, _mixed_precision(recipe))
-    from fdiv.run.run import run_recipe
+    from fdiv.run import plan_run, run_plan
 
-    result = run_recipe(recipe, command_line(words))
-    run_table(result, recipe.output_dir)
+    plan = plan_run(recipe)
+    result = run_plan(plan, command_line(words))
+    run_table(result, plan.output_dir)
     if result["unmet_requirements"]:
         raise RequirementError("eval.require: " + "; ".join(result["unmet_requirements"]))
     return 0
@@ -41,7 +44,7 @@ def _mixed_precision(recipe: Recipe) -> str | None:
 
     DeepSpeed refuses a configuration that says something else than the run.
     """
-    known = {**recipe.machine, **recipe.filled, **recipe.stated}
+    known = {**recipe.machine, **recipe.stated}
     if known.get("fp16"):
         return "fp16"
     return None if known.get("bf16") is None else "bf16" if known["bf16"] else "no"
@@ -53,30 +56,27 @@ def _dry_run(recipe: Recipe, accelerate: str | None, num_processes: int | None) 
     A `${NAME}` that is not set is left standing: the check needs no data.
     """
     from fdiv.recipe.dump import resolved_yaml
-    from fdiv.run.run import check_blocks
+    from fdiv.run import plan_run
 
-    for name in recipe.unset_variables():
+    unset = recipe.unset_variables()
+    for name in unset:
         info(f"note: the environment variable {name} is not set; the run needs it")
-        recipe.variables[name] = f"${{{name}}}"
-    if recipe.prepare:
-        recipe.variables["prepare"] = "${prepare}"
-    configs = recipe.configs()
-    check_blocks(recipe)
+    plan = plan_run(recipe, {name: f"${{{name}}}" for name in unset})
     if is_main_process():
         sys.stdout.write(resolved_yaml(recipe))
         sys.stdout.flush()
-        _memory_plan(recipe, configs, accelerate, num_processes)
+        _memory_plan(plan, accelerate, num_processes)
     return 0
 
 
-def _memory_plan(recipe: Recipe, configs: Configs, accelerate: str | None, num_processes: int | None) -> None:
-    """The plan as a table on stderr, or one line that says why there is none."""
+def _memory_plan(run: RunPlan, accelerate: str | None, num_processes: int | None) -> None:
+    """The memory plan as a table on stderr, or one line that says why there is none."""
     from fdiv.memory.placement import read_placement
     from fdiv.memory.plan import plan_memory
 
     try:
-        placement = read_placement(configs.training, accelerate, num_processes)
-        plan = plan_memory(recipe, configs, placement)
+        placement = read_placement(run.configs.training, accelerate, num_processes)
+        plan = plan_memory(run.recipe, run.configs, placement)
     except RecipeError:
         raise
     except FdivError as error:
@@ -94,20 +94,25 @@ def _memory_plan(recipe: Recipe, configs: Configs, accelerate: str | None, num_p
 def sweep(args: argparse.Namespace, overrides: list[str], words: list[str]) -> int:
     """`fdiv sweep RECIPE …`."""
     check_options(args.accelerate, args.num_processes)
-    from fdiv.run.sweep import print_cells, run_sweep, sweep_cells
+    from fdiv.run.sweep import collect, plan_sweep, print_cells, run_sweep
 
+    results = None if args.results is None else Path(args.results)
+    if args.collect:
+        info(f"table and plots: {collect(args.recipe, results)}")
+        return 0
     axes = {}
     if args.divergences:
         axes["divergence"] = [parse_value(word) for word in args.divergences]
     if args.seeds:
         axes["seed"] = args.seeds
-    plan = sweep_cells(args.recipe, overrides, axes)
+    plan = plan_sweep(args.recipe, overrides, axes, args.methods)
     if args.dry_run:
-        print_cells(plan)
+        print_cells(plan, args.minutes)
         return 0
     if args.accelerate is not None:
-        return launch(args.accelerate, words, args.num_processes, _mixed_precision(plan.recipe))
-    failures = run_sweep(plan, command_line(words))
+        first = plan.plan(next(plan.cells())).recipe
+        return launch(args.accelerate, words, args.num_processes, _mixed_precision(first))
+    failures = run_sweep(plan, command_line(words), args.minutes, results)
     for failure in failures:
         complain(failure)
     return 1 if failures else 0

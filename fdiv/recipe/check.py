@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from fdiv.catalog import EVALUATIONS, METHODS, TASKS, load
 from fdiv.errors import RecipeError
+from fdiv.recipe.document import place_of
 from fdiv.recipe.model import Block, Recipe, ReportKeys, RunKeys
 from fdiv.recipe.overrides import KeyPath
 from fdiv.recipe.schema import (
@@ -23,6 +24,7 @@ from fdiv.recipe.schema import (
     section_of,
     trl_configs,
 )
+from fdiv.recipe.sweep import STRUCTURE, parse_sweep
 
 __all__ = ["all_keys", "check_recipe", "top_section"]
 
@@ -32,7 +34,7 @@ _BLOCK_HELP = {
     "prepare": "Builds the data (and model) of the run; `name` selects the builder.",
     "eval": "What is measured before and after training; `name` selects the evaluation; a list runs several.",
     "report": "Write report.html and plots at the end of the run.",
-    "sweep": "Values of recipe keys that `fdiv sweep` combines (divergence, seed, …), and `metrics`.",
+    "sweep": "Values of recipe keys that `fdiv sweep` combines (divergence, seed, …), and how it chooses and shows.",
 }
 
 
@@ -55,14 +57,8 @@ def block_section(title: str, name: str, config: type) -> Section:
     if title == "eval":
         extra["require"] = Key("require", dict, None, "Metric → improved | increased | decreased.", group=title)
         extra["summary"] = Key("summary", list[str] | None, None, "Metrics of the tables, in order.", group=title)
+        extra["before"] = Key("before", bool, True, "Measure before training too.", group=title)
     return Section(title, {**extra, **section_of(config, title).keys})
-
-
-def sweep_section(method: type) -> Section:
-    """The keys of `sweep:`: `metrics`, and any other key of the recipe."""
-    metrics = Key("metrics", dict, None, "Axes of the frontier plot: {reward: NAME, divergence: NAME}.", None, "sweep")
-    keys = {name: dataclasses.replace(key, group="sweep") for name, key in top_section(method).keys.items()}
-    return Section("sweep", {"metrics": metrics, **{n: k for n, k in keys.items() if n not in BLOCKS}}, open=True)
 
 
 def all_keys(method: type) -> Iterator[tuple[str, Key]]:
@@ -75,7 +71,8 @@ def all_keys(method: type) -> Iterator[tuple[str, Key]]:
                 yield f"{title}.{key.name}", key
     for key in section_of(ReportKeys, "report").keys.values():
         yield f"report.{key.name}", key
-    yield "sweep.metrics", sweep_section(method).keys["metrics"]
+    for name, text in STRUCTURE.items():
+        yield f"sweep.{name}", Key(name, Any, None, text, group="sweep")
 
 
 def check_recipe(name: str, source: str, values: dict[str, Any], origins: dict[KeyPath, str]) -> Recipe:
@@ -98,13 +95,13 @@ def check_recipe(name: str, source: str, values: dict[str, Any], origins: dict[K
         name=name,
         source=source,
         method_name=stated.pop("method"),
-        stated=stated,
-        origins=checker.origins,
+        stated=MappingProxyType(stated),
+        origins=MappingProxyType(checker.origins),
         prepare=prepare,
-        evaluations=checker.evaluations(blocks["eval"]),
+        evaluations=tuple(checker.evaluations(blocks["eval"])),
         report=report,
         sweep=checker.sweep(blocks["sweep"]),
-        machine=machine_defaults(stated),
+        machine=MappingProxyType(machine_defaults(stated)),
     )
 
 
@@ -135,10 +132,7 @@ class _Checker:
 
     def where(self, path: KeyPath) -> str:
         """The place of a key: a line of the recipe, or the command line."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.origins:
-                return self.origins[path[:length]]
-        return self.source
+        return place_of(path, self.origins, self.source)
 
     def switches(self, values: dict[str, Any], section: Section) -> dict[str, Any]:
         """`--no_bf16` becomes `bf16: false`."""
@@ -218,7 +212,12 @@ class _Checker:
         checked.pop("name")
         require = checked.pop("require", None) or {}
         summary = checked.pop("summary", None) or []
-        return Block(title, name, config, checked, self.where(path), self.requirements(require, path), summary)
+        before = checked.pop("before", True)
+        if require and not before:
+            raise RecipeError(
+                f"{self.where((*path, 'before'))}: `require` compares with the start: leave out `before`"
+            )
+        return Block(title, name, config, checked, self.where(path), self.requirements(require, path), summary, before)
 
     def requirements(self, require: dict[str, Any], path: KeyPath) -> dict[str, str]:
         """`require:` of an evaluation: metric → improved, increased or decreased."""
@@ -240,27 +239,15 @@ class _Checker:
         return [self.block("eval", value, ("eval",))]
 
     def sweep(self, value: Any) -> dict[str, Any] | None:
-        """`sweep:`: `metrics`, and recipe keys with the list of values each takes."""
+        """`sweep:`, its parts and the names of its axes checked."""
         if value is None:
             return None
-        values = self.mapping(value, ("sweep",))
-        section = sweep_section(self.method)
-        values = read_words(values)
-        for name, entry in values.items():
-            here = ("sweep", str(name))
-            if name == "metrics":
-                values["metrics"] = coerce(entry, section.keys["metrics"], self.where(here))
-                unknown = [key for key in values["metrics"] if key not in ("reward", "divergence")]
-                if unknown:
-                    raise RecipeError(
-                        f"{self.where(here)}: unknown key {unknown[0]!r} in `sweep.metrics`; "
-                        "there are: reward, divergence"
-                    )
-                continue
+        values = read_words(self.mapping(value, ("sweep",)))
+        block = parse_sweep(values, self.where)
+        section = top_section(self.method)
+        for name in block.axes:
             if name not in section.keys and name.split(".")[0] not in ("eval", "prepare", "divergence"):
-                raise self.unknown(here, section)
-            if not isinstance(entry, list) or not entry:
-                raise RecipeError(f"{self.where(here)}: `sweep.{name}` must be a list of values, got {entry!r}")
+                raise self.unknown(("sweep", str(name)), section)
         return values
 
 

@@ -21,7 +21,16 @@ import yaml
 from fdiv.errors import RecipeError
 from fdiv.named import lookup
 
-__all__ = ["Document", "compose", "is_replaced", "merged_values", "packaged_files", "parse_value", "read_document"]
+__all__ = [
+    "Document",
+    "compose",
+    "is_replaced",
+    "merged_values",
+    "packaged_files",
+    "parse_value",
+    "place_of",
+    "read_document",
+]
 
 KeyPath = tuple[str, ...]
 
@@ -58,38 +67,50 @@ class Document:
 
     def where(self, path: KeyPath) -> str:
         """`FILE, line N` of a key, or of the nearest enclosing key that stands in a file."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.places:
-                return self.places[path[:length]]
-        return self.source
+        return place_of(path, self.places, self.source)
 
 
-def read_document(path: Path) -> Document:
+def place_of(path: KeyPath, places: Mapping[KeyPath, str], source: str) -> str:
+    """The place of a key, else of the nearest enclosing one that has a place, else the file."""
+    for length in range(len(path), 0, -1):
+        if path[:length] in places:
+            return places[path[:length]]
+    return source
+
+
+def read_document(path: Path, base: str | None = None) -> Document:
     """Read a recipe file and merge the base that it `extends:`.
+
+    Args:
+        path: The file.
+        base: The recipe to extend in place of the one that the file names; it may extend a base itself (a row of a sweep).
 
     Raises:
         RecipeError: not readable, not YAML, more than one document, not a mapping, a key twice; no such base, or a
             base that has a base.
     """
     document = _read_file(path)
-    base = _base(document, path)
     values = {key: value for key, value in document.values.items() if key != "extends"}
     places = {key: place for key, place in document.places.items() if key[0] != "extends"}
-    if base is None:
+    name = base or document.values.get("extends")
+    if name is None:
         return Document(document.source, values, places)
-    below = _read_file(base)
+    file = _base(name, path, document.where(("extends",)))
+    below = read_document(file) if base else _read_file(file)
     if below.values.get("extends") is not None:
         raise RecipeError(
             f"{below.where(('extends',))}: the base of {document.source} itself extends {below.values['extends']!r}; "
             "one level is allowed: write the keys out in one of the two"
         )
-    replaced = [key for key in places if is_replaced(_at(below.values, key), _at(values, key))]
+    # A `sweep:` block is one design: its parts are not taken from two files.
+    left = {key: value for key, value in below.values.items() if key not in values or key != "sweep"}
+    replaced = [key for key in places if key[0] == "sweep" or is_replaced(_at(left, key), _at(values, key))]
     kept = {
         key: place
         for key, place in below.places.items()
         if key[0] != "extends" and not any(key[: len(other)] == other for other in replaced)
     }
-    return Document(document.source, merged_values(below.values, values), {**kept, **places}, base)
+    return Document(document.source, merged_values(left, values), {**kept, **places}, file)
 
 
 def merged_values(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,11 +140,8 @@ def _at(values: Any, path: KeyPath) -> Any:
     return values
 
 
-def _base(document: Document, path: Path) -> Path | None:
+def _base(name: Any, path: Path, where: str) -> Path:
     """The file that `extends:` names: relative to the recipe's folder, else a packaged one."""
-    name, where = document.values.get("extends"), document.where(("extends",))
-    if name is None:
-        return None
     if not isinstance(name, str):
         raise RecipeError(f"{where}: `extends` must be the name or file of one recipe, got {name!r}")
     for file in (path.parent / name, path.parent / f"{name}.yaml"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
 from typing import Any
 
 import yaml
@@ -31,10 +32,10 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def resolved_yaml(recipe: Recipe) -> str:
+def resolved_yaml(recipe: Recipe, settled: Collection[str] = ()) -> str:
     """Every key of the recipe as YAML. A comment names the origin of each value that is not the default.
 
-    `${NAME}` stays as written, so the file carries no path of this machine that the recipe did not carry; a token or
+    `settled` names the keys that the `prepare:` step decides. `${NAME}` stays as written, so the file carries no path of this machine that the recipe did not carry; a token or
     key (`hub_token`, secrets in `env:`) is withheld.
     """
     lines = [
@@ -49,7 +50,7 @@ def resolved_yaml(recipe: Recipe) -> str:
         if key.group != group:
             group = key.group
             lines += ["", f"# --- {group} ---"]
-        lines.append(_line(recipe, name, plain(key.default)))
+        lines.append(_line(recipe, settled, name, plain(key.default)))
     lines += ["", "# --- steps ---"]
     if recipe.prepare:
         lines.append(_dump({"prepare": _block(recipe.prepare)}))
@@ -63,14 +64,14 @@ def resolved_yaml(recipe: Recipe) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _line(recipe: Recipe, name: str, default: Any) -> str:
+def _line(recipe: Recipe, settled: Collection[str], name: str, default: Any) -> str:
     """One top-level key with the origin of its value."""
-    if name in recipe.filled and name not in recipe.stated:
+    if name in settled and name not in recipe.stated:
         return f"# {name}: settled by prepare"
     if name in _ONCE:
         return _dump({name: default})
     if name == "output_dir" and name not in recipe.stated:
-        return _marked(name, str(recipe.output_dir), "the recipe's name")
+        return _marked(name, str(recipe.output_dir()), "the recipe's name")
     value = recipe.stated.get(name, recipe.machine.get(name, default))
     if name == "hub_token" and value is not None:
         return f"{name}: null  # withheld"
@@ -100,7 +101,8 @@ def _block(block: Block) -> dict[str, Any]:
     required = {name for name, key in section.keys.items() if key.required and name not in block.values}
     result = {"name": block.name, **{name: value for name, value in values.items() if name not in required}}
     steps = {"require": dict(block.require), "summary": list(block.summary)}
-    return {**result, **{name: value for name, value in steps.items() if value}}
+    steps |= {} if block.before else {"before": False}
+    return {**result, **{name: value for name, value in steps.items() if value or name == "before"}}
 
 
 def _dump(values: dict[str, Any]) -> str:

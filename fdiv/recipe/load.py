@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 from fdiv.catalog import METHODS
 from fdiv.errors import RecipeError
 from fdiv.named import lookup
-from fdiv.recipe.document import Document, packaged_files, read_document
+from fdiv.recipe.document import Document, packaged_files, place_of, read_document
 from fdiv.recipe.model import Recipe
 from fdiv.recipe.overrides import KeyPath, parse_overrides, set_value
-from fdiv.recipe.schema import CommandLineValue
+from fdiv.recipe.schema import CommandLineValue, read_words
+from fdiv.recipe.sweep import SweepBlock, parse_sweep
 from fdiv.recipe.variables import export_environment
 
-__all__ = ["find_recipe", "is_base", "load_recipe", "packaged_recipes", "recipe_name"]
+__all__ = ["find_recipe", "is_base", "load_cell", "load_recipe", "packaged_recipes", "read_sweep", "recipe_name"]
 
 
 def packaged_recipes() -> dict[str, Path]:
@@ -47,11 +49,11 @@ def find_recipe(name: str) -> Path:
 
 
 def recipe_name(path: Path) -> str:
-    """`tiny/f_dpo` for a packaged recipe, the file's stem for another."""
+    """`tiny/f_dpo` for a packaged recipe, the file's stem for another, the folder's name for an `experiment.yaml`."""
     for name, file in packaged_files().items():
         if file.resolve() == path.resolve():
             return name
-    return path.stem
+    return path.resolve().parent.name if path.stem == "experiment" else path.stem
 
 
 def load_recipe(
@@ -69,17 +71,81 @@ def load_recipe(
     """
     path = find_recipe(str(source))
     document = read_document(path)
+    return _laid_over(recipe_name(path), document, overrides, settings or {})
+
+
+def load_cell(
+    source: str | Path,
+    base: str | None,
+    overrides: Sequence[str],
+    settings: Mapping[str, Any],
+    places: Mapping[str, str],
+) -> Recipe:
+    """`load_recipe` of one cell of a sweep.
+
+    Args:
+        source: The recipe with the `sweep:` block, which the cell does not get.
+        base: The recipe that the cell's row extends; None: that of `source`.
+        overrides: Command-line words.
+        settings: Values of the cell, by dotted key.
+        places: Where a setting stands, for those that stand in a file.
+    """
+    path = find_recipe(str(source))
+    document = read_document(path, base)
+    values = {key: value for key, value in document.values.items() if key not in ("sweep", "report")}
+    kept = [word for option in _options(overrides) if not option[0].startswith("--sweep") for word in option]
+    return _laid_over(recipe_name(path), dataclasses.replace(document, values=values), kept, settings, places)
+
+
+def read_sweep(source: str | Path, overrides: Sequence[str] = ()) -> tuple[str, dict[str, Any], SweepBlock]:
+    """What a file says to a sweep, whether or not it is a run by itself.
+
+    Returns:
+        The recipe's name; its values, the command line laid over; the `sweep:` block.
+    """
+    path = find_recipe(str(source))
+    document = read_document(path)
+    values, origins = _layers(document, overrides, {})
+    block = read_words(values.get("sweep"))
+    if block is not None and not isinstance(block, dict):
+        raise RecipeError(f"{document.where(('sweep',))}: `sweep:` must be a mapping of keys, got {block!r}")
+    return recipe_name(path), values, parse_sweep(block or {}, lambda key: place_of(key, origins, document.source))
+
+
+def _options(words: Sequence[str]) -> list[list[str]]:
+    """`["--a", "1", "2", "--b"]` → `[["--a", "1", "2"], ["--b"]]`."""
+    options: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            options.append([word])
+        elif options:
+            options[-1].append(word)
+    return options
+
+
+def _layers(
+    document: Document, overrides: Sequence[str], settings: Mapping[str, Any], places: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """The document's values with the command line and the settings laid over, and where each key stands."""
     values = copy.deepcopy(document.values)
     origins = dict(document.places)
     layers = [(override, value, "command line") for override, value in parse_overrides(overrides)]
-    layers += [(tuple(key.split(".")), value, "sweep") for key, value in (settings or {}).items()]
-    for key, value, where in layers:
-        set_value(values, key, value, where)
-        origins.update({key[: depth + 1]: where for depth in range(len(key))})
-    return _checked(recipe_name(path), document, values, origins)
+    where = places or {}
+    layers += [(tuple(key.split(".")), value, where.get(key, "sweep")) for key, value in settings.items()]
+    for key, value, origin in layers:
+        set_value(values, key, value, origin)
+        origins.update({key[: depth + 1]: origin for depth in range(len(key))})
+    return values, origins
 
 
-def _checked(name: str, document: Document, values: dict[str, Any], origins: dict[KeyPath, str]) -> Recipe:
+def _laid_over(
+    name: str,
+    document: Document,
+    overrides: Sequence[str],
+    settings: Mapping[str, Any],
+    places: Mapping[str, str] | None = None,
+) -> Recipe:
+    values, origins = _layers(document, overrides, settings, places)
     export_environment(values.get("env"), document.source)
     if "extends" in values:
         raise RecipeError(f"{origins[('extends',)]}: `extends` is a key of a recipe file; write it there")

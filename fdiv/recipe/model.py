@@ -6,8 +6,8 @@
 Keys at the top level are those of the method's config (TRL's names), of TRL's `ModelConfig`, `ScriptArguments` and
 `DatasetMixtureConfig`, and of `RunKeys` below; the blocks are `prepare:`, `eval:`, `report:` and `sweep:`. A value
 comes from, in rising order of authority, the dataclass default, the base that the recipe `extends:`, the recipe, the
-command line. A value that begins
-with `${NAME}` is a path below that environment variable; `${prepare}` is the directory the `prepare:` block built.
+command line. A value that begins with `${NAME}` is a path below that environment variable; `${prepare}` is the
+directory the `prepare:` block built. A recipe does not change once it is read: `fdiv.run.plan.RunPlan` holds what follows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fdiv.catalog import METHODS
@@ -69,7 +70,7 @@ class Configs(NamedTuple):
     mixture: Any
 
 
-@dataclass
+@dataclass(frozen=True)
 class Block:
     """One `prepare:` or `eval:` block: the dataclass that `name` selects and its stated values."""
 
@@ -80,6 +81,7 @@ class Block:
     where: str
     require: dict[str, str] = field(default_factory=dict)
     summary: list[str] = field(default_factory=list)
+    before: bool = True
 
     def instance(self, variables: Mapping[str, str] | None = None) -> Any:
         """The dataclass, with `${NAME}` replaced. A `ValueError` of its own checks becomes a `RecipeError`."""
@@ -90,35 +92,42 @@ class Block:
             raise RecipeError(f"{self.where}: {self.title}: {one_line(error)}") from error
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. `stated` holds what the recipe and the command line say, coerced; defaults are not in it."""
+    """A checked recipe. `stated` holds what the recipe and the command line say, coerced; defaults are not in it.
+
+    Args:
+        name: Of a packaged recipe, or the file's.
+        source: The file.
+        method_name: `method:`.
+        stated: Top-level keys that were stated.
+        origins: Where each key stands.
+        prepare: The `prepare:` block.
+        evaluations: The `eval:` blocks.
+        report: The `report:` block.
+        sweep: The `sweep:` block.
+        machine: Top-level keys that this machine settles: no bf16 where there is no accelerator.
+    """
 
     name: str
     source: str
     method_name: str
-    stated: dict[str, Any]
-    origins: dict[KeyPath, str]
+    stated: Mapping[str, Any]
+    origins: Mapping[KeyPath, str]
     prepare: Block | None = None
-    evaluations: list[Block] = field(default_factory=list)
+    evaluations: tuple[Block, ...] = ()
     report: ReportKeys | None = None
     sweep: dict[str, Any] | None = None
-    filled: dict[str, Any] = field(default_factory=dict)
-    """Top-level keys that the `prepare:` block settled; a stated key wins over them."""
-    machine: dict[str, Any] = field(default_factory=dict)
-    """Top-level keys that this machine settles: no bf16 where there is no accelerator."""
-    variables: dict[str, str] = field(default_factory=dict)
-    """`${NAME}` that are not environment variables (`prepare`)."""
+    machine: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def method(self) -> type:
         """The entry of the table of methods."""
         return METHODS.find(self.method_name)
 
-    @property
-    def output_dir(self) -> Path:
+    def output_dir(self, variables: Mapping[str, str] | None = None) -> Path:
         """Where the run writes: `output_dir`, or `runs/NAME` where the recipe does not say."""
-        stated = interpolate({"output_dir": self.stated.get("output_dir")}, self.variables, "", self.source)
+        stated = interpolate({"output_dir": self.stated.get("output_dir")}, variables or {}, "", self.source)
         return Path(stated["output_dir"] or Path("runs") / self.name)
 
     def unset_variables(self) -> list[str]:
@@ -126,14 +135,20 @@ class Recipe:
         blocks = [block.values for block in (self.prepare, *self.evaluations) if block]
         found = [VARIABLE.match(text) for text in texts([self.stated, *blocks])]
         used = {match.group(1) for match in found if match}
-        return sorted(name for name in used if name not in os.environ and name not in ("prepare", *self.variables))
+        return sorted(name for name in used if name not in os.environ and name != "prepare")
 
-    def value(self, key: str, default: Any = None) -> Any:
-        """A top-level key as stated, else as filled in, else `default`."""
-        return self.stated.get(key, self.filled.get(key, default))
-
-    def configs(self) -> Configs:
+    def configs(
+        self,
+        settled: Mapping[str, Any] | None = None,
+        variables: Mapping[str, str] | None = None,
+        keys: Mapping[str, Any] | None = None,
+    ) -> Configs:
         """Construct the dataclasses with TRL's parser.
+
+        Args:
+            settled: Keys that the `prepare:` block decided; a stated key wins over them.
+            variables: Values of `${NAME}` in place of the environment's.
+            keys: Values that win over all others.
 
         Raises:
             RecipeError: a config refuses its values (an unlawful divergence, α outside its domain).
@@ -142,11 +157,10 @@ class Recipe:
 
         from fdiv.recipe.schema import method_config, trl_configs
 
-        values = {**self.machine, **self.filled, **self.stated, "output_dir": str(self.output_dir)}
+        variables = {**({"prepare": "${prepare}"} if self.prepare else {}), **(variables or {})}
+        values = {**self.machine, **(settled or {}), **self.stated, "output_dir": str(self.output_dir(variables))}
         values = {key: value for key, value in values.items() if key not in RunKeys.__dataclass_fields__}
-        # Before the `prepare:` block has run, its directory is not known: what is checked here does not look into it.
-        variables = self.variables or ({"prepare": "prepared"} if self.prepare else {})
-        values = interpolate(values, variables, "", self.source)
+        values = {**interpolate(values, variables, "", self.source), **(keys or {})}
         script, model, mixture = trl_configs()
         parser = TrlParser((script, method_config(self.method), model, mixture))
         try:

@@ -4,39 +4,54 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fdiv.recipe.sweep import Column
 from fdiv.terminal import divergence_label, number, print_table
 
-__all__ = ["aggregate", "cell_label", "entry", "run_table", "table"]
+__all__ = ["aggregate", "cell_label", "entry", "markdown", "rows_table", "run_table", "short", "staged", "table"]
+
+ARROWS = {"higher": " ↑", "lower": " ↓", "zero": " → 0"}
+# Numbers of a run that belong to neither stage.
+_PLAIN = ("train_seconds", "wall_seconds", "steps", "peak_mib", "cpu_seconds")
 
 
 def cell_label(settings: Mapping[str, Any]) -> str:
     """`alpha(alpha=0.3), beta 0.1`: the settings of a row without its seed."""
     parts = [
-        divergence_label(value) if key == "divergence" else f"{key} {value}"
+        value if key == "method" else divergence_label(value) if key == "divergence" else f"{key} {value}"
         for key, value in settings.items()
         if key != "seed"
     ]
     return ", ".join(parts) or "all"
 
 
-def aggregate(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean ± standard error over seeds (s/√n, s with n−1) of every number, by setting; one seed has no error."""
+def staged(metric: str) -> str:
+    """The name of a metric in `result.json`: `pass@1` is `after/pass@1`."""
+    return metric if "/" in metric or metric in _PLAIN else f"after/{metric}"
+
+
+def aggregate(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean ± standard error over seeds (s/√n, s with n−1) of every number, by setting; one seed has no error.
+
+    The runs that only screened are left out, and so are models that were measured and not trained.
+    """
     groups: dict[str, dict[str, Any]] = {}
     for record in records:
+        if record.get("stage", "run") != "run":
+            continue
         label = cell_label(record["settings"])
         settings = {key: value for key, value in record["settings"].items() if key != "seed"}
         group = groups.setdefault(label, {"label": label, "settings": settings, "n": 0, "failed": 0, "values": []})
         if record["status"] == "finished":
             group["n"] += 1
             group["values"].append(record["values"])
-        else:
+        elif record["status"] == "failed":
             group["failed"] += 1
     for group in groups.values():
         values = group.pop("values")
-        names = dict.fromkeys(name for entry in values for name in entry if "/" in name)
+        names = dict.fromkeys(name for entry in values for name in entry if "/" in name or name in _PLAIN)
         group["metrics"] = {name: _mean([entry.get(name) for entry in values]) for name in names}
     return list(groups.values())
 
@@ -47,13 +62,6 @@ def _mean(values: Sequence[float | None]) -> dict[str, float | int | None]:
         return {"mean": None, "se": None, "n": 0}
     error = statistics.stdev(present) / math.sqrt(len(present)) if len(present) > 1 else None
     return {"mean": statistics.fmean(present), "se": error, "n": len(present)}
-
-
-def _columns(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    for record in records:
-        if record["status"] == "finished":
-            return record["values"]["summary_metrics"]
-    return []
 
 
 def table(
@@ -77,7 +85,96 @@ def entry(group: Mapping[str, Any], name: str) -> str:
     return f"{number(before['mean'])} → {text}" if before.get("mean") is not None else text
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def rows_table(
+    results: Mapping[str, Any], columns: Mapping[str, Column], chosen: str | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a comparison with columns of its own: after training, mean ± standard error over seeds.
+
+    Args:
+        results: The content of `results.json`: `start`, measured models, then every row.
+        columns: Metric → how it is shown.
+        chosen: The screened key, when every value of it is shown: the chosen one is marked with `*`.
+    """
+    groups = results["aggregate"]
+    keys = [key for key in dict.fromkeys(key for group in groups for key in group["settings"]) if key != "method"]
+    titles = [(column.title or name) + ARROWS.get(column.better or "", "") for name, column in columns.items()]
+    rows = []
+    for label, values in measured(results).items():
+        texts = [_text([values.get(staged(name))], column) for name, column in columns.items()]
+        rows.append([label, *[""] * (len(keys) + 1), *texts])
+    for group in groups:
+        settings = group["settings"]
+        shown = [
+            short(settings.get(key)) + ("*" if key == chosen and _is_chosen(group, results) else "") for key in keys
+        ]
+        if group["n"]:
+            cells = [_text(values_of(results, group, name), column) for name, column in columns.items()]
+            rows.append([_row_name(settings), *shown, str(group["n"]), *cells])
+        else:
+            rows.append([_row_name(settings), *shown, "0", *["not run"] * len(columns)])
+    return ["method", *keys, "seeds", *titles], rows
+
+
+def measured(results: Mapping[str, Any]) -> dict[str, Mapping[str, float | None]]:
+    """Label → values of what was measured and not trained: the start, and the models."""
+    start = results.get("start")
+    found = {start["label"]: {f"after/{name}": value for name, value in start["values"].items()}} if start else {}
+    for record in results["cells"]:
+        if record.get("stage") == "model" and record["status"] == "finished":
+            found[record["settings"]["method"]] = record["values"]
+    return found
+
+
+def values_of(results: Mapping[str, Any], group: Mapping[str, Any], metric: str) -> list[float | None]:
+    """The value of a metric for every finished seed of a row."""
+    return [
+        record["values"].get(staged(metric))
+        for record in results["cells"]
+        if record.get("stage", "run") == "run"
+        and record["status"] == "finished"
+        and cell_label(record["settings"]) == group["label"]
+    ]
+
+
+def short(value: Any) -> str:
+    """A setting in a table: `3e-4`, `alpha(alpha=0.2)`; nothing for a missing one."""
+    if value is None:
+        return ""
+    if isinstance(value, float) and value != 0 and not 1e-2 <= abs(value) < 1e4:
+        mantissa, _, exponent = f"{value:e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return (
+        divergence_label(value)
+        if isinstance(value, dict)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def _row_name(settings: Mapping[str, Any]) -> str:
+    return str(settings.get("method", "")) or "all"
+
+
+def _is_chosen(group: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
+    return any(choice["settings"] == group["settings"] for choice in results.get("chosen", ()))
+
+
+def _text(values: Sequence[float | None], column: Column) -> str:
+    """Mean ± standard error, the number alone when it is one."""
+    present = [value for value in values if value is not None]
+    if not present:
+        return "–"
+    if column.format == "each":
+        return ", ".join(number(int(value) if float(value).is_integer() else value) for value in present)
+    found = _mean(present)
+    form = number if column.format is None else (lambda value: format(value, column.format))
+    text = form(found["mean"])
+    return text if found["se"] is None else f"{text} ± {form(found['se'])}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 

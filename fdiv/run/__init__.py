@@ -1,9 +1,16 @@
-"""Running recipes: one run, its directory and records, and sweeps over runs."""
+"""Running recipes: a recipe resolved, one run, its directory and records, and sweeps over runs."""
 
 from fdiv.lazy import attach
 
-__all__ = ["check_blocks", "prepare", "run_recipe"]
+__all__ = ["RunPlan", "plan_run", "prepare", "run_plan", "run_recipe"]
 
 __getattr__, __dir__ = attach(
-    __name__, {"check_blocks": "fdiv.run.run", "prepare": "fdiv.run.run", "run_recipe": "fdiv.run.run"}
+    __name__,
+    {
+        "RunPlan": "fdiv.run.plan",
+        "plan_run": "fdiv.run.plan",
+        "prepare": "fdiv.run.plan",
+        "run_plan": "fdiv.run.run",
+        "run_recipe": "fdiv.run.run",
+    },
 )

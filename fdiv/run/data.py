@@ -11,6 +11,7 @@ from fdiv.files import one_line
 from fdiv.models.fetch import find_model
 from fdiv.named import nearest
 from fdiv.recipe.model import Configs, Recipe
+from fdiv.run.plan import RunPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ __all__ = ["load_datasets", "load_tokenizer", "model_arguments", "named_dataset"
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def load_datasets(recipe: Recipe, configs: Configs) -> dict[str, Any]:
+def load_datasets(plan: RunPlan) -> dict[str, Any]:
     """The untokenised rows as `{"train": …, "test": …}`; `test` only where the data has that split.
 
     `dataset_name` is a file (json, jsonl, parquet, csv), a directory of such files or of `save_to_disk`, or a dataset
@@ -29,6 +30,7 @@ def load_datasets(recipe: Recipe, configs: Configs) -> dict[str, Any]:
     Raises:
         DataError: no dataset named, not found, no such split, no rows, a column missing.
     """
+    recipe, configs = plan.recipe, plan.configs
     script = configs.script
     if configs.mixture.datasets:
         from trl import get_dataset
@@ -124,7 +126,7 @@ def _check_rows(recipe: Recipe, rows: Any, name: str) -> None:
         )
 
 
-def load_tokenizer(recipe: Recipe, configs: Configs) -> PreTrainedTokenizerBase:
+def load_tokenizer(plan: RunPlan) -> PreTrainedTokenizerBase:
     """The tokenizer of the model, with a pad token: its own, or `pad_token` of the recipe.
 
     Raises:
@@ -134,16 +136,16 @@ def load_tokenizer(recipe: Recipe, configs: Configs) -> PreTrainedTokenizerBase:
 
     from fdiv.training.data_checks import check_pad_token
 
-    name = find_model(configs.model.model_name_or_path)
+    name = find_model(plan.configs.model.model_name_or_path)
     if not name:
-        raise DataError(f"{recipe.source}: no model; set `model_name_or_path` (a directory or a hub name)")
+        raise DataError(f"{plan.recipe.source}: no model; set `model_name_or_path` (a directory or a hub name)")
     if _is_missing_path(name):
         raise DataError(f"model_name_or_path: no such directory: {name}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=configs.model.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=plan.configs.model.model_revision)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot load the tokenizer of the model {name!r}: {one_line(error)}") from error
-    pad_token = recipe.value("pad_token")
+    pad_token = plan.value("pad_token")
     check_pad_token(tokenizer, name, pad_token)
     if pad_token is not None:
         tokenizer.pad_token = pad_token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Evaluations(TrainerCallback):
         output_dir: The run's directory.
     """
 
-    def __init__(self, evaluations: list[tuple[Block, Any]], datasets: Mapping[str, Any], output_dir: Path):
+    def __init__(self, evaluations: Sequence[tuple[Block, Any]], datasets: Mapping[str, Any], output_dir: Path):
         self.evaluations, self.datasets, self.output_dir = evaluations, datasets, output_dir
         self.trainer: Any = None
         self.results: dict[str, dict[str, float | None]] = {}
@@ -74,6 +74,8 @@ class Evaluations(TrainerCallback):
         model.eval()
         with preserved_random_state(), torch.no_grad():
             for block, evaluation in self.evaluations:
+                if stage == "before" and not block.before:
+                    continue
                 found = dict(evaluation.evaluate(model, trainer.processing_class, self.datasets, self._context(stage)))
                 notes.update(found.pop("notes", {}))
                 for name, value in found.items():
@@ -102,7 +104,7 @@ class Evaluations(TrainerCallback):
 
 
 def unmet_requirements(
-    evaluations: list[tuple[Block, Any]], before: Mapping[str, Any], after: Mapping[str, Any]
+    evaluations: Sequence[tuple[Block, Any]], before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> list[str]:
     """One line for every `require:` entry that does not hold.
 

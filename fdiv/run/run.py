@@ -8,27 +8,25 @@ result = run_recipe(load_recipe("tiny/f_dpo", ["--output_dir", "runs/mine"]))
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from fdiv.errors import FdivError, RecipeError, TerminatedError
-from fdiv.files import one_line, plain, read_json, write_json
+from fdiv.errors import FdivError, TerminatedError
+from fdiv.files import one_line, plain, write_json
 from fdiv.models.fetch import find_model
 from fdiv.provenance import command_line, environment
 from fdiv.recipe.dump import resolved_yaml
-from fdiv.recipe.model import Block, Configs, Recipe
+from fdiv.recipe.model import Block, Recipe
 from fdiv.run.data import load_datasets, load_tokenizer, model_arguments
-from fdiv.run.directory import RunDirectory
+from fdiv.run.plan import RunPlan, plan_run, prepare
 from fdiv.terminal import info
 
-__all__ = ["check_blocks", "prepare", "run_recipe"]
+__all__ = ["measure_plan", "run_plan", "run_recipe"]
 
 
 def run_recipe(recipe: Recipe, command: str | None = None, prepared: Path | None = None) -> dict[str, Any]:
@@ -44,36 +42,30 @@ def run_recipe(recipe: Recipe, command: str | None = None, prepared: Path | None
         DataError: data, model or tokenizer cannot be used.
         FdivError: the output directory holds something that must not be touched; a non-finite loss.
     """
+    return run_plan(plan_run(recipe), command, prepared)
+
+
+def run_plan(plan: RunPlan, command: str | None = None, prepared: Path | None = None) -> dict[str, Any]:
+    """`run_recipe` of a recipe that has been resolved."""
     from accelerate import PartialState
-    from transformers import set_seed
 
     from fdiv.training.signals import StopOnSigterm
 
     started = time.perf_counter()
-    configs = recipe.configs()
-    check_blocks(recipe)
-    find_model(configs.model.model_name_or_path)  # one that was not fetched ends the run here
-    directory = RunDirectory(recipe.output_dir)
-    resume = recipe.value("resume_from_checkpoint") or None
-    directory.check(recipe.value("overwrite_output_dir", False), resume)
+    find_model(plan.configs.model.model_name_or_path)  # one that was not fetched ends the run here
+    directory = plan.directory
+    resume = plan.value("resume_from_checkpoint") or None
+    directory.check(plan.value("overwrite_output_dir", False), resume)
     state = PartialState()
-    state.wait_for_everyone()
-    if state.is_main_process:
-        directory.open()
-    state.wait_for_everyone()
-
-    set_seed(configs.training.seed)
-    if recipe.prepare:
-        with state.main_process_first():
-            recipe, configs = prepare(recipe, prepared or directory.path / "prepared")
     command = command or command_line()
-    record = environment(command, configs.training.seed)
-    trainer, evaluations, bar = _trainer(recipe, configs, directory, record)
+    plan = _opened(plan, prepared)
+    record = environment(command, plan.configs.training.seed)
+    trainer, evaluations, bar = _trainer(plan, record)
     state.wait_for_everyone()
     if state.is_main_process and not resume:
         directory.clear()  # no sooner: data and model of the new run can be used
     state.wait_for_everyone()
-    trainer.force_resume = recipe.value("force_resume", False)
+    trainer.force_resume = plan.value("force_resume", False)
     training_started = time.perf_counter()
     try:
         with StopOnSigterm() as sigterm:
@@ -89,78 +81,40 @@ def run_recipe(recipe: Recipe, command: str | None = None, prepared: Path | None
     training_seconds = time.perf_counter() - training_started - evaluations.seconds
     if evaluations.evaluations:
         evaluations.measure("after")
-    _save(recipe, configs, trainer)
-    result = _result(recipe, trainer, evaluations)
+    _save(plan, trainer)
+    result = _result(plan, trainer, evaluations)
     result["train_seconds"] = round(training_seconds, 3)
     result["wall_seconds"] = round(time.perf_counter() - started, 3)
     state.wait_for_everyone()
     if state.is_main_process:
         write_json(directory.path / "environment.json", {**record, "wall_seconds": result["wall_seconds"]})
-        _append_results(directory.path / "README.md", recipe, result, command)
+        _append_results(directory.path / "README.md", plan.recipe, result, command)
         write_json(directory.path / "result.json", result)
-        if recipe.report:
-            from fdiv.report.page import write_report
+        if plan.recipe.report:
+            from fdiv.report import write_report
 
-            info(f"report: {write_report([directory.path], directory.path / 'report.html', recipe.report.title)}")
+            title = plan.recipe.report.title
+            info(f"report: {write_report([directory.path], directory.path / 'report.html', title)}")
     state.wait_for_everyone()
     return result
 
 
-def check_blocks(recipe: Recipe) -> None:
-    """Construct the dataclasses of `prepare:` and `eval:`, so that a value they refuse ends the run here."""
-    variables = {**({"prepare": "prepared"} if recipe.prepare else {}), **recipe.variables}
-    for block in (recipe.prepare, *recipe.evaluations):
-        if block is not None:
-            block.instance(variables)
+def _opened(plan: RunPlan, prepared: Path | None) -> RunPlan:
+    """Make the run's directory, seed the random streams, and run the `prepare:` step; on all processes."""
+    from accelerate import PartialState
+    from transformers import set_seed
+
+    state = PartialState()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        plan.directory.open()
+    state.wait_for_everyone()
+    set_seed(plan.configs.training.seed)
+    with state.main_process_first():
+        return prepare(plan, prepared or plan.output_dir / "prepared")
 
 
-def prepare(recipe: Recipe, root: Path) -> tuple[Recipe, Configs]:
-    """Build what the `prepare:` block describes, unless the same block was built under `root` before.
-
-    Returns:
-        The recipe with the keys the builder settled (`recipe.filled`; a stated key wins) and its configs.
-    """
-    block = recipe.prepare
-    builder = block.instance()
-    identity = json.dumps([block.name, plain(builder)], sort_keys=True)
-    folder = root / f"{block.name.replace(':', '.')}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    marker = folder / "recipe_keys.json"
-    if not marker.is_file():
-        if folder.exists():
-            shutil.rmtree(folder)  # a build that was cut off: the marker is written last
-        folder.mkdir(parents=True)
-        info(f"prepare: building {block.name} in {folder}")
-        try:
-            keys = builder.build(folder)
-        except (ValueError, FileNotFoundError) as error:
-            raise RecipeError(f"{block.where}: prepare ({block.name}): {one_line(error)}") from error
-        relative = {key: _relative(value, folder) for key, value in keys.items()}
-        write_json(marker, {"prepare": json.loads(identity), "keys": relative})
-    else:
-        info(f"prepare: {block.name} was built before: {folder}")
-    keys = {key: _absolute(value, folder) for key, value in read_json(marker)["keys"].items()}
-    recipe.filled = keys
-    recipe.variables = {"prepare": str(folder)}
-    return recipe, recipe.configs()
-
-
-_HERE = "${prepare}"
-
-
-def _relative(value: Any, folder: Path) -> Any:
-    """A path inside the build without the place of the build, which may move."""
-    if isinstance(value, (str, Path)) and str(value).startswith(str(folder)):
-        return _HERE + str(value)[len(str(folder)) :]
-    return value
-
-
-def _absolute(value: Any, folder: Path) -> Any:
-    return str(folder) + value[len(_HERE) :] if isinstance(value, str) and value.startswith(_HERE) else value
-
-
-def _trainer(
-    recipe: Recipe, configs: Configs, directory: RunDirectory, record: Mapping[str, Any]
-) -> tuple[Any, Any, Any]:
+def _trainer(plan: RunPlan, record: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """The trainer, its evaluations and its progress bar; everything it reads is checked first."""
     from transformers import ProgressCallback
     from trl import get_peft_config, get_quantization_config
@@ -168,24 +122,23 @@ def _trainer(
     from fdiv.run.callbacks import MetricsFile, ProgressBar, RecordFiles
     from fdiv.run.evaluation import Evaluations
 
-    training = configs.training
-    tokenizer = load_tokenizer(recipe, configs)
-    training.model_init_kwargs = model_arguments(configs)
-    datasets = load_datasets(recipe, configs)
-    instances = [(block, block.instance(recipe.variables)) for block in recipe.evaluations]
-    evaluations, bar = Evaluations(instances, datasets, directory.path), ProgressBar()
-    trainer_class = recipe.method
+    tokenizer = load_tokenizer(plan)
+    plan = plan.with_keys(model_init_kwargs=model_arguments(plan.configs))
+    configs, directory = plan.configs, plan.directory
+    datasets = load_datasets(plan)
+    evaluations, bar = Evaluations(plan.evaluations, datasets, directory.path), ProgressBar()
+    trainer_class = plan.recipe.method
     try:
         trainer = trainer_class(
             model=find_model(configs.model.model_name_or_path),
-            args=training,
+            args=configs.training,
             train_dataset=datasets["train"],
-            eval_dataset=datasets.get("test") if training.eval_strategy != "no" else None,
+            eval_dataset=datasets.get("test") if configs.training.eval_strategy != "no" else None,
             processing_class=tokenizer,
             quantization_config=get_quantization_config(configs.model),
             peft_config=get_peft_config(configs.model),
             callbacks=[
-                RecordFiles(directory, resolved_yaml(recipe), record),
+                RecordFiles(directory, resolved_yaml(plan.recipe, plan.settled), record),
                 evaluations,
                 MetricsFile(directory.path / "metrics.jsonl"),
             ],
@@ -193,30 +146,30 @@ def _trainer(
     except FdivError:
         raise
     except ValueError as error:
-        raise FdivError(f"{recipe.source}: {trainer_class.__name__}: {one_line(error)}") from error
+        raise FdivError(f"{plan.recipe.source}: {trainer_class.__name__}: {one_line(error)}") from error
     if trainer.pop_callback(ProgressCallback) is not None:  # absent where disable_tqdm is set
         trainer.add_callback(bar)
     evaluations.trainer = trainer
     return trainer, evaluations, bar
 
 
-def _save(recipe: Recipe, configs: Configs, trainer: Any) -> None:
+def _save(plan: RunPlan, trainer: Any) -> None:
     """The model, its tokenizer and its card, in `output_dir`; and on the hub where the recipe asks for it."""
-    dataset = configs.script.dataset_name
+    dataset = plan.configs.script.dataset_name
     dataset = None if dataset is None or Path(dataset).exists() else dataset  # a card names datasets of the hub
     try:
-        trainer.save_model(str(recipe.output_dir))
-        trainer.create_model_card(model_name=recipe.output_dir.name, dataset_name=dataset)
+        trainer.save_model(str(plan.output_dir))
+        trainer.create_model_card(model_name=plan.output_dir.name, dataset_name=dataset)
     except (OSError, SafetensorError) as error:
         raise FdivError(
-            f"the trained model could not be written to {recipe.output_dir}: {one_line(error)}; make room, and go on "
+            f"the trained model could not be written to {plan.output_dir}: {one_line(error)}; make room, and go on "
             "from the last checkpoint with --resume_from_checkpoint true"
         ) from error
-    if configs.training.push_to_hub:
+    if plan.configs.training.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset)
 
 
-def _result(recipe: Recipe, trainer: Any, evaluations: Any) -> dict[str, Any]:
+def _result(plan: RunPlan, trainer: Any, evaluations: Any) -> dict[str, Any]:
     """The flat summary: settings, then `before/…`, `after/…`, `train/…` (last logged values)."""
     from fdiv.run.evaluation import unmet_requirements
 
@@ -226,8 +179,8 @@ def _result(recipe: Recipe, trainer: Any, evaluations: Any) -> dict[str, Any]:
         last.update(entry)
     args = trainer.args
     result = {
-        "recipe": recipe.name,
-        "method": recipe.method_name,
+        "recipe": plan.recipe.name,
+        "method": plan.recipe.method_name,
         "divergence": plain(getattr(args, "divergence", None)),  # None for a method without one
         "beta": getattr(args, "beta", None),
         "seed": args.seed,
@@ -239,10 +192,74 @@ def _result(recipe: Recipe, trainer: Any, evaluations: Any) -> dict[str, Any]:
     result.update({f"before/{name}": value for name, value in before.items()})
     result.update({f"after/{name}": value for name, value in after.items()})
     result.update({f"train/{name}": value for name, value in last.items() if isinstance(value, (int, float))})
+    return result | _late(trainer.state.log_history) | _best(trainer.state)
+
+
+def _late(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`late/NAME`: the mean over the last fifth of the logs that hold it; one batch alone is noise."""
+    names = dict.fromkeys(name for entry in history for name in entry)
+    found = {}
+    for name in names:
+        values = [entry[name] for entry in history if isinstance(entry.get(name), (int, float))]
+        if len(values) > 1:
+            found[f"late/{name}"] = statistics.fmean(values[-max(1, len(values) // 5) :])
+    return found
+
+
+def _best(state: Any) -> dict[str, float]:
+    """`train/best_metric` and `train/best_epoch`, where the run kept the best of its checkpoints."""
+    if state.best_metric is None:
+        return {}
+    epochs = [e["epoch"] for e in state.log_history if e.get("step") == state.best_global_step and "epoch" in e]
+    return {"train/best_metric": state.best_metric, **({"train/best_epoch": epochs[0]} if epochs else {})}
+
+
+def measure_plan(plan: RunPlan, command: str | None = None, prepared: Path | None = None) -> dict[str, Any]:
+    """The evaluations of a plan on its model as it is, without training; `result.json` has them under `after/`.
+
+    Raises:
+        DataError: data, model or tokenizer cannot be used.
+    """
+    import torch
+    from accelerate import PartialState
+    from transformers import AutoModelForCausalLM
+
+    from fdiv.evaluation import EvalContext
+
+    started = time.perf_counter()
+    plan.directory.check(plan.value("overwrite_output_dir", False), None)
+    state = PartialState()
+    plan = _opened(plan, prepared)
+    directory, args = plan.directory, plan.configs.training
+    record = environment(command or command_line(), args.seed)
+    tokenizer, datasets = load_tokenizer(plan), load_datasets(plan)
+    name = find_model(plan.configs.model.model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(name, **model_arguments(plan.configs)).to(state.device).eval()
+    found: dict[str, Any] = {}
+    notes: dict[str, str] = {}
+    folder = directory.path / "eval" / "standalone"
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        for _, evaluation in plan.evaluations:
+            context = EvalContext(args, folder, seed=args.seed, stage="standalone")
+            values = dict(evaluation.evaluate(model, tokenizer, datasets, context))
+            notes |= values.pop("notes", {})
+            found |= {name: None if value is None else float(value) for name, value in values.items()}
+    result = {
+        "recipe": plan.recipe.name, "method": None, "divergence": None, "beta": None, "seed": args.seed, "steps": 0,
+        "unmet_requirements": [], "summary_metrics": _summary_metrics(plan.evaluations, found), "notes": notes,
+        **{f"after/{name}": value for name, value in found.items()},
+        "wall_seconds": round(time.perf_counter() - started, 3),
+    }  # fmt: skip
+    if state.is_main_process:
+        directory.write("recipe_resolved.yaml", resolved_yaml(plan.recipe, plan.settled))
+        write_json(directory.path / "environment.json", record)
+        write_json(directory.path / "result.json", result)
+    state.wait_for_everyone()
     return result
 
 
-def _summary_metrics(evaluations: list[tuple[Block, Any]], after: Mapping[str, Any]) -> list[str]:
+def _summary_metrics(evaluations: Sequence[tuple[Block, Any]], after: Mapping[str, Any]) -> list[str]:
     """The metrics of the end-of-run table: those an evaluation puts forward, all of them where it does not say."""
     chosen: list[str] = []
     for block, evaluation in evaluations:

@@ -1,137 +1,49 @@
-"""A sweep: one recipe × divergences × seeds (× any other key), each cell a run of its own, one table of them all."""
+"""`fdiv sweep`: run the cells of a `sweep:` block, each a run of its own, and write one table of them all.
+
+Finished cells are not run again, and none is started when the minutes are over; the table says what was not run.
+`collect` draws table and plots again from `results.json` alone.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-import itertools
-import re
+import json
+import statistics
+import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fdiv.errors import FdivError, RecipeError
-from fdiv.files import one_line, read_json, write_json
+from fdiv.errors import FdivError, TerminatedError
+from fdiv.files import one_line, plain, read_json, write_json, write_text
 from fdiv.provenance import git_revision, package_versions
 from fdiv.recipe.dump import resolved_yaml
-from fdiv.recipe.load import load_recipe
-from fdiv.recipe.model import Recipe
-from fdiv.report.table import _columns, _markdown, aggregate, cell_label, table
+from fdiv.recipe.load import find_recipe, read_sweep
+from fdiv.recipe.sweep import SweepBlock
+from fdiv.report.table import aggregate, cell_label, markdown, rows_table, table
+from fdiv.run.cells import Cell, SweepPlan, plan_sweep
 from fdiv.run.directory import RunDirectory
 from fdiv.terminal import info, is_main_process, print_table
 
-__all__ = ["Cell", "Plan", "print_cells", "run_sweep", "sweep_cells"]
+__all__ = ["collect", "plan_sweep", "print_cells", "run_sweep"]
 
 # What may go wrong in one cell without saying anything about the others (RuntimeError holds out-of-memory).
 _CELL_FAILURES = (FdivError, ValueError, RuntimeError, OSError, ArithmeticError)
 _IGNORED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "use_cpu")
 
 
-@dataclass
-class Cell:
-    """One combination of the swept values: its settings, the directory's name and the checked recipe."""
-
-    settings: dict[str, Any]
-    name: str
-    recipe: Recipe
-
-
-@dataclass
-class Plan:
-    """The cells of a sweep and where they go."""
-
-    recipe: Recipe
-    root: Path
-    cells: list[Cell]
-    axes: dict[str, str]
-    """`reward` and `divergence`: metrics of the frontier plot; empty when neither recipe nor evaluation names them."""
-
-
-def sweep_cells(source: str, overrides: Sequence[str] = (), axes: Mapping[str, list[Any]] | None = None) -> Plan:
-    """Check a recipe and every cell of its sweep before the first one runs.
+def run_sweep(plan: SweepPlan, command: str, minutes: float | None = None, results: Path | None = None) -> list[str]:
+    """Run the cells that are not finished, then write `results.json`, `table.md`, the plots and the report.
 
     Args:
-        source: A recipe's path or name.
-        overrides: Command-line words that hold for all cells.
-        axes: Values by key that replace or add to those of the `sweep:` block.
-
-    Raises:
-        RecipeError: nothing to sweep, or a cell that its config refuses; the message names the cell.
-    """
-    base = load_recipe(source, overrides)
-    block = dict(base.sweep or {})
-    metrics = block.pop("metrics", None)
-    values = {**block, **(axes or {})}
-    if not values:
-        raise RecipeError(
-            f"{base.source}: nothing to sweep; give --divergences and --seeds, or a `sweep:` block with lists"
-        )
-    # Seeds vary fastest, so that the first rows of a long sweep are complete early.
-    keys = sorted(values, key=lambda key: key == "seed")
-    root = base.output_dir if "output_dir" in base.stated else Path("runs") / f"{base.name}-sweep"
-    cells = []
-    for combination in itertools.product(*(values[key] for key in keys)):
-        settings = dict(zip(keys, combination, strict=True))
-        name = cell_name(settings)
-        if name in (cell.name for cell in cells):
-            raise RecipeError(f"{base.source}: sweep: two cells are called {name!r}; a value is listed twice")
-        cells.append(Cell(settings, name, _cell_recipe(source, overrides, settings, root / name)))
-    return Plan(base, root, cells, metrics or _default_axes(cells[0].recipe))
-
-
-def _cell_recipe(source: str, overrides: Sequence[str], settings: dict[str, Any], folder: Path) -> Recipe:
-    from fdiv.run.run import check_blocks
-
-    try:
-        recipe = load_recipe(source, overrides, {**settings, "output_dir": str(folder)})
-        recipe.sweep, recipe.report = None, None  # the sweep writes one report of all cells
-        recipe.configs()
-        check_blocks(recipe)
-    except RecipeError as error:
-        raise RecipeError(f"{error} (sweep cell {cell_name(settings)})") from error
-    return recipe
-
-
-def _default_axes(recipe: Recipe) -> dict[str, str]:
-    for block in recipe.evaluations:
-        frontier = getattr(block.config, "frontier", None)  # optional class attribute, see fdiv.catalog.EVALUATIONS
-        if frontier:
-            return {"divergence": frontier[0], "reward": frontier[1]}
-    return {}
-
-
-def cell_name(settings: Mapping[str, Any]) -> str:
-    """`alpha-0.3_beta-0.1_seed-0`: a directory name from the settings of a cell."""
-    parts = []
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            text = "-".join(str(entry) for entry in value.values())
-        else:
-            text = str(value)
-        parts.append(text if key == "divergence" else f"{key.split('.')[-1]}-{text}")
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", "_".join(parts)).strip("-")
-
-
-def print_cells(plan: Plan) -> None:
-    """The cells of a plan, and which are finished."""
-    rows = [
-        (cell.name, cell_label(cell.settings), str(cell.settings.get("seed", "–")), "yes" if _finished(cell) else "no")
-        for cell in plan.cells
-    ]
-    print_table(
-        f"{len(plan.cells)} cells in {plan.root}", ("cell", "settings", "seed", "finished"), rows, text_columns=(0, 1)
-    )
-
-
-def _finished(cell: Cell) -> bool:
-    return RunDirectory(cell.recipe.output_dir).finished
-
-
-def run_sweep(plan: Plan, command: str) -> list[str]:
-    """Run the cells that are not finished, then write `results.json`, `table.md`, the frontier plot and the report.
+        plan: From `plan_sweep`.
+        command: The command line to record.
+        minutes: Start no further cell after so many; None: the block's `minutes`, without limit when it has none.
+        results: Where the results go; None: beside the cells.
 
     Returns:
         One line per failed cell and per requirement that does not hold; empty when all is well.
@@ -139,27 +51,58 @@ def run_sweep(plan: Plan, command: str) -> list[str]:
     Raises:
         FdivError: a finished cell was run with other settings than it has now.
     """
-    for cell in plan.cells:
-        _check_unchanged(cell)
+    for cell in plan.cells():
+        _check_unchanged(plan, cell)
     _quiet_loading_bars()
-    records, failures = [], []
-    for index, cell in enumerate(plan.cells, start=1):
-        position = f"[{index}/{len(plan.cells)}] {cell.name}"
-        if _finished(cell):
-            info(f"{position}: finished before")
-        else:
-            info(position)
-            failure = _run_cell(cell, plan, command)
-            if failure:
-                failures.append(f"sweep cell {cell.name} failed: {failure}")
-                records.append({"name": cell.name, "settings": cell.settings, "status": "failed", "error": failure})
-                continue
-        result = read_json(cell.recipe.output_dir / "result.json")
-        failures += [f"sweep cell {cell.name}: {line}" for line in result["unmet_requirements"]]
-        records.append({"name": cell.name, "settings": cell.settings, "status": "finished", "values": result})
+    minutes = plan.block.minutes if minutes is None else minutes
+    stop = None if minutes is None else time.monotonic() + 60 * minutes
+    before = {cell.name for cell in plan.cells() if _finished(plan, cell)}
+    if before:
+        info(f"{len(before)} cells finished before")
+    failed: dict[str, str] = {}
+    started: list[str] = []
+    while (cell := _next(plan, started)) is not None and not _is_over(stop):
+        started.append(cell.name)
+        left = sum(not _finished(plan, other) for other in plan.cells())
+        info(f"[{len(started)}, {left} left that are known] {cell.name}")
+        failure = _run_cell(plan, cell, command)
+        if failure:
+            failed[cell.name] = failure
+    records = [_record(plan, cell, failed) for cell in plan.cells()] + _waiting(plan)
+    missing = [record["name"] for record in records if record["status"] == "not run"]
+    if missing:
+        info(f"not run, for want of time: {', '.join(missing)}")
     if is_main_process():
-        _write(plan, records, command)
-    return failures
+        _write(plan, records, command, results or plan.root)
+    unmet = [
+        f"sweep cell {record['name']}: {line}"
+        for record in records
+        for line in record.get("values", {}).get("unmet_requirements", ())
+    ]
+    return [f"sweep cell {name} failed: {text}" for name, text in failed.items()] + unmet
+
+
+def _next(plan: SweepPlan, started: Sequence[str]) -> Cell | None:
+    """The first cell in order that is neither finished nor was started."""
+    for cell in plan.cells():
+        if cell.name not in started and not _finished(plan, cell):
+            return cell
+    return None
+
+
+def _is_over(stop: float | None) -> bool:
+    """Whether the time is over, by the main process's clock."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    if stop is None:
+        return False
+    over = [time.monotonic() >= stop]
+    return (broadcast_object_list(over) if PartialState().num_processes > 1 else over)[0]
+
+
+def _finished(plan: SweepPlan, cell: Cell) -> bool:
+    return RunDirectory(plan.root / cell.name).finished
 
 
 def _quiet_loading_bars() -> None:
@@ -171,13 +114,13 @@ def _quiet_loading_bars() -> None:
     logging.disable_progress_bar()
 
 
-def _check_unchanged(cell: Cell) -> None:
+def _check_unchanged(plan: SweepPlan, cell: Cell) -> None:
     """A finished cell must be what the recipe describes now."""
-    if not _finished(cell):
+    if not _finished(plan, cell):
         return
-    folder = cell.recipe.output_dir
+    folder = plan.root / cell.name
     before = yaml.safe_load((folder / "recipe_resolved.yaml").read_text(encoding="utf-8"))
-    now = yaml.safe_load(resolved_yaml(cell.recipe))
+    now = yaml.safe_load(resolved_yaml(plan.plan(cell).recipe))
     changed = [key for key in before if key in now and key not in _IGNORED and before[key] != now[key]]
     if changed:
         key = changed[0]
@@ -187,19 +130,21 @@ def _check_unchanged(cell: Cell) -> None:
         )
 
 
-def _run_cell(cell: Cell, plan: Plan, command: str) -> str | None:
+def _run_cell(plan: SweepPlan, cell: Cell, command: str) -> str | None:
     """Run one cell; the failure as one line, with its traceback in `error.txt`."""
     import torch
 
-    from fdiv.run.run import run_recipe
+    from fdiv.run.run import measure_plan, run_plan
 
-    cell.recipe.stated["overwrite_output_dir"] = True  # only an unfinished cell comes here
+    run = measure_plan if cell.stage == "model" else run_plan
     try:
-        run_recipe(cell.recipe, command, plan.root / "prepared")
+        run(plan.plan(cell), command, plan.root / "prepared")
+    except TerminatedError:  # the whole sweep is asked to stop
+        raise
     except _CELL_FAILURES as error:
-        folder = cell.recipe.output_dir
+        folder = plan.root / cell.name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        write_text(folder / "error.txt", traceback.format_exc())
         return f"{type(error).__name__}: {one_line(error)} (traceback in {folder / 'error.txt'})"
     finally:
         gc.collect()
@@ -208,29 +153,167 @@ def _run_cell(cell: Cell, plan: Plan, command: str) -> str | None:
     return None
 
 
-def _write(plan: Plan, records: list[dict[str, Any]], command: str) -> None:
-    groups = aggregate(records)
-    columns = _columns(records)
-    seeds = sorted({record["settings"]["seed"] for record in records if "seed" in record["settings"]})
-    plan.root.mkdir(parents=True, exist_ok=True)
+# ---------------------------------------------------------------- results
+def _record(plan: SweepPlan, cell: Cell, failed: Mapping[str, str]) -> dict[str, Any]:
+    """What `results.json` says of a cell."""
+    record: dict[str, Any] = {"name": cell.name, "settings": dict(cell.settings), "stage": cell.stage}
+    if not _finished(plan, cell):
+        error = failed.get(cell.name)
+        return record | ({"status": "not run"} if error is None else {"status": "failed", "error": error})
+    folder = plan.root / cell.name
+    record |= {"status": "finished", "values": read_json(folder / "result.json")}
+    series = _series(plan.block, folder / "metrics.jsonl")
+    return record | ({"series": series} if series else {})
+
+
+def _series(block: SweepBlock, log: Path) -> dict[str, list[float | None]]:
+    """The logged values that the block's paths are drawn from."""
+    series: dict[str, list[float | None]] = {}
+    for panel in (panel for panels in block.plots.values() for panel in panels if panel.kind == "path"):
+        if log.is_file():
+            entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+            entries = [entry for entry in entries if panel.x in entry and panel.y in entry]
+            series |= {name: [entry[name] for entry in entries] for name in (panel.x, panel.y) if name and entries}
+    return series
+
+
+def _waiting(plan: SweepPlan) -> list[dict[str, Any]]:
+    """A record for every row whose runs still wait for screening, so that the table shows it."""
+    return [
+        {"name": row.label, "settings": dict(row.settings), "stage": "run", "status": "not run"}
+        for row in plan.undecided()
+    ]
+
+
+def _write(plan: SweepPlan, records: list[dict[str, Any]], command: str, folder: Path) -> None:
+    """`results.json`, then everything that is drawn from it."""
+    screen = plan.block.screen
+    choices = [plan.choice(row) for row in plan.rows] if screen else []
     results = {
-        "recipe": plan.recipe.name,
+        "recipe": plan.name,
         "command": command,
         "versions": package_versions(),
         "git": git_revision(),
-        "seeds": seeds,
-        "axes": plan.axes,
-        "columns": columns,
+        "seeds": sorted({record["settings"]["seed"] for record in records if "seed" in record["settings"]}),
+        "axes": dict(plan.axes),
+        "columns": _columns(records),
+        "screen": None if screen is None else plain(screen),
+        "chosen": [dataclasses.asdict(choice) for choice in choices if choice is not None],
+        "start": _start(plan.block, records),
         "cells": records,
-        "aggregate": groups,
+        "aggregate": aggregate(records),
     }
-    write_json(plan.root / "results.json", results)
-    (plan.root / "table.md").write_text(_markdown(*table(groups, columns)), encoding="utf-8")
-    note = "before → after training, mean ± standard error over seeds"
-    header, rows = table(groups, columns, wide=False)
-    print_table(f"{plan.recipe.name}: {len(records)} cells", header, rows, [note, f"everything is in {plan.root}"])
-    from fdiv.report.page import write_frontier, write_report
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", results)
+    _show(plan.block, results, folder)
+    if plan.report is not None:
+        from fdiv.report import write_report
 
-    write_frontier(plan.root)
-    if plan.recipe.report:
-        info(f"report: {write_report([plan.root], plan.root / 'report.html', plan.recipe.report.title)}")
+        info(f"report: {write_report([folder], folder / 'report.html', plan.report.get('title'))}")
+
+
+def _columns(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics that the evaluations of the first finished run put forward."""
+    for record in records:
+        if record["status"] == "finished" and record["stage"] == "run":
+            return record["values"]["summary_metrics"]
+    return []
+
+
+def _start(block: SweepBlock, records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The numbers before training, mean over the runs (their seeds may sample differently)."""
+    runs = [record["values"] for record in records if record["status"] == "finished" and record["stage"] == "run"]
+    if block.start is None or not runs:
+        return None
+    found: dict[str, list[float]] = {}
+    for values in runs:
+        for name, value in values.items():
+            if name.startswith("before/") and value is not None:
+                found.setdefault(name.removeprefix("before/"), []).append(value)
+    return {"label": block.start, "values": {name: statistics.fmean(numbers) for name, numbers in found.items()}}
+
+
+def collect(source: str, folder: Path | None = None) -> Path:
+    """Write `table.md` and the plots of a sweep again from its `results.json`, which is left as it is.
+
+    Args:
+        source: The recipe or experiment file.
+        folder: Where `results.json` is; None: beside an experiment file.
+
+    Raises:
+        FdivError: no `results.json` there; it holds a row that the file does not.
+    """
+    _, _, block = read_sweep(source)
+    folder = folder or find_recipe(source).parent
+    results = read_json(folder / "results.json")
+    labels = {arm.label for arm in block.arms}
+    for record in results["cells"]:
+        label = record["settings"].get("method")
+        if record.get("stage", "run") != "model" and labels and label not in labels:
+            raise FdivError(f"{folder / 'results.json'} has a row {label!r}, and `sweep.method` of {source} has not")
+    _show(block, {**results, "aggregate": aggregate(results["cells"])}, folder)
+    return folder
+
+
+def _show(block: SweepBlock, results: Mapping[str, Any], folder: Path) -> None:
+    """`table.md` and the plots in `folder`, the table on the terminal."""
+    from fdiv.report.page import write_frontier
+    from fdiv.report.plots import write_plots
+
+    groups, columns = results["aggregate"], results["columns"]
+    if block.table:
+        marked = block.screen.key if block.screen and block.screen.keep == "all" else None
+        header, rows = wide = rows_table(results, block.table, marked)
+        note = "mean ± standard error over seeds" + (f"; *: the {marked} that was chosen" if marked else "")
+    else:
+        wide, (header, rows) = table(groups, columns), table(groups, columns, wide=False)
+        note = "before → after training, mean ± standard error over seeds"
+    write_text(folder / "table.md", markdown(*wide))
+    title = f"{results['recipe']}: {len(results['cells'])} cells"
+    print_table(title, header, rows, [note, f"everything is in {folder}"])
+    write_frontier(folder)
+    write_plots(results, block.plots, folder)
+
+
+# ---------------------------------------------------------------- dry run
+def print_cells(plan: SweepPlan, minutes: float | None = None) -> None:
+    """The cells of a plan, which are finished, and how long the others may take."""
+    cells = list(plan.cells())
+    rows = [
+        (cell.name, cell_label(cell.settings), _seed(cell), cell.stage, "yes" if _finished(plan, cell) else "no")
+        for cell in cells
+    ]
+    screen = plan.block.screen
+    later = 0
+    for row in plan.undecided():
+        reused = 0 if screen is None or screen.apart else 1
+        later += len(row.seeds) - reused
+        seeds = ", ".join(str(seed) for seed in row.seeds)
+        rows.append((f"{row.label}, the best {screen.key}" if screen else row.label, "", seeds, "run", "no"))
+    title = f"{len(cells)} cells in {plan.root}" + (f", {later} more after screening" if later else "")
+    header = ("cell", "settings", "seed", "stage", "finished")
+    print_table(title, header, rows, _estimate(plan, cells, later, minutes), text_columns=(0, 1, 3))
+
+
+def _seed(cell: Cell) -> str:
+    return str(cell.settings.get("seed", "–"))
+
+
+def _estimate(plan: SweepPlan, cells: Sequence[Cell], later: int, minutes: float | None) -> list[str]:
+    """What is left, in minutes: by the cells that finished here, else by the record beside an experiment file."""
+    left = sum(not _finished(plan, cell) for cell in cells) + later
+    folders = [plan.root / cell.name for cell in cells if _finished(plan, cell)]
+    seconds = [read_json(folder / "result.json").get("wall_seconds") for folder in folders]
+    source = f"{len(folders)} finished cells"
+    record = find_recipe(plan.source).parent / "results.json"
+    if not seconds and find_recipe(plan.source).stem == "experiment" and record.is_file():
+        values = [cell.get("values", {}) for cell in read_json(record)["cells"]]
+        seconds = [entry.get("wall_seconds", entry.get("train_seconds")) for entry in values]
+        source = f"{record}, training alone where it says no more"
+    known = [second for second in seconds if second is not None]
+    limit = plan.block.minutes if minutes is None else minutes
+    notes = [f"no cell is started after {limit:g} minutes"] if limit is not None else []
+    if not known:
+        return [f"{left} cells to run; how long one takes is not known yet", *notes]
+    mean = statistics.fmean(known)
+    return [f"{left} cells to run, about {left * mean / 60:.1f} minutes at {mean:.0f} s each (by {source})", *notes]
