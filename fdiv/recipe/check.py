@@ -244,7 +244,8 @@ class _Checker:
             return None
         values = read_words(self.mapping(value, ("sweep",)))
         block = parse_sweep(values, self.where)
-        section = top_section(self.method)
+        axes = {name: key for name, key in top_section(self.method).keys.items() if name not in BLOCKS}
+        section = Section("sweep", {**{name: Key(name, Any, None) for name in STRUCTURE}, **axes})
         for name in block.axes:
             if name not in section.keys and name.split(".")[0] not in ("eval", "prepare", "divergence"):
                 raise self.unknown(("sweep", str(name)), section)

@@ -83,7 +83,7 @@ def read_document(path: Path, base: str | None = None) -> Document:
 
     Args:
         path: The file.
-        base: The recipe to extend in place of the one that the file names; it may extend a base itself (a row of a sweep).
+        base: The recipe to extend in place of the one that the file names (a row of a sweep). It may have a base too.
 
     Raises:
         RecipeError: not readable, not YAML, more than one document, not a mapping, a key twice; no such base, or a

@@ -35,8 +35,8 @@ class _Dumper(yaml.SafeDumper):
 def resolved_yaml(recipe: Recipe, settled: Collection[str] = ()) -> str:
     """Every key of the recipe as YAML. A comment names the origin of each value that is not the default.
 
-    `settled` names the keys that the `prepare:` step decides. `${NAME}` stays as written, so the file carries no path of this machine that the recipe did not carry; a token or
-    key (`hub_token`, secrets in `env:`) is withheld.
+    `settled` names the keys that the `prepare:` step decides. `${NAME}` stays as written, so the file carries no path
+    of this machine that the recipe did not carry; a token or key (`hub_token`, secrets in `env:`) is withheld.
     """
     lines = [
         f"# {recipe.name}, resolved by fdiv {fdiv.__version__}: every key; a comment marks what is not the default.",
@@ -71,7 +71,7 @@ def _line(recipe: Recipe, settled: Collection[str], name: str, default: Any) -> 
     if name in _ONCE:
         return _dump({name: default})
     if name == "output_dir" and name not in recipe.stated:
-        return _marked(name, str(recipe.output_dir()), "the recipe's name")
+        return _marked(name, str(recipe.output_dir), "the recipe's name")
     value = recipe.stated.get(name, recipe.machine.get(name, default))
     if name == "hub_token" and value is not None:
         return f"{name}: null  # withheld"

@@ -7,7 +7,8 @@ Keys at the top level are those of the method's config (TRL's names), of TRL's `
 `DatasetMixtureConfig`, and of `RunKeys` below; the blocks are `prepare:`, `eval:`, `report:` and `sweep:`. A value
 comes from, in rising order of authority, the dataclass default, the base that the recipe `extends:`, the recipe, the
 command line. A value that begins with `${NAME}` is a path below that environment variable; `${prepare}` is the
-directory the `prepare:` block built. A recipe does not change once it is read: `fdiv.run.plan.RunPlan` holds what follows.
+directory the `prepare:` block built. A recipe does not change once it is read; what follows from it is in a `RunPlan`
+(`fdiv.run.plan`).
 """
 
 from __future__ import annotations
@@ -125,9 +126,14 @@ class Recipe:
         """The entry of the table of methods."""
         return METHODS.find(self.method_name)
 
-    def output_dir(self, variables: Mapping[str, str] | None = None) -> Path:
+    @property
+    def output_dir(self) -> Path:
         """Where the run writes: `output_dir`, or `runs/NAME` where the recipe does not say."""
-        stated = interpolate({"output_dir": self.stated.get("output_dir")}, variables or {}, "", self.source)
+        return self.directory({})
+
+    def directory(self, variables: Mapping[str, str]) -> Path:
+        """`output_dir` with these values of `${NAME}`."""
+        stated = interpolate({"output_dir": self.stated.get("output_dir")}, variables, "", self.source)
         return Path(stated["output_dir"] or Path("runs") / self.name)
 
     def unset_variables(self) -> list[str]:
@@ -158,7 +164,7 @@ class Recipe:
         from fdiv.recipe.schema import method_config, trl_configs
 
         variables = {**({"prepare": "${prepare}"} if self.prepare else {}), **(variables or {})}
-        values = {**self.machine, **(settled or {}), **self.stated, "output_dir": str(self.output_dir(variables))}
+        values = {**self.machine, **(settled or {}), **self.stated, "output_dir": str(self.directory(variables))}
         values = {key: value for key, value in values.items() if key not in RunKeys.__dataclass_fields__}
         values = {**interpolate(values, variables, "", self.source), **(keys or {})}
         script, model, mixture = trl_configs()

@@ -57,11 +57,10 @@ class Key:
 
 @dataclass(frozen=True)
 class Section:
-    """The keys of the top level (`title` is empty) or of one block. `open` sections take any key (`sweep:`)."""
+    """The keys of the top level (`title` is empty) or of one block."""
 
     title: str
     keys: dict[str, Key]
-    open: bool = False
 
 
 @dataclass

@@ -296,8 +296,8 @@ def _check_screen(block: SweepBlock, where: Where) -> None:
     reported = {name if "/" in name else f"after/{name}" for name in block.table}
     if screen.metric.startswith("after/") and screen.metric in reported and not screen.split:
         raise RecipeError(
-            f"{where((*path, 'metric'))}: {screen.metric!r} is reported in the table, so choosing by it chooses on the "
-            "test; give `split: validation`, or another metric"
+            f"{where((*path, 'metric'))}: {screen.metric!r} is reported in the table, so choosing by it chooses on "
+            "the test; give `split: validation`, or another metric"
         )
 
 

@@ -125,9 +125,8 @@ class _Page:
         self.add('<p class="sub">before → after training, mean ± standard error over seeds.</p>')
         for cell in results["cells"]:
             if cell["status"] != "finished":
-                self.add(
-                    f'<p class="failed">{html.escape(cell["name"])}: {html.escape(cell.get("error", cell["status"]))}</p>'
-                )
+                reason = html.escape(cell.get("error", cell["status"]))
+                self.add(f'<p class="failed">{html.escape(cell["name"])}: {reason}</p>')
         for cell in results["cells"]:
             self.notes(cell.get("values", {}).get("notes", {}))
         figure = frontier(results)

@@ -66,7 +66,10 @@ def _screened(results: Mapping[str, Any]) -> list[Any]:
     for record in results["cells"]:
         if record["status"] == "finished" and record.get("series") and key in record["settings"]:
             values[str(record["settings"][key])] = record["settings"][key]
-    return sorted(values.values(), key=lambda v: (not isinstance(v, (int, float)), v if isinstance(v, (int, float)) else 0)) or [None]  # fmt: skip
+    found = list(values.values())
+    if all(isinstance(value, (int, float)) for value in found):
+        found.sort()
+    return found or [None]
 
 
 def _names(results: Mapping[str, Any], panel: Panel) -> list[str]:

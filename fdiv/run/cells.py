@@ -86,7 +86,7 @@ class SweepPlan:
 
     @property
     def axes(self) -> Mapping[str, str]:
-        """`reward` and `divergence`: metrics of the frontier plot; empty when neither block nor evaluation names them."""
+        """`reward` and `divergence`: metrics of the frontier plot; empty when block and evaluation name none."""
         if self.block.metrics:
             return self.block.metrics
         first = next(iter(self.cells()))
@@ -99,8 +99,8 @@ class SweepPlan:
     def cells(self) -> Iterator[Cell]:
         """The cells that are known now, in order, each once; those that screening decides follow when it is finished.
 
-        Rows with the same seeds stand together, those with the first row's seeds first. With `method:` or `screen:` the
-        seed varies slowest, so that all rows have one seed before one has two; else it varies fastest.
+        Rows with the same seeds stand together, those with the first row's seeds first. With `method:` or `screen:`
+        the seed varies slowest, so that all rows have one seed before one has two; else it varies fastest.
         """
         found: dict[str, Cell] = {}
         for cell in self._cells():

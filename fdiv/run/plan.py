@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,19 +32,19 @@ class RunPlan:
         configs: The dataclasses of its top-level keys.
         evaluations: Each `eval:` block and its instance.
         settled: Top-level keys that the `prepare:` step decided; a stated key wins over them.
-        variables: `${NAME}` that are no environment variables. Until `prepare` has run, `${prepare}` stands for itself.
+        variables: `${NAME}` that are no environment variables. `${prepare}` stands for itself until `prepare` has run.
     """
 
     recipe: Recipe
     configs: Configs
     evaluations: tuple[tuple[Block, Any], ...]
-    settled: Mapping[str, Any] = field(default=_NONE)
-    variables: Mapping[str, str] = field(default=_NONE)
+    settled: Mapping[str, Any]
+    variables: Mapping[str, str]
 
     @property
     def output_dir(self) -> Path:
         """Where the run writes."""
-        return self.recipe.output_dir(self.variables)
+        return self.recipe.directory(self.variables)
 
     @property
     def directory(self) -> RunDirectory:

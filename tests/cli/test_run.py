@@ -261,12 +261,13 @@ def test_missing_column_empty_data_missing_split_missing_file(write_recipe, tmp_
 def test_saved_datasets_and_hub_names(write_recipe, tmp_path, fails):
     from datasets import Dataset, DatasetDict
 
+    from fdiv.run import plan_run
     from fdiv.run.data import load_datasets
 
     rows = Dataset.from_dict({"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"]})
     DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(str(tmp_path / "saved"))
     recipe = load_recipe(write_recipe(dataset_name=str(tmp_path / "saved")))
-    loaded = load_datasets(recipe, recipe.configs())
+    loaded = load_datasets(plan_run(recipe))
     assert (len(loaded["train"]), len(loaded["test"])) == (2, 1)
     rows.select([]).save_to_disk(str(tmp_path / "empty"))
     message = fails("run", write_recipe(dataset_name=str(tmp_path / "empty")), code=1)

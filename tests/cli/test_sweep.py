@@ -1,5 +1,6 @@
 """Sweeps: the cells, resuming, failures, and mean ± s.e. over seeds against hand calculation."""
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ import pytest
 from fdiv import catalog as methods
 from fdiv.cli import main
 from fdiv.report.table import aggregate, cell_label, table
-from fdiv.run.sweep import cell_name, run_sweep, sweep_cells
+from fdiv.run.cells import cell_name, plan_sweep
+from fdiv.run.sweep import run_sweep
 
 
 @dataclass
@@ -40,14 +42,15 @@ SWEEP = "eval: {name: score}\nsweep:\n  divergence: [reverse_kl, forward_kl]\n  
 
 @pytest.fixture
 def plan(write_recipe):
-    return sweep_cells(str(write_recipe(SWEEP + "report: {}\n", max_steps=1)))
+    return plan_sweep(str(write_recipe(SWEEP + "report: {}\n", max_steps=1)))
 
 
 def test_cells_are_all_combinations_seeds_fastest(plan):
-    assert [cell.name for cell in plan.cells] == [
+    cells = list(plan.cells())
+    assert [cell.name for cell in cells] == [
         f"{name}_seed-{seed}" for name in ("reverse_kl", "forward_kl") for seed in (1, 2, 4)
     ]
-    training = plan.cells[4].recipe.configs().training
+    training = plan.plan(cells[4]).configs.training
     assert (training.divergence, training.seed) == ("forward_kl", 2)
     assert plan.axes == {"divergence": "kl", "reward": "reward"}
 
@@ -66,10 +69,8 @@ def test_a_sweep_runs_resumes_and_aggregates(plan, capsys, monkeypatch):
     import fdiv.run.run
 
     runs = []
-    original = fdiv.run.run.run_recipe
-    monkeypatch.setattr(
-        fdiv.run.run, "run_recipe", lambda recipe, *rest: runs.append(recipe) or original(recipe, *rest)
-    )
+    original = fdiv.run.run.run_plan
+    monkeypatch.setattr(fdiv.run.run, "run_plan", lambda plan, *rest: runs.append(plan) or original(plan, *rest))
     assert run_sweep(plan, "fdiv sweep x") == []
     assert len(runs) == 6
     root = plan.root
@@ -90,21 +91,21 @@ def test_a_sweep_runs_resumes_and_aggregates(plan, capsys, monkeypatch):
     assert text[3] == "| forward_kl | 3 | -1.0 → 17.0 ± 4.583 |"
     assert (root / "frontier.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert (root / "report.html").is_file()
-    seeds_differ = [json.loads((root / c.name / "metrics.jsonl").read_text().splitlines()[0]) for c in plan.cells[:2]]
+    seeds_differ = [json.loads((root / c.name / "metrics.jsonl").read_text().splitlines()[0]) for c in list(plan.cells())[:2]]
     assert seeds_differ[0]["logps/chosen"] != seeds_differ[1]["logps/chosen"]  # each cell draws its own order
 
     (root / "forward_kl_seed-2" / "result.json").unlink()
     capsys.readouterr()
-    assert main(["sweep", plan.recipe.source, "--max_steps", "1"]) == 0
+    assert main(["sweep", plan.source, "--max_steps", "1"]) == 0
     assert len(runs) == 7
     assert runs[-1].output_dir.name == "forward_kl_seed-2"
-    assert capsys.readouterr().err.count("finished before") == 5
+    assert "5 cells finished before" in capsys.readouterr().err
 
 
 def test_a_finished_cell_with_other_settings_is_not_taken_for_the_new_one(plan, fails, write_recipe):
-    plan.cells = plan.cells[:1]
-    run_sweep(plan, "fdiv sweep x")
-    message = fails("sweep", plan.recipe.source, "--learning_rate", "1e-3", code=1)
+    first = dataclasses.replace(plan.rows[0], seeds=(1,))
+    run_sweep(dataclasses.replace(plan, rows=(first,)), "fdiv sweep x")
+    message = fails("sweep", plan.source, "--learning_rate", "1e-3", code=1)
     assert "holds a finished cell with learning_rate=0.01, the recipe now says 0.001" in message
 
 
@@ -117,7 +118,7 @@ def test_a_failed_cell_is_reported_and_the_others_go_on(plan, monkeypatch, capsy
         return original(self, model, tokenizer, datasets, context)
 
     monkeypatch.setattr(ScoreEval, "evaluate", evaluate)
-    words = ["sweep", plan.recipe.source, "--divergences", "reverse_kl", "--report", "null"]
+    words = ["sweep", plan.source, "--divergences", "reverse_kl", "--report", "null"]
     assert main(words) == 1
     folder = plan.root / "reverse_kl_seed-2"
     last = capsys.readouterr().err.splitlines()[-1]
@@ -147,7 +148,7 @@ def test_a_wrong_cell_is_found_before_the_first_one_runs(write_recipe, fails, tm
     assert message.endswith("(sweep cell total_variation_seed-0)")
     assert not (tmp_path / "out").exists()
     assert "nothing to sweep; give --divergences and --seeds" in fails("sweep", write_recipe())
-    assert "two cells are called 'seed-1'" in fails("sweep", write_recipe(), "--seeds", "1", "1")
+    assert "a value of 'seed' is listed twice: [1, 1]" in fails("sweep", write_recipe(), "--seeds", "1", "1")
 
 
 def test_dry_run_lists_the_cells(write_recipe, capsys, tmp_path):

@@ -10,8 +10,8 @@ from fdiv.memory.accelerate import accelerate_config
 from fdiv.recipe.document import read_document
 from fdiv.recipe.dump import resolved_yaml
 from fdiv.recipe.load import load_recipe, packaged_recipes, recipe_name
-from fdiv.run.run import check_blocks, run_recipe
-from fdiv.run.sweep import sweep_cells
+from fdiv.run import plan_run, run_recipe
+from fdiv.run.sweep import plan_sweep
 from tests.support.stand_in import stand_in_recipe
 
 RECIPES = packaged_recipes()
@@ -33,17 +33,15 @@ def test_parses_with_the_real_parser(name, tmp_path, monkeypatch):
     first_line = RECIPES[name].read_text().splitlines()[0]
     assert first_line.startswith("# "), "the first line says what the recipe does: `fdiv recipes` shows it"
     recipe = load_recipe(name)
-    recipe.variables.setdefault("prepare", "/prepared")
-    training = recipe.configs().training
-    check_blocks(recipe)
+    training = plan_run(recipe, {"prepare": "/prepared"}).configs.training
     assert "trust_remote_code" not in recipe.stated
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(resolved_yaml(recipe))
     again = load_recipe(resolved)
-    again.variables.setdefault("prepare", "/prepared")
-    assert again.configs().training.to_dict() == training.to_dict()
+    again = plan_run(again, {"prepare": "/prepared"})
+    assert again.configs.training.to_dict() == training.to_dict()
     if recipe.sweep:
-        assert sweep_cells(name, ["--output_dir", str(tmp_path / "sweep")]).cells
+        assert list(plan_sweep(name, ["--output_dir", str(tmp_path / "sweep")]).cells())
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -270,7 +270,7 @@ def test_help_names_every_setting(capsys):
 # ---------------------------------------------------------------- the recipe block
 def test_one_recipe_prepares_rehearsal_and_trains(tiny_model_dir, tmp_path):
     from fdiv.recipe.load import load_recipe
-    from fdiv.run.run import run_recipe
+    from fdiv.run import plan_run, prepare, run_plan
 
     data = tmp_path / "data"
     data.mkdir()
@@ -293,11 +293,11 @@ save_strategy: "no"
 output_dir: {tmp_path / "run"}
 """
     )
-    loaded = load_recipe(recipe)
-    result = run_recipe(loaded)
-    assert loaded.filled["temperature"] == 0.9 and loaded.filled["reward"] == REWARD
-    cache = RehearsalCache.load(loaded.filled["rehearsal_cache"])
-    splits = datasets.load_dataset(loaded.filled["dataset_name"])
+    plan = prepare(plan_run(load_recipe(recipe)), tmp_path / "run" / "prepared")
+    result = run_plan(plan)
+    assert plan.settled["temperature"] == 0.9 and plan.settled["reward"] == REWARD
+    cache = RehearsalCache.load(plan.settled["rehearsal_cache"])
+    splits = datasets.load_dataset(plan.settled["dataset_name"])
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 10 - len(cache), "test": 2}
     assert result["steps"] == 1
     # The policy is the reference before its first step: the divergence on the cached rows is 0.
