@@ -71,8 +71,8 @@ def all_keys(method: type) -> Iterator[tuple[str, Key]]:
                 yield f"{title}.{key.name}", key
     for key in section_of(ReportKeys, "report").keys.values():
         yield f"report.{key.name}", key
-    for name, text in STRUCTURE.items():
-        yield f"sweep.{name}", Key(name, Any, None, text, group="sweep")
+    for name, key in STRUCTURE.items():
+        yield f"sweep.{name}", key
 
 
 def check_recipe(name: str, source: str, values: dict[str, Any], origins: dict[KeyPath, str]) -> Recipe:
@@ -245,7 +245,7 @@ class _Checker:
         values = read_words(self.mapping(value, ("sweep",)))
         block = parse_sweep(values, self.where)
         axes = {name: key for name, key in top_section(self.method).keys.items() if name not in BLOCKS}
-        section = Section("sweep", {**{name: Key(name, Any, None) for name in STRUCTURE}, **axes})
+        section = Section("sweep", {**STRUCTURE, **axes})
         for name in block.axes:
             if name not in section.keys and name.split(".")[0] not in ("eval", "prepare", "divergence"):
                 raise self.unknown(("sweep", str(name)), section)

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 
 from fdiv.errors import RecipeError
 from fdiv.recipe.overrides import KeyPath
-from fdiv.recipe.schema import coerce, nearest_key, section_of
+from fdiv.recipe.schema import Key, coerce, nearest_key, section_of
 
 __all__ = ["Arm", "Column", "Panel", "Screen", "SweepBlock", "parse_sweep"]
 
@@ -134,16 +134,19 @@ class SweepBlock:
 
 
 STRUCTURE = {
-    "method": "Rows: methods by name, or label → keys (`extends` names a recipe, `seed` a shorter list of seeds).",
-    "screen": "Choose one key's value with the first seed: {key, values, metric}.",
-    "models": "Label → keys of a model that is measured and not trained.",
-    "start": "Label of a row that shows the numbers before training.",
-    "table": "Metric → {title, better, format}: the columns.",
-    "plots": "File → a panel {kind, x, y, …} or a list of panels.",
-    "metrics": "Axes of the frontier plot: {reward: NAME, divergence: NAME}.",
-    "minutes": "Start no further run after so many minutes.",
+    name: Key(name, kind, None, text, group="sweep")
+    for name, kind, text in (
+        ("method", dict | list, "Rows: methods by name, or label → keys (`extends`: a recipe; `seed`: fewer seeds)."),
+        ("screen", dict, "Choose one key's value with the first seed: {key, values, metric}."),
+        ("models", dict, "Label → keys of a model that is measured and not trained."),
+        ("start", str | None, "Label of a row that shows the numbers before training."),
+        ("table", dict | list, "Metric → {title, better, format}: the columns; or a list of metrics."),
+        ("plots", dict, "File → a panel {kind, x, y, …} or a list of panels."),
+        ("metrics", dict, "Axes of the frontier plot: {reward: NAME, divergence: NAME}."),
+        ("minutes", float | None, "Start no further run after so many minutes."),
+    )
 }
-"""The keys of `sweep:` that are no axes, with their help."""
+"""The keys of `sweep:` that are no axes."""
 
 
 def parse_sweep(values: Mapping[str, Any], where: Where) -> SweepBlock:
@@ -287,12 +290,6 @@ def _check_screen(block: SweepBlock, where: Where) -> None:
         raise RecipeError(f"{where((*path, 'values'))}: `sweep.screen.values` is empty; give the candidates")
     if screen.key in ("seed", "method", *block.axes):
         raise RecipeError(f"{where((*path, 'key'))}: {screen.key!r} is an axis of the sweep; screen another key")
-    labels = [arm.label for arm in block.arms]
-    if screen.by is not None and screen.by not in labels:
-        raise RecipeError(
-            f"{where((*path, 'by'))}: `sweep.screen.by` must be a row of `sweep.method` "
-            f"({', '.join(labels) or 'there are none'}), got {screen.by!r}"
-        )
     reported = {name if "/" in name else f"after/{name}" for name in block.table}
     if screen.metric.startswith("after/") and screen.metric in reported and not screen.split:
         raise RecipeError(

@@ -200,7 +200,7 @@ def _finish(axis: Axes, results: Mapping[str, Any], panel: Panel) -> None:
 
 
 def _words(metric: str) -> str:
-    return metric.rpartition("/")[2].removeprefix("eval_").replace("_", " ")
+    return metric.rpartition("/")[2].removeprefix("eval_").replace("{k}", "k").replace("_", " ")
 
 
 _DRAW: dict[str, Callable[[Axes, Mapping[str, Any], Panel, Any], bool]] = {

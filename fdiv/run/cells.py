@@ -273,7 +273,12 @@ def plan_sweep(
     root = Path(interpolate(stated, {}, "output_dir", source) if stated else f"runs/{name}-sweep")
     report = values.get("report")
     report = report.read() if isinstance(report, CommandLineValue) else report
-    plan = SweepPlan(source, name, root, tuple(overrides), block, tuple(_rows(block)), report)
+    rows = tuple(_rows(block))
+    by = block.screen.by if block.screen else None
+    labels = dict.fromkeys(label for row in rows for label in (row.arm.label or row.label, row.label))
+    if by is not None and by not in labels:
+        raise RecipeError(f"{source}: `sweep.screen.by` must be a row ({', '.join(labels)}), got {by!r}")
+    plan = SweepPlan(source, name, root, tuple(overrides), block, rows, report)
     plan.check()
     return plan
 

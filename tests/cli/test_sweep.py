@@ -91,7 +91,9 @@ def test_a_sweep_runs_resumes_and_aggregates(plan, capsys, monkeypatch):
     assert text[3] == "| forward_kl | 3 | -1.0 → 17.0 ± 4.583 |"
     assert (root / "frontier.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert (root / "report.html").is_file()
-    seeds_differ = [json.loads((root / c.name / "metrics.jsonl").read_text().splitlines()[0]) for c in list(plan.cells())[:2]]
+    seeds_differ = [
+        json.loads((root / c.name / "metrics.jsonl").read_text().splitlines()[0]) for c in list(plan.cells())[:2]
+    ]
     assert seeds_differ[0]["logps/chosen"] != seeds_differ[1]["logps/chosen"]  # each cell draws its own order
 
     (root / "forward_kl_seed-2" / "result.json").unlink()
