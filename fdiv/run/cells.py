@@ -163,6 +163,10 @@ class SweepPlan:
         alike = [r for r in named if {**r.settings, "method": ""} == {**row.settings, "method": ""}]
         return (alike or named)[0]
 
+    def reuses(self, row: Row) -> bool:
+        """Whether the row's first seed needs no run of its own: its screening run is the same."""
+        return self.block.screen is not None and not self.block.screen.apart and self._judge(row) == row
+
     def choice(self, row: Row) -> Choice | None:
         """What screening chose for a row; None until all its screening runs have finished or failed.
 

@@ -286,8 +286,7 @@ def print_cells(plan: SweepPlan, minutes: float | None = None) -> None:
     screen = plan.block.screen
     later = 0
     for row in plan.undecided():
-        reused = 0 if screen is None or screen.apart else 1
-        later += len(row.seeds) - reused
+        later += len(row.seeds) - plan.reuses(row)
         seeds = ", ".join(str(seed) for seed in row.seeds)
         rows.append((f"{row.label}, the best {screen.key}" if screen else row.label, "", seeds, "run", "no"))
     title = f"{len(cells)} cells in {plan.root}" + (f", {later} more after screening" if later else "")
