@@ -143,7 +143,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fdiv.run_directory": ("fdiv.run.directory", "fdiv.files"),
     "fdiv.run_evaluation": ("fdiv.run.evaluation", "fdiv.run.callbacks"),
     "fdiv.step_shape": ("fdiv.memory.step_shape",),
-    "fdiv.sweep": ("fdiv.run.sweep", "fdiv.report.table"),
+    "fdiv.sweep": ("fdiv.run.sweep", "fdiv.run.cells", "fdiv.report.table"),
     "fdiv.termination": ("fdiv.training.signals",),
     "fdiv.tiny_models": ("fdiv.models.tiny",),
     "fdiv.unlearning.assembly": ("fdiv.unlearning.data.assembly",),

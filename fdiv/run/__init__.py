@@ -2,12 +2,13 @@
 
 from fdiv.lazy import attach
 
-__all__ = ["RunPlan", "plan_run", "prepare", "run_plan", "run_recipe"]
+__all__ = ["RunPlan", "check_blocks", "plan_run", "prepare", "run_plan", "run_recipe"]
 
 __getattr__, __dir__ = attach(
     __name__,
     {
         "RunPlan": "fdiv.run.plan",
+        "check_blocks": "fdiv.run.plan",
         "plan_run": "fdiv.run.plan",
         "prepare": "fdiv.run.plan",
         "run_plan": "fdiv.run.run",

@@ -321,3 +321,8 @@ def cell_name(settings: Mapping[str, Any]) -> str:
             text = str(value)
         parts.append(text if key in ("divergence", "method") else f"{key.split('.')[-1]}-{text}")
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", "_".join(parts)).strip("-")
+
+
+# Names of release 0.1; they go with release 0.3.
+Plan = SweepPlan
+sweep_cells = plan_sweep

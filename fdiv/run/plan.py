@@ -18,7 +18,7 @@ from fdiv.recipe.model import Block, Configs, Recipe
 from fdiv.run.directory import RunDirectory
 from fdiv.terminal import info
 
-__all__ = ["RunPlan", "plan_run", "prepare"]
+__all__ = ["RunPlan", "check_blocks", "plan_run", "prepare"]
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -73,6 +73,11 @@ def plan_run(recipe: Recipe, variables: Mapping[str, str] = _NONE) -> RunPlan:
             that is not set.
     """
     return _resolved(recipe, _NONE, {**({"prepare": "${prepare}"} if recipe.prepare else {}), **variables})
+
+
+def check_blocks(recipe: Recipe) -> None:
+    """Of release 0.1; `plan_run` checks blocks and configs. It goes with release 0.3."""
+    plan_run(recipe)
 
 
 def _resolved(recipe: Recipe, settled: Mapping[str, Any], variables: Mapping[str, str]) -> RunPlan:
