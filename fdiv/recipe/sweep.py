@@ -16,13 +16,13 @@ sweep:
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from fdiv.errors import RecipeError
+from fdiv.named import nearest
 from fdiv.recipe.overrides import KeyPath
 from fdiv.recipe.schema import Key, coerce, nearest_key, section_of
 
@@ -162,7 +162,7 @@ def parse_sweep(values: Mapping[str, Any], where: Where) -> SweepBlock:
     axes = {name: entry for name, entry in values.items() if name not in STRUCTURE}
     for name, entry in axes.items():
         if not isinstance(entry, list) or not entry:
-            near = difflib.get_close_matches(str(name), STRUCTURE, n=1, cutoff=0.7)
+            near = nearest(name, STRUCTURE, cutoff=0.7)
             if near:
                 raise RecipeError(
                     f"{where(('sweep', name))}: unknown key {name!r} in `sweep`; did you mean {near[0]!r}?"
