@@ -29,7 +29,7 @@ def run(args: argparse.Namespace, overrides: list[str], words: list[str]) -> int
         return _dry_run(recipe, args.accelerate, args.num_processes)
     if args.accelerate is not None:
         return launch(args.accelerate, words, args.num_processes, _mixed_precision(recipe))
-    from fdiv.run import plan_run, run_plan
+    from fdiv.run.run import plan_run, run_plan
 
     plan = plan_run(recipe)
     result = run_plan(plan, command_line(words))
@@ -56,7 +56,7 @@ def _dry_run(recipe: Recipe, accelerate: str | None, num_processes: int | None) 
     A `${NAME}` that is not set is left standing: the check needs no data.
     """
     from fdiv.recipe.dump import resolved_yaml
-    from fdiv.run import plan_run
+    from fdiv.run.run import plan_run
 
     unset = recipe.unset_variables()
     for name in unset:

@@ -261,8 +261,8 @@ def test_missing_column_empty_data_missing_split_missing_file(write_recipe, tmp_
 def test_saved_datasets_and_hub_names(write_recipe, tmp_path, fails):
     from datasets import Dataset, DatasetDict
 
-    from fdiv.run import plan_run
     from fdiv.run.data import load_datasets
+    from fdiv.run.run import plan_run
 
     rows = Dataset.from_dict({"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"]})
     DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(str(tmp_path / "saved"))

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from fdiv.errors import RecipeError
-from fdiv.recipe import load_recipe
-from fdiv.run import plan_run, prepare
+from fdiv.recipe.load import load_recipe
+from fdiv.run.run import plan_run, prepare
 
 
 def test_a_recipe_is_frozen(write_recipe):

@@ -10,7 +10,7 @@ from fdiv.memory.accelerate import accelerate_config
 from fdiv.recipe.document import read_document
 from fdiv.recipe.dump import resolved_yaml
 from fdiv.recipe.load import load_recipe, packaged_recipes, recipe_name
-from fdiv.run import plan_run, run_recipe
+from fdiv.run.run import plan_run, run_recipe
 from fdiv.run.sweep import plan_sweep
 from tests.support.stand_in import stand_in_recipe
 

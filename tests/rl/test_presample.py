@@ -270,7 +270,7 @@ def test_help_names_every_setting(capsys):
 # ---------------------------------------------------------------- the recipe block
 def test_one_recipe_prepares_rehearsal_and_trains(tiny_model_dir, tmp_path):
     from fdiv.recipe.load import load_recipe
-    from fdiv.run import plan_run, prepare, run_plan
+    from fdiv.run.run import plan_run, prepare, run_plan
 
     data = tmp_path / "data"
     data.mkdir()
