@@ -194,3 +194,24 @@ METHODS_BY_THEIR_NAMES = {
 
 def test_no_module_is_called_utils():
     assert [str(file) for file in modules().values() if file.stem in ("utils", "helpers", "common", "misc")] == []
+
+
+def test_options_are_declared_not_checked():
+    """Help and bounds of a key stand in its `option`: no `field(…)` and no check of one key's range beside it."""
+    files = [
+        file for folder in ("alignment", "rl", "unlearning") for file in sorted((ROOT / folder).rglob("config.py"))
+    ]
+    files += sorted((ROOT / "unlearning" / "methods").glob("*.py"))
+    bounds = ("must be above", "must be at least", "must be below", "must be at most", "must be one of", "must lie in")
+    assert len(files) > 20
+    for file in files:
+        for definition in ast.walk(tree(file)):
+            if not isinstance(definition, ast.ClassDef):
+                continue
+            for node in ast.walk(definition):
+                where = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+                if isinstance(node, ast.Call):
+                    assert ast.unparse(node.func) not in ("field", "dataclasses.field"), f"{where}: use option(…)"
+                elif isinstance(node, ast.Raise):
+                    text = ast.unparse(node)
+                    assert not [words for words in bounds if words in text], f"{where}: give the bound to option(…)"
