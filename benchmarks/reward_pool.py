@@ -90,7 +90,7 @@ def code_report(options: argparse.Namespace) -> dict[str, Any]:
         for start in range(0, len(rows), options.batch):
             programs, tests = zip(*rows[start : start + options.batch], strict=True)
             started = time.perf_counter()
-            scores = reward(programs, programs, test=tests)
+            scores = reward(["?"] * len(programs), programs, test=tests)
             seconds["sandboxed"] += time.perf_counter() - started
             started = time.perf_counter()
             passed = list(threads.map(plainly, rows[start : start + options.batch]))

@@ -178,5 +178,9 @@ def test_no_tool_is_needed_that_the_extras_do_not_install(project, repository):
 def test_package_and_recipes_keep_the_rules_of_security_md(repository, tree, pattern, why):
     shipped = [name for name in tree if name.parts[0] in ("fdiv", *MAPPED) and name.suffix in (".py", ".yaml")]
     assert len(shipped) > 20
+    # What runs inside the sandbox of the code reward is there to run programs; nothing outside it does.
+    sandboxed = [Path("rl/rewards/sandbox/inside") / name for name in ("examiner.py", "program.py")]
+    if why == "evaluates data as code":
+        shipped = [name for name in shipped if name not in sandboxed]
     offending = [str(name) for name in shipped if re.search(pattern, (repository / name).read_text())]
     assert not offending, f"{why}: {offending}"

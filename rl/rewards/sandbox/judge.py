@@ -37,7 +37,7 @@ RIGHT = {
         "import collections, math, re, typing\nroom = bytearray(16 << 20)\n"
         "def area(r: float) -> float:\n    return math.pi * r * r\n"
     ),
-    "tests": "assert 3 < area(1) < 4", "setup": "", "given": [], "entry_point": "",
+    "tests": "assert 3 < area(1) < 4", "setup": "", "given": [], "entry_point": "", "names": ["area"],
 }  # fmt: skip
 
 
@@ -200,7 +200,7 @@ def answer(item: dict[str, Any]) -> dict[str, Any]:
     if not program:
         return {"verdict": "no_answer"}
     given = completions["prompt_code"](item["prompt"])
-    task = {name: item[name] for name in ("cases", "tests", "setup", "entry_point") if name in item}
+    task = {name: item[name] for name in ("cases", "tests", "setup", "entry_point", "names") if name in item}
     return _judge().verdict({**task, "program": program, "given": given})
 
 

@@ -303,6 +303,14 @@ def test_tests_that_test_nothing_are_unusable(reward, test):
     assert score(reward, "f = lambda x: 4", test) is None
 
 
+def test_a_function_that_the_prompt_asks_to_mend_is_the_programs(reward):
+    prompt = "Mend this:\n```python\ndef f(x):\n    return x\n```\n"
+    answers = ["def f(x):\n    return x * x\n", "def f(x):\n    return x\n"]
+    assert reward([prompt] * 2, answers, test=["assert f(2) == 4"] * 2) == [1.0, 0.0]
+    columns = {"test": ["def check(g):\n    assert g(2) == 4\n"] * 2, "entry_point": ["f"] * 2}
+    assert reward([prompt] * 2, answers, **columns) == [1.0, 0.0]
+
+
 def test_finished_functions_of_the_prompt_are_not_the_programs(reward):
     prompt = (
         "import math\n\ndef helper(x):\n    return math.floor(x)\n\ndef f(x):\n    'Such that helper(f(x)) == x.'\n"

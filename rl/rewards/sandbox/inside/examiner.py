@@ -77,8 +77,9 @@ def _is_stub(node: ast.stmt) -> bool:
     return True
 
 
-def _given(codes: list[str], entry_point: str) -> list[ast.stmt]:
-    """The prompt's imports and finished functions: the dataset's own, which the program may not redefine for it."""
+def _given(codes: list[str], tested: list[str]) -> list[ast.stmt]:
+    """The prompt's imports and finished functions, but for those under test: the dataset's own, which the program may
+    not redefine for it."""
     statements = []
     for code in codes:
         with contextlib.suppress(SyntaxError, ValueError, RecursionError):
@@ -88,7 +89,7 @@ def _given(codes: list[str], entry_point: str) -> list[ast.stmt]:
         node
         for node in statements
         if isinstance(node, ast.Import | ast.ImportFrom)
-        or (isinstance(node, functions) and node.name != entry_point and not _is_stub(node))
+        or (isinstance(node, functions) and node.name not in tested and not _is_stub(node))
     ]
 
 
@@ -96,7 +97,7 @@ def _examine(program: Channel, task: dict[str, Any]) -> dict[str, Any]:
     """The verdict on one program."""
     program.send(task["program"])
     tests = task["tests"] + (f"\ncheck({task['entry_point']})\n" if task["entry_point"] else "")
-    given = [ast.Module([node], []) for node in _given(task["given"], task["entry_point"])]
+    given = [ast.Module([node], []) for node in _given(task["given"], task["names"])]
     pieces = [compile(node, "<prompt>", "exec", dont_inherit=True) for node in given]
     try:
         sources = (("<setup>", task["setup"]), ("<tests>", tests))
