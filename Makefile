@@ -89,6 +89,8 @@ bench: setup ## run the benchmarks of a CPU; each writes its JSON to benchmarks/
 		echo "$$name"; $(BIN)/python -m "benchmarks.$$name" || exit $$?; \
 	done
 	@echo invariance; $(BIN)/python -m tests.support.scripts.invariance --output benchmarks/results/invariance.json
+	@echo reward_pool_code; \
+		$(BIN)/python -m benchmarks.reward_pool --reward code --output benchmarks/results/reward_pool_code.json
 	@if [ -n "$(FDIV_SHARED)" ]; then \
 		echo reward_pool; \
 		$(BIN)/python -m benchmarks.reward_pool --data "$(FDIV_SHARED)/data" --output benchmarks/results/reward_pool.json; \

@@ -156,7 +156,7 @@ def main() -> int:
     from fdiv.provenance import environment
 
     report = code_report(options) if options.reward == "code" else math_report(options)
-    report["environment"] = environment(shlex.join(["python", *sys.argv]))
+    report["environment"] = environment(shlex.join(["python", "-m", "benchmarks.reward_pool", *sys.argv[1:]]))
     if options.data is not None:  # this machine's own
         report["environment"]["command"] = report["environment"]["command"].replace(str(options.data), "FOLDER")
     text = json.dumps(report, indent=1, ensure_ascii=False)

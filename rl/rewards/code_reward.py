@@ -37,8 +37,9 @@ class CodeReward(PooledReward):
     script (`{"inputs": […], "outputs": […]}`, also as JSON text, or a list of `{"input": …, "output": …}`), which is
     run once for each input and has to print the output, white space at the ends of lines aside. Names that the tests
     use and do not define are the program's. Where there is a column `entry_point`, `check(ENTRY_POINT)` is called:
-    HumanEval's format; the prompt's imports and its finished functions, ENTRY_POINT aside, are then the tests' as well,
-    whatever the program makes of them. An answer that does not define ENTRY_POINT continues the prompt, if that is plain text.
+    HumanEval's format; the prompt's imports and its finished functions, ENTRY_POINT aside, are then the tests' as
+    well, whatever the program makes of them. An answer that does not define ENTRY_POINT continues the prompt, if that
+    is plain text.
 
     Verdicts: `correct` 1. 0 by definition: `wrong` (a failed test, an exception, an early exit, over its memory),
     `over_time` (as HumanEval counts it), `no_answer` (an empty or cut-off completion). `unusable_gold` None: no tests,
