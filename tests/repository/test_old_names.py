@@ -33,10 +33,6 @@ def test_the_table_names_old_modules_and_new_ones_that_exist():
             import_module(home)
 
 
-# In two parts: whatever rewrites old import paths leaves it as written.
-OLD = "fdiv.eval." + "tofu_data"
-
-
 def test_an_old_name_warns_with_the_new_one_and_the_importing_file(tmp_path):
     script = tmp_path / "old.py"
     script.write_text(f"from {OLD} import TofuRows\nprint(TofuRows.__module__)\n", encoding="utf-8")
