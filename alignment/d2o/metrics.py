@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdiv.divergences import Divergence, get_divergence
-from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
+from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error, within_bounds
 
 __all__ = ["divergence_terms", "mean_and_error", "reduce_groups"]
 
@@ -58,12 +58,13 @@ def reduce_groups(examples: Mapping[str, Tensor], divergence: Divergence, anchor
         "anchors/clipped_ratio": examples["anchor_cut"].mean().item(),
         **log_ratio_quantiles("anchors", log_ratio),
     }
-    labels = {"divergence": divergence.label, "jeffreys": get_divergence("jeffreys").label}
+    kinds = {"divergence": divergence, "jeffreys": get_divergence("jeffreys")}
     for name, values in examples.items():
         kind, _, reference = name.partition("_to_")
-        if kind in labels and reference:
-            key = f"divergence/{labels[kind]}" + ("" if reference == "both" else f"_to_{reference}")
-            metrics[key], metrics[f"{key}_se"] = mean_and_error(_defined(values))
+        if kind in kinds and reference:
+            key = f"divergence/{kinds[kind].label}" + ("" if reference == "both" else f"_to_{reference}")
+            estimate = mean_and_error(_defined(values))
+            metrics[key], metrics[f"{key}_se"] = within_bounds(kinds[kind], *estimate)
     if "harm_scored" in examples:
         scored = examples["harm_scored"].sum().item()
         metrics["harmfulness/anchors"], metrics["harmfulness/anchors_se"] = mean_and_error(

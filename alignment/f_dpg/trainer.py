@@ -21,7 +21,7 @@ from trl import GRPOTrainer
 
 from fdiv.alignment.f_dpg.config import FDPGConfig
 from fdiv.alignment.f_dpg.data import empty_prompts, given_log_z, prompt_keys
-from fdiv.alignment.f_dpg.loss import check_f_dpg_divergence, f_dpg_loss, leave_one_out_mean
+from fdiv.alignment.f_dpg.loss import check_f_dpg_divergence, f_dpg_loss, leave_one_out_mean, leave_one_out_slopes
 from fdiv.alignment.f_dpg.metrics import f_dpg_metrics, partition_metrics, prompt_columns, slope_columns
 from fdiv.alignment.f_dpg.moments import fit_moments
 from fdiv.alignment.f_dpg.partition import PartitionEstimates
@@ -256,8 +256,10 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
                 log_t[kept], (log_q - log_p + log_z)[kept], (log_policy - log_q)[kept], prompts[kept]
             )
             self._maybe_replace_proposal()
-        slope = slope_columns(self.divergence, log_t, self.args.max_exponent, self.args.pseudo_reward_clip)["slope"]
+        slope = self._slope(log_t)
         baseline = self._baseline(slope, prompts, ~skipped, training)
+        if self.args.z_estimate == "loo" and self.args.baseline == "loo":
+            baseline = leave_one_out_slopes(self._slope, log_policy - log_p, log_z, prompts)
         self._show_pseudo_rewards((baseline - slope).masked_fill(skipped, 0.0))
         finite_log_z = self._local(log_z, rows).masked_fill(self._local(skipped, rows), 0.0)
         return {
@@ -270,6 +272,10 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             "baseline": self._local(baseline, rows),
             "skipped": self._local(skipped, rows),
         }
+
+    def _slope(self, log_t: Tensor) -> Tensor:
+        """f′(t) as the loss uses it."""
+        return slope_columns(self.divergence, log_t, self.args.max_exponent, self.args.pseudo_reward_clip)["slope"]
 
     def _baseline(self, slope: Tensor, prompts: Tensor, counted: Tensor, training: bool) -> Tensor:
         """What is subtracted from f′(t) of each sample: never the sample's own f′(t), so with Z known it adds no bias.

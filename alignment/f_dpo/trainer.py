@@ -20,7 +20,7 @@ from fdiv.models.loading import check_fits, context_length, keep_trainable_layou
 from fdiv.models.logprobs import with_position_ids
 from fdiv.models.reference import frozen_copy
 from fdiv.statistics.calibration import length_normalised_calibration, margin_calibration
-from fdiv.statistics.estimates import divergence_estimate, log_ratio_quantiles
+from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
 from fdiv.training.data_checks import check_pad_token, check_preference_dataset
 from fdiv.training.trainer import ObjectiveTrainerMixin
 
@@ -215,7 +215,7 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
         # The rows are data, not samples of π_ref: a mean of f over them is no estimate of D_f and has not its bounds.
         divergence = get_divergence(self.args.divergence)
         name = f"mean_f/{divergence.label}"
-        metrics[name], metrics[f"{name}_se"] = divergence_estimate(divergence, pair["log_ratio"])
+        metrics[name], metrics[f"{name}_se"] = mean_and_error(divergence.generator(pair["log_ratio"]).mean(1))
         if "aux_loss" in examples:
             metrics["aux_loss"] = examples["aux_loss"].mean().item()
         if mode == "eval":

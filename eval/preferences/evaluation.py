@@ -321,9 +321,7 @@ def _divergence_metrics(from_reference: Tensor | None, from_policy: Tensor | Non
         ("reverse_kl", forward_kl, None if from_policy is None else -from_policy),
     ):
         estimate = (None, None) if log_ratio is None else divergence_estimate(divergence, log_ratio)
-        if estimate[0] is not None and estimate[0] > divergence.at_zero + divergence.slope_at_infinity:
-            estimate = (None, None)  # no D_f is that large: too few samples carry the mean to call it an estimate
-        metrics[name], metrics[f"{name}_se"] = estimate
+        metrics[name], metrics[f"{name}_se"] = (None, None) if estimate[0] != estimate[0] else estimate
     metrics["reference_ess"] = None
     if from_reference is not None:
         flat = from_reference.flatten()

@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fdiv.divergences import Divergence
 
-__all__ = ["clustered_mean", "divergence_estimate", "log_ratio_quantiles", "mean_and_error"]
+__all__ = ["clustered_mean", "divergence_estimate", "log_ratio_quantiles", "mean_and_error", "within_bounds"]
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
@@ -47,10 +47,20 @@ def divergence_estimate(divergence: Divergence, log_ratio: Tensor) -> tuple[floa
             completion).
 
     Returns:
-        (value, standard error); the latter is NaN for N = 1.
+        (value, standard error); the latter is NaN for N = 1. Both are NaN where the mean is above every D_f.
     """
     terms = divergence.generator(log_ratio.reshape(log_ratio.size(0), -1)).mean(-1)
-    return mean_and_error(terms)
+    return within_bounds(divergence, *mean_and_error(terms))
+
+
+def within_bounds(divergence: Divergence, value: float, error: float) -> tuple[float, float]:
+    """(value, error), or NaN for both where `value` is above f(0⁺) + f'(∞), the largest D_f there is.
+
+    A mean that large rests on too few samples, or on rows that are no samples, to be an estimate of D_f.
+    """
+    if value > divergence.at_zero + divergence.slope_at_infinity:
+        return math.nan, math.nan
+    return value, error
 
 
 def clustered_mean(values: Tensor, weight: Tensor, cluster_ids: Tensor) -> tuple[float, float]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fdiv.divergences import get_divergence
 from fdiv.rl.dph.loss import rehearsal_capped, rehearsal_coefficient, rehearsal_loss
-from fdiv.statistics.estimates import clustered_mean, log_ratio_quantiles
+from fdiv.statistics.estimates import clustered_mean, log_ratio_quantiles, within_bounds
 
 if TYPE_CHECKING:
     from fdiv.divergences import Divergence
@@ -77,6 +78,7 @@ def dph_metrics(examples: dict[str, Tensor], log_ratio: Tensor, divergence: Dive
         value, error = clustered_mean(values, torch.ones_like(values), numbers)
         if len(numbers.unique()) == 1:
             error = math.nan
+        value, error = within_bounds(divergence if column == "divergence" else get_divergence(column), value, error)
         metrics |= {f"divergence/{name}": value, f"divergence/{name}_se": error}
     if args.coefficient_clip is not None:
         coefficient = rehearsal_coefficient(log_ratio, divergence, max_exponent=args.max_exponent)

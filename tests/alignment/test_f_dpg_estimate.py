@@ -8,6 +8,7 @@ import torch
 
 from fdiv.alignment import estimate_to_target
 from fdiv.alignment.f_dpg.estimate import estimate_by_prompt
+from fdiv.alignment.f_dpg.loss import leave_one_out_slopes
 from fdiv.alignment.f_dpg.metrics import f_dpg_metrics, prompt_columns
 from fdiv.alignment.f_dpg.partition import PartitionEstimates
 from fdiv.divergences import get_divergence
@@ -226,6 +227,22 @@ def test_the_log_is_null_where_most_prompts_cannot_be_corrected():
     metrics = f_dpg_metrics(columns_of(log_ratio, torch.arange(4).repeat_interleave(4), 0 * log_ratio.clamp(max=0)), get_divergence("jensen_shannon"), [])  # fmt: skip
     assert metrics["divergence/uncorrected_fraction"] == 0.75
     assert math.isnan(metrics["divergence/jensen_shannon"]) and math.isnan(metrics["divergence/forward_kl_se"])
+
+
+def test_the_baseline_under_the_z_of_the_other_samples():
+    """By hand for f′ = log t: b_i = mean over j ≠ i of (ℓ_j + log Ẑ_i); the whole coefficient is then free of Ẑ."""
+    log_ratio = torch.tensor([0.4, -1.0, 0.2, 3.0, 5.0], dtype=torch.float64)
+    groups = torch.tensor([1, 1, 1, 4, 4])
+    log_z = PartitionEstimates("loo").update(groups, -log_ratio)
+    got = leave_one_out_slopes(lambda log_t: log_t, log_ratio, log_z, groups)
+    means = torch.tensor([-0.4, 0.3, -0.3, 5.0, 3.0], dtype=torch.float64)
+    torch.testing.assert_close(got, means + log_z)
+    none = leave_one_out_slopes(lambda log_t: log_t, log_ratio[:1], log_z[:1], groups[:1])
+    assert none.tolist() == [0.0]
+    skipped = leave_one_out_slopes(
+        lambda log_t: log_t, log_ratio[:2], torch.tensor([-math.inf, 0.5]).double(), groups[:2]
+    )
+    assert skipped.tolist() == pytest.approx([0.0, 0.9])
 
 
 def test_z_of_the_other_samples():
