@@ -25,8 +25,8 @@ class CodeReward(PooledReward):
     helpers of the prompt and of its earlier blocks). It runs in a sandbox: no file of this machine but the
     interpreter, no network, no other process, no environment, no right, limits of time, memory and files, and nothing
     of the answer before (`fdiv.rl.rewards.sandbox`). **What is left to attack is the kernel**: for models that you do
-    not trust at all, run the whole trainer in a virtual machine. `sandbox="none"` leaves the limits, and protects from
-    accidents.
+    not trust at all, run the whole trainer in a virtual machine. `sandbox="none"` leaves the limits and the
+    filter of system calls: programs may read what the trainer's user may.
 
     The tests never enter the program's process. They run in a second sandbox, where each function of the program is a
     proxy: it sends the arguments, and rebuilds the result as built-in types, so that `==` is Python's own; an argument

@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 30.0
 NO_PROTECTION = (
-    "sandbox: none: programs that the model wrote run on this machine with limits of time, memory and files, and may "
-    "read what their user may, use the network, and signal processes of their user"
+    "sandbox: none: programs that the model wrote run on this machine with limits of time and memory and a filter of "
+    "system calls; they may read every file that their user may, /proc of the trainer among them, and write"
 )
 
 

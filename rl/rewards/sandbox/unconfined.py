@@ -1,4 +1,4 @@
-"""No sandbox: the limits of `confine`, an empty environment, `nobody` instead of root, and nothing else."""
+"""No sandbox: limits, a filter of system calls, an empty environment, `nobody` instead of root, and nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Unconfined"]
 
 
 class Unconfined:
-    """Starts Python with limits alone.
+    """Starts Python without a sandbox: every file that its user may read is in reach.
 
     Raises:
         SandboxError: the trainer is root's and its interpreter is readable to nobody else, so that the program could

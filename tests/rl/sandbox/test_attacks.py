@@ -84,6 +84,14 @@ def test_nothing_is_left_behind_or_reached(report):
     assert report["connected"] == []
 
 
+def test_cheats_are_wrong_without_a_sandbox_too(bubblewrap):
+    """The tests are outside the program's process either way."""
+    user = plain_user() if os.geteuid() == 0 else []
+    verdicts = attacked(user, {**SETTINGS, "sandbox": "none"})["verdicts"]
+    assert verdicts.pop("right") == ["correct"] * len(CHEATS)
+    assert verdicts == {name: ["wrong"] for name in CHEATS}
+
+
 def test_the_escapes_work_where_there_is_no_sandbox():
     """Otherwise their failure above would say nothing."""
     found = attacked([], {"sandbox": "control"})
