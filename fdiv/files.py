@@ -12,7 +12,10 @@ from typing import Any
 
 from fdiv.errors import FdivError
 
-__all__ = ["flush_tree", "one_line", "plain", "read_json", "write_json", "write_text"]
+__all__ = ["DATA_FORMATS", "flush_tree", "one_line", "plain", "read_json", "write_json", "write_text"]
+
+DATA_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+"""Suffix of a data file → the loader of `datasets` that reads it."""
 
 
 def write_text(path: Path, content: str) -> None:

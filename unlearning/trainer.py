@@ -19,10 +19,10 @@ from fdiv.divergences import Divergence, get_divergence
 from fdiv.files import plain
 from fdiv.memory.step_shape import StepShape
 from fdiv.models.fingerprints import data_fingerprint
+from fdiv.models.loading import checked_tokenizer
 from fdiv.models.reference import FrozenReference
 from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
 from fdiv.training.config import DivergenceOptions
-from fdiv.training.data_checks import check_pad_token
 from fdiv.training.trainer import ObjectiveTrainerMixin
 from fdiv.unlearning.config import TemplateConfig, UnlearningConfig
 from fdiv.unlearning.data import ForgetDataset, UnlearningCollator
@@ -100,7 +100,7 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
             )
         if train_dataset is None or len(train_dataset) == 0:
             raise ValueError("train_dataset is missing or empty: it holds the rows to forget")
-        processing_class = _checked_tokenizer(processing_class, model, name, args)
+        processing_class = checked_tokenizer(processing_class, model, pad_token=args.pad_token)
         self.uses_template = isinstance(args, TemplateConfig)
         self._model_at_start, self._model_name = model, name
         self._retain_rows = read_retain_rows(retain_dataset, args, processing_class)
@@ -344,18 +344,6 @@ def _common_columns(scores: dict[str, RoleScores]) -> dict[str, Tensor]:
     columns = {f"prob/{role}": torch.exp(-nll(part.log_probs, part.mask)) for role, part in scores.items()}
     with_reference = {role: part for role, part in scores.items() if part.reference is not None}
     return columns | {f"log_ratio/{role}": part.log_ratio for role, part in with_reference.items()}
-
-
-def _checked_tokenizer(processing_class: Any, model: Any, name: str, args: UnlearningConfig) -> Any:
-    """The tokenizer, loaded as TRL would; refused without a pad token (TRL would take eos silently)."""
-    if processing_class is None:
-        from transformers import AutoTokenizer
-
-        if not name:
-            raise ValueError(f"pass processing_class: the {type(model).__name__} was built in memory and has no path")
-        processing_class = AutoTokenizer.from_pretrained(name)
-    check_pad_token(processing_class, name or type(model).__name__, args.pad_token)
-    return processing_class
 
 
 def _disable_dropout(model: nn.Module) -> None:

@@ -27,9 +27,9 @@ from fdiv.alignment.scorers import build_scorer, checked_scorer
 from fdiv.divergences import get_divergence
 from fdiv.errors import DataError
 from fdiv.models.fingerprints import weights_fingerprint
+from fdiv.models.loading import checked_tokenizer
 from fdiv.models.logprobs import sequence_log_prob, token_scores
 from fdiv.models.reference import FrozenReference
-from fdiv.training.data_checks import check_pad_token
 from fdiv.training.rollouts import RolloutMixin
 from fdiv.training.trainer import ObjectiveTrainerMixin
 
@@ -132,7 +132,9 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             args = D2OConfig(f"{Path(name).name or type(model).__name__}-D2O")
         if not isinstance(args, D2OConfig):
             raise TypeError(f"args is a {type(args).__name__}: D2OTrainer needs a D2OConfig, with `alpha` and `beta`")
-        processing_class = _checked_tokenizer(processing_class, model, name)
+        if hasattr(processing_class, "tokenizer"):
+            raise DataError("D2OTrainer trains on text: pass a tokenizer, not a multimodal processor")
+        processing_class = checked_tokenizer(processing_class, model, padding_side="left")
         self.divergence = args.resolve_divergence()
         scorer = harmfulness_func or (build_scorer(args.harmfulness_scorer) if args.harmfulness_scorer else None)
         starting_adapter = not isinstance(model, str) and is_peft_model(model)
@@ -363,20 +365,6 @@ def _each(dataset: Any, prepare: Any) -> Any:
     if isinstance(dataset, dict):
         return {name: prepare(rows, f"eval_dataset[{name!r}]") for name, rows in dataset.items()}
     return prepare(dataset, "eval_dataset")
-
-
-def _checked_tokenizer(processing_class: Any, model: Any, name: str) -> Any:
-    """The tokenizer, loaded as TRL would; refused without a pad token (TRL would take eos silently)."""
-    if processing_class is None:
-        from transformers import AutoTokenizer
-
-        if not name:
-            raise DataError(f"pass processing_class: the {type(model).__name__} was built in memory and has no path")
-        processing_class = AutoTokenizer.from_pretrained(name, padding_side="left")
-    if hasattr(processing_class, "tokenizer"):
-        raise DataError("D2OTrainer trains on text: pass a tokenizer as processing_class, not a multimodal processor")
-    check_pad_token(processing_class, name or type(model).__name__)
-    return processing_class
 
 
 def _no_score(completions: Sequence[Any], **_: Any) -> list[None]:

@@ -16,12 +16,12 @@ from fdiv.alignment.f_dpo.config import FDPOConfig
 from fdiv.alignment.f_dpo.loss import check_f_dpo_divergence, f_dpo_loss, f_dpo_rewards
 from fdiv.divergences import get_divergence
 from fdiv.errors import DataError
-from fdiv.models.loading import check_fits, context_length, keep_trainable_layout
+from fdiv.models.loading import check_fits, checked_tokenizer, context_length, keep_trainable_layout
 from fdiv.models.logprobs import with_position_ids
 from fdiv.models.reference import frozen_copy
 from fdiv.statistics.calibration import length_normalised_calibration, margin_calibration
 from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
-from fdiv.training.data_checks import check_pad_token, check_preference_dataset
+from fdiv.training.data_checks import check_preference_dataset
 from fdiv.training.trainer import ObjectiveTrainerMixin
 
 __all__ = ["FDPOTrainer"]
@@ -88,7 +88,7 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
             raise TypeError(f"args is a {type(args).__name__}: FDPOTrainer needs an FDPOConfig, with `divergence`")
         self.divergence = args.resolve_divergence()
         _check_data(train_dataset, eval_dataset, args)
-        processing_class = _checked_processing_class(processing_class, model_name, model, args)
+        processing_class = _checked_processing_class(processing_class, model, args)
         if ref_model is None and peft_config is None and not isinstance(model, str):
             ref_model = _reference_of_instance(model, args)
         super().__init__(
@@ -247,25 +247,17 @@ def _check_data(train_dataset: Any, eval_dataset: Any, args: FDPOConfig) -> None
             )
 
 
-def _checked_processing_class(processing_class: Any, model_name: str, model: Any, args: FDPOConfig) -> Any:
-    """The tokenizer or processor, loaded as TRL would; refused without a pad token (TRL would take eos silently)."""
-    if processing_class is None:
-        from transformers import AutoProcessor
-
-        if not model_name:
-            raise DataError(f"pass processing_class: the {type(model).__name__} was built in memory and has no path")
-        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
-        processing_class = AutoProcessor.from_pretrained(
-            model_name, revision=revision, trust_remote_code=args.trust_remote_code
-        )
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    check_pad_token(tokenizer, model_name or type(model).__name__, args.pad_token)
-    if tokenizer.eos_token is None:
+def _checked_processing_class(processing_class: Any, model: Any, args: FDPOConfig) -> Any:
+    """The tokenizer or processor, with the pad and end tokens that completions need."""
+    revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+    loading = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+    made = checked_tokenizer(processing_class, model, pad_token=args.pad_token, processor=True, **loading)
+    if getattr(made, "tokenizer", made).eos_token is None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or type(model).__name__
         raise DataError(
-            f"the tokenizer of {model_name or type(model).__name__!r} has no eos token, which ends every completion: "
-            "set `tokenizer.eos_token`"
+            f"the tokenizer of {name!r} has no eos token, which ends every completion: set `tokenizer.eos_token`"
         )
-    return processing_class
+    return made
 
 
 def _reference_of_instance(model: nn.Module, args: FDPOConfig) -> nn.Module | None:

@@ -192,9 +192,9 @@ class ModelEvaluation(ABC):
         return EvalLog(metrics, self.benchmark, self.preset.name, title, stamp)
 
     def _cache(self, model: PreTrainedModel) -> dict[str, Any]:
-        from fdiv.models.fingerprints import model_fingerprint
+        from fdiv.models.fingerprints import weights_fingerprint
 
-        digest = model_fingerprint(model) if self.cache_dir is not None else ""
+        digest = weights_fingerprint(model) if self.cache_dir is not None else ""
         return {"cache_dir": self.cache_dir, "model_digest": digest, "progress": self.progress}
 
     def _score(self, model: PreTrainedModel, requests: Sequence[ScoringRequest], title: str) -> Records:

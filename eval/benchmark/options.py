@@ -148,10 +148,10 @@ def evaluate_model(
 
 def _vllm_generator(args: argparse.Namespace, tokenizer: Any, model: Any, folder: Path) -> Any:
     from fdiv.inference.greedy import VLLMSource, generate_with_vllm
-    from fdiv.models.fingerprints import model_fingerprint
+    from fdiv.models.fingerprints import weights_fingerprint
 
     source = VLLMSource(args.model, args.adapter, args.dtype, args.vllm_memory)
-    digest = model_fingerprint(model)
+    digest = weights_fingerprint(model)
     return partial(_generate, generate_with_vllm, source, tokenizer, folder / "cache", digest)
 
 

@@ -190,9 +190,9 @@ def _config(args: argparse.Namespace) -> Any:
 def _draw(args: argparse.Namespace, config: Any, loaded: Any, folder: Path) -> tuple[list[dict], dict[str, Any]]:
     """Rows of `samples.jsonl`, and the settings they were made with."""
     from fdiv.eval.pass_at_k.evaluation import draw_with_transformers
-    from fdiv.eval.pass_at_k.sampling import files_fingerprint, sample_with_vllm
+    from fdiv.eval.pass_at_k.sampling import sample_with_vllm
     from fdiv.inference.greedy import VLLMSource, _stop_ids
-    from fdiv.models.fingerprints import model_fingerprint
+    from fdiv.models.fingerprints import files_fingerprint, weights_fingerprint
     from fdiv.models.loading import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(args.model, args.adapter)
@@ -208,7 +208,7 @@ def _draw(args: argparse.Namespace, config: Any, loaded: Any, folder: Path) -> t
 
     else:
         model = load_model(args.model, args.adapter, args.dtype)
-        settings["weights"] = model_fingerprint(model)
+        settings["weights"] = f"{weights_fingerprint(model)}, {str(model.dtype).removeprefix('torch.')}"
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         stop_ids = _stop_ids(base, tokenizer)
         draw = draw_with_transformers(model, tokenizer, config.batch_size)

@@ -6,7 +6,6 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError
@@ -23,7 +22,6 @@ __all__ = [
     "SamplingSettings",
     "completion_record",
     "encode_task",
-    "files_fingerprint",
     "sample_with_vllm",
     "sampling_requests",
     "stream_of",
@@ -171,18 +169,3 @@ def _vllm_params(params: Any, request: SamplingRequest, settings: SamplingSettin
         stop=list(settings.stop) or None,
         seed=int.from_bytes(digest[:4], "big") >> 1,
     )
-
-
-def files_fingerprint(model: str, adapter: str | None) -> list[str]:
-    """What tells one checkpoint from another without loading it: names, sizes and times of its files; for a model of
-    the hub its name."""
-    parts = []
-    for place in (model, adapter):
-        folder = Path(place) if place else None
-        if folder is not None and folder.is_dir():
-            for file in sorted(folder.glob("*.safetensors")):
-                stat = file.stat()
-                parts.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}")
-        else:
-            parts.append(str(place))
-    return parts

@@ -10,10 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from fdiv.errors import DataError
+from fdiv.files import DATA_FORMATS
 
 __all__ = ["add_arguments", "run"]
-
-_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,10 +104,10 @@ def _settings(args: argparse.Namespace) -> Any:
 def _read(path: Path) -> Any:
     import datasets
 
-    if not path.is_file() or path.suffix not in _LOADERS:
-        raise DataError(f"--dataset {path}: give an existing file ending in {', '.join(_LOADERS)}")
+    if not path.is_file() or path.suffix not in DATA_FORMATS:
+        raise DataError(f"--dataset {path}: give an existing file ending in {', '.join(DATA_FORMATS)}")
     try:
-        return datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
+        return datasets.load_dataset(DATA_FORMATS[path.suffix], data_files=str(path), split="train")
     except (IndexError, StopIteration):  # datasets 5.2 on a file without lines
         raise DataError(f"--dataset {path} is empty: no row could be read from it") from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

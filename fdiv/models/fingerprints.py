@@ -6,18 +6,18 @@ import hashlib
 import json
 import re
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from fdiv.inference.cache import fingerprint
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["data_fingerprint", "model_fingerprint", "tokenizer_fingerprint", "weights_fingerprint"]
+__all__ = ["data_fingerprint", "files_fingerprint", "tokenizer_fingerprint", "weights_fingerprint"]
 
 _SAMPLE = 65_536
 
@@ -87,31 +87,42 @@ def _gathered(parameter: nn.Parameter) -> AbstractContextManager:
 _SAMPLED_ROWS = 64
 
 
-def data_fingerprint(dataset: Any) -> str | None:
-    """Number of rows, columns, and a hash of up to 64 rows spread over a dataset or sequence.
+def data_fingerprint(dataset: Any, *, every_row: bool = False) -> str | None:
+    """What tells one dataset or sequence of rows from another.
 
-    None for a streamed dataset, an empty one, or none.
+    Args:
+        dataset: rows by number, with a length; `column_names` count where it has them.
+        every_row: hash all rows, as what is kept of each row needs (pre-sampling). Otherwise the number of rows and up
+            to 64 of them, spread over the whole: enough to tell that a resumed run reads other data, at once.
+
+    Returns:
+        Hex digest, after the number of rows unless `every_row`; None for a streamed dataset, an empty one, or none.
     """
     if dataset is None or not hasattr(dataset, "__len__") or not len(dataset):
         return None
-    count = len(dataset)
-    digest = hashlib.sha256(json.dumps([count, getattr(dataset, "column_names", None)]).encode())
+    columns, count = getattr(dataset, "column_names", None), len(dataset)
+    if every_row:
+        return fingerprint(columns, [json.dumps(row, default=str, sort_keys=True) for row in dataset])
+    digest = hashlib.sha256(json.dumps([count, columns]).encode())
     for number in sorted({round(place * (count - 1) / (_SAMPLED_ROWS - 1)) for place in range(_SAMPLED_ROWS)}):
         # values that are no JSON (images) count by their type: their text may hold an address
         digest.update(json.dumps(dataset[number], default=lambda value: type(value).__name__).encode())
     return f"{count} rows, {digest.hexdigest()[:16]}"
 
 
-@torch.no_grad()
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """Digest of the parameters' names, shapes, types and up to 65,536 evenly spaced values of each.
+def files_fingerprint(model: str, adapter: str | None) -> list[str]:
+    """What tells one checkpoint from another without loading it: names, sizes and times of its files; for a model of
+    the hub its name."""
+    parts = []
+    for place in (model, adapter):
+        folder = Path(place) if place else None
+        if folder is not None and folder.is_dir():
+            for file in sorted(folder.glob("*.safetensors")):
+                stat = file.stat()
+                parts.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}")
+        else:
+            parts.append(str(place))
+    return parts
 
-    It depends on the weights, not on where they lie, so a checkpoint written over an older one is noticed.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        flat = parameter.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLE)
-        digest.update(flat[::step].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:24]
+
+model_fingerprint = weights_fingerprint  # a function of its own in release 0.1, whose digest depended on the type

@@ -1,9 +1,9 @@
-"""Loading a model for evaluation, and a fingerprint of its weights that keeps stale results from being reused."""
+"""Loading models and tokenizers, and what is checked before they are used."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["check_fits", "context_length", "keep_trainable_layout", "load_model", "load_tokenizer"]
+__all__ = [
+    "check_fits",
+    "check_pad_token",
+    "checked_tokenizer",
+    "context_length",
+    "keep_trainable_layout",
+    "load_model",
+    "load_tokenizer",
+]
 
 
 def load_tokenizer(model: str, adapter: str | None = None) -> PreTrainedTokenizerBase:
@@ -29,6 +37,49 @@ def load_tokenizer(model: str, adapter: str | None = None) -> PreTrainedTokenize
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise DataError(f"no tokenizer can be loaded from {model}: {str(error).splitlines()[0]}") from None
+
+
+def checked_tokenizer(
+    given: Any, model: Any, *, pad_token: str | None = None, processor: bool = False, **loading: Any
+) -> Any:
+    """The tokenizer or processor of a trainer: the one given, or the model's own, loaded as TRL would.
+
+    It is refused without a pad token, where TRL takes the end token silently.
+
+    Args:
+        given: `processing_class` of the trainer. model: its path or hub name, or the model itself.
+        pad_token: from the config. processor: load an `AutoProcessor`. loading: arguments of `from_pretrained`.
+
+    Raises:
+        DataError: (a ValueError) nothing given for a model that was built in memory; see `check_pad_token`.
+    """
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    if given is None:
+        import transformers
+
+        if not name:
+            raise DataError(f"pass processing_class: the {type(model).__name__} was built in memory and has no path")
+        kind = transformers.AutoProcessor if processor else transformers.AutoTokenizer
+        given = kind.from_pretrained(name, **loading)
+    check_pad_token(getattr(given, "tokenizer", given), name or type(model).__name__, pad_token)
+    return given
+
+
+def check_pad_token(tokenizer: PreTrainedTokenizerBase, model_name: str, pad_token: str | None = None) -> None:
+    """Check that there is a token to pad with: the tokenizer's own, or `pad_token` from the config.
+
+    Raises:
+        DataError: (a ValueError) no pad token, or `pad_token` is not in the vocabulary.
+    """
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise DataError(f"pad_token {pad_token!r} is not in the vocabulary of the tokenizer of {model_name!r}")
+    elif tokenizer.pad_token is None:
+        raise DataError(
+            f"the tokenizer of {model_name!r} has no pad token: set `pad_token` in the config (or "
+            f"`tokenizer.pad_token`) to a token that never occurs inside a text; its special tokens are "
+            f"{tokenizer.all_special_tokens}"
+        )
 
 
 def load_model(model: str, adapter: str | None = None, dtype: str = "auto") -> PreTrainedModel:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError, RecipeError
-from fdiv.files import one_line
+from fdiv.files import DATA_FORMATS, one_line
 from fdiv.models.fetch import find_model
 from fdiv.named import nearest
 from fdiv.recipe.model import Configs, Recipe
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["load_datasets", "load_tokenizer", "model_arguments", "named_dataset"]
-
-_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def load_datasets(plan: RunPlan) -> dict[str, Any]:
@@ -74,14 +72,14 @@ def named_dataset(name: str, config: str | None = None, streaming: bool = False)
     path = Path(name).expanduser()
     options = {"name": config, "streaming": streaming}
     if path.is_file():
-        if path.suffix not in _LOADERS:
-            raise DataError(f"dataset_name {path}: a file must end in {', '.join(_LOADERS)}")
-        loader = _LOADERS[path.suffix]
+        if path.suffix not in DATA_FORMATS:
+            raise DataError(f"dataset_name {path}: a file must end in {', '.join(DATA_FORMATS)}")
+        loader = DATA_FORMATS[path.suffix]
         options = {"data_files": str(path), "streaming": streaming}
         return _loaded(lambda: datasets.load_dataset(loader, **options), str(path), quiet=True)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _loaded(lambda: datasets.load_from_disk(str(path)), str(path), quiet=True)
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or path.suffix in _LOADERS
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or path.suffix in DATA_FORMATS
     if not path.exists() and (looks_local or name.count("/") > 1):
         raise DataError(f"dataset_name: no such file or directory: {name}")
     return _loaded(lambda: datasets.load_dataset(name, **options), name, quiet=path.exists())
@@ -134,7 +132,7 @@ def load_tokenizer(plan: RunPlan) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    from fdiv.training.data_checks import check_pad_token
+    from fdiv.models.loading import check_pad_token
 
     name = find_model(plan.configs.model.model_name_or_path)
     if not name:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError
+from fdiv.models.loading import check_pad_token
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -54,23 +55,6 @@ def check_preference_dataset(dataset: Dataset | IterableDataset | None, name: st
             raise DataError(f"{name}: column {column!r} of its first row is {first[column]!r:.80}: {remedy}")
     if len(set(kinds.values())) > 1:
         raise DataError(f"{name} mixes strings and messages in one row ({kinds}): use one of the two for all columns")
-
-
-def check_pad_token(tokenizer: PreTrainedTokenizerBase, model_name: str, pad_token: str | None = None) -> None:
-    """Check that there is a token to pad with: the tokenizer's own, or `pad_token` from the config.
-
-    Raises:
-        DataError: (a ValueError) no pad token, or `pad_token` is not in the vocabulary.
-    """
-    if pad_token is not None:
-        if pad_token not in tokenizer.get_vocab():
-            raise DataError(f"pad_token {pad_token!r} is not in the vocabulary of the tokenizer of {model_name!r}")
-    elif tokenizer.pad_token is None:
-        raise DataError(
-            f"the tokenizer of {model_name!r} has no pad token: set `pad_token` in the config (or "
-            f"`tokenizer.pad_token`) to a token that never occurs inside a text; its special tokens are "
-            f"{tokenizer.all_special_tokens}"
-        )
 
 
 def tokenize_preferences(

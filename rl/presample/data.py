@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError
-from fdiv.inference.cache import fingerprint
+from fdiv.models.fingerprints import data_fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,11 +47,6 @@ def load_prompts(config: PresampleConfig) -> Dataset:
 
 def _is_messages(prompt: Any) -> bool:
     return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, Mapping) and "role" in m for m in prompt)
-
-
-def data_fingerprint(rows: Dataset) -> str:
-    """Hex digest of all rows and columns, in order."""
-    return fingerprint(rows.column_names, [json.dumps(row, default=str, sort_keys=True) for row in rows])
 
 
 def tokenize_prompts(

@@ -22,12 +22,12 @@ from fdiv.inference.cache import ItemCache, fingerprint
 from fdiv.inference.greedy import VLLMSource, _stop_ids
 from fdiv.inference.processes import process_state
 from fdiv.inference.sampling import SamplingRequest
-from fdiv.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from fdiv.models.fingerprints import data_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from fdiv.models.loading import load_model, load_tokenizer
 from fdiv.models.logprobs import token_scores
 from fdiv.rl.dph.rehearsal import Partition, RehearsalCache, RehearsalHeader, RehearsalRow, partition_prompts
 from fdiv.rl.presample.config import PresampleConfig
-from fdiv.rl.presample.data import data_fingerprint, load_prompts, load_reward, tokenize_prompts
+from fdiv.rl.presample.data import load_prompts, load_reward, tokenize_prompts
 from fdiv.rl.presample.output import Sample, enter_directory, write_outputs
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, rew
     model: PreTrainedModel | None = load_model(config.model, config.adapter, config.dtype)
     drawing = {
         **config.drawing(),
-        "data_fingerprint": data_fingerprint(rows),
+        "data_fingerprint": data_fingerprint(rows, every_row=True),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "weights_fingerprint": weights_fingerprint(model),
     }

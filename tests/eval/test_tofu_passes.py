@@ -17,7 +17,7 @@ from fdiv.inference.greedy import (
 from fdiv.inference.label_logits import shares_prompts
 from fdiv.inference.prompting import EncodedText, PromptFormat
 from fdiv.inference.scoring import ScoringRequest, label_statistics, score_texts
-from fdiv.models.fingerprints import model_fingerprint
+from fdiv.models.fingerprints import weights_fingerprint
 from fdiv.models.loading import load_model, load_tokenizer
 
 
@@ -304,10 +304,10 @@ def test_item_cache_survives_a_cut_line(tmp_path):
 
 def test_fingerprints_follow_the_weights(loaded):
     model, _ = loaded
-    before = model_fingerprint(model)
+    before = weights_fingerprint(model)
     parameter = next(model.parameters())
     parameter.data[0, 0] += 1e-3
-    after = model_fingerprint(model)
+    after = weights_fingerprint(model)
     parameter.data[0, 0] -= 1e-3
     assert before != after
     assert fingerprint({"b": 1, "a": 2}) == fingerprint({"a": 2, "b": 1})

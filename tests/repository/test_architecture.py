@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -215,3 +216,41 @@ def test_options_are_declared_not_checked():
                 elif isinstance(node, ast.Raise):
                     text = ast.unparse(node)
                     assert not [words for words in bounds if words in text], f"{where}: give the bound to option(…)"
+
+
+# One of each: what is written in one place, as a pattern, and the places where it may be.
+ONE_OF_EACH = {
+    "did you mean": (r"get_close_matches", {"fdiv/named.py"}),
+    # `Divergence.estimate` stands below the statistics and returns tensors.
+    "a mean ± s.e.": (r"\.std\(correction=1\)", {"fdiv/statistics/estimates.py", "fdiv/divergences/base.py"}),
+    "a mean ± s.e. by name": (r"^def _?mean_and_error\(", {"fdiv/statistics/estimates.py"}),
+    # The second hashes any parts: its callers name the weights, texts and settings.
+    "a fingerprint": (r"^def _?\w*fingerprint\(", {"fdiv/models/fingerprints.py", "fdiv/inference/cache.py"}),
+    "a checked tokenizer": (r"^def _?checked_tokenizer\(", {"fdiv/models/loading.py"}),
+    "the formats of data files": (r'"\.jsonl": "json"', {"fdiv/files.py"}),
+    "a table of rewards": (r"^_?(REWARDS|SCORERS)\b.*[{(]$", {"fdiv/catalog.py"}),
+}
+
+
+@pytest.mark.parametrize("what", ONE_OF_EACH)
+def test_there_is_one_of_each(what):
+    pattern, homes = ONE_OF_EACH[what]
+    found = {
+        str(file.relative_to(ROOT))
+        for file in modules().values()
+        if re.search(pattern, file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert found == homes
+
+
+def test_the_catalog_holds_paths_only():
+    """A name is one line, `"npo": "module:Class"`; all else stands on the class, and the line is true."""
+    from fdiv.catalog import EVAL_COMMANDS, EVALUATIONS, METHODS, REWARDS, TASKS
+
+    for table in (METHODS, TASKS, EVALUATIONS, EVAL_COMMANDS, REWARDS):
+        for path in table.values():
+            module, _, attribute = path.partition(":")
+            assert module in modules(), path
+            if attribute:
+                defined = {node.name for node in tree(modules()[module]).body if hasattr(node, "name")}
+                assert attribute in defined, path

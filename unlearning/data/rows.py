@@ -13,13 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fdiv.files import DATA_FORMATS
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["Answer", "load_rows", "plain_text", "read_answers"]
 
 Text = str | list[dict[str, str]]
-_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+_FILE_FORMATS = {**DATA_FORMATS, ".txt": "text"}
 
 
 class Answer(NamedTuple):
