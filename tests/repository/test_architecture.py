@@ -221,8 +221,11 @@ def test_options_are_declared_not_checked():
 # One of each: what is written in one place, as a pattern, and the places where it may be.
 ONE_OF_EACH = {
     "did you mean": (r"get_close_matches", {"fdiv/named.py"}),
-    # `Divergence.estimate` stands below the statistics and returns tensors.
-    "a mean ± s.e.": (r"\.std\(correction=1\)", {"fdiv/statistics/estimates.py", "fdiv/divergences/base.py"}),
+    # The two besides return tensors, with a gradient.
+    "a mean ± s.e.": (
+        r"\.std\(correction=1\)",
+        {"fdiv/statistics/estimates.py", "fdiv/divergences/base.py", "alignment/f_dpg/estimate.py"},
+    ),
     "a mean ± s.e. by name": (r"^def _?mean_and_error\(", {"fdiv/statistics/estimates.py"}),
     # The second hashes any parts: its callers name the weights, texts and settings.
     "a fingerprint": (r"^def _?\w*fingerprint\(", {"fdiv/models/fingerprints.py", "fdiv/inference/cache.py"}),
