@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -207,6 +208,21 @@ def test_alpha_dpg_preset_is_the_papers_reward(tmp_path, alpha):
         config(tmp_path, alpha_dpg=alpha, pseudo_reward_clip=5.0)
 
 
+def test_divergence_scale_still_works_and_warns(tmp_path):
+    """One release more: D_f times the number, after `normalized`; the preset of α-DPG sets it without a warning."""
+    log_t = torch.tensor([-0.7, 0.4], dtype=torch.float64)
+    with pytest.warns(FutureWarning, match="divergence_scale=3.0 is deprecated"):
+        scaled = config(tmp_path, divergence="reverse_kl", divergence_scale=3.0).resolve_divergence()
+    torch.testing.assert_close(scaled.derivative(log_t), 3.0 * log_t)  # f = t log t − t + 1, f' = log t
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="divergence_scale")
+        preset = config(tmp_path, alpha_dpg=0.25)
+    assert preset.divergence_scale == 0.75
+    normalized = config(tmp_path, divergence="jensen_shannon", normalized=True).resolve_divergence()
+    by_hand = 2 * (log_t - torch.log((1 + log_t.exp()) / 2))  # f' of the registry's f is log(2t/(1 + t)), f''(1) = 1/2
+    torch.testing.assert_close(normalized.derivative(log_t), by_hand)
+
+
 def test_a_key_is_refused_unless_it_has_its_neutral_value():
     """The defaults, TRL's but for two, are what leaves the objective alone; a TRL upgrade that changes one shows here."""
     neutral = {"beta": 1.0, "vllm_importance_sampling_correction": False, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
@@ -221,7 +237,7 @@ def test_a_key_is_refused_unless_it_has_its_neutral_value():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"z_estimate": "batch"}, "z_estimate='batch': must be one of history, group, given"),
+        ({"z_estimate": "batch"}, "z_estimate='batch': must be one of history, group, loo, given"),
         ({"baseline": "mean"}, "baseline='mean'"),
         ({"proposal": "frozen"}, "proposal='frozen'"),
         ({"z_max": 0.0}, "z_max=0.0: must be above 0"),
