@@ -6,7 +6,6 @@ A method is a subclass that says which rows and scores it needs and returns its 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +22,7 @@ from fdiv.models.loading import checked_tokenizer
 from fdiv.models.reference import FrozenReference
 from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
 from fdiv.training.config import DivergenceOptions
-from fdiv.training.trainer import ObjectiveTrainerMixin
+from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
 from fdiv.unlearning.config import TemplateConfig, UnlearningConfig
 from fdiv.unlearning.data import ForgetDataset, UnlearningCollator
 from fdiv.unlearning.data.assembly import build_forget_dataset, read_retain_rows
@@ -92,12 +91,7 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
         peft_config=None,
     ) -> None:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-        if args is None:
-            args = self.config_class(f"{Path(name).name or type(model).__name__}-{self._name}")
-        if not isinstance(args, self.config_class):
-            raise TypeError(
-                f"args is a {type(args).__name__}: {type(self).__name__} needs {self.config_class.__name__}"
-            )
+        args = own_options(type(self), args, model)
         if train_dataset is None or len(train_dataset) == 0:
             raise ValueError("train_dataset is missing or empty: it holds the rows to forget")
         processing_class = checked_tokenizer(processing_class, model, pad_token=args.pad_token)

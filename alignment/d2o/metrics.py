@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,7 +12,10 @@ from torch import Tensor
 from fdiv.divergences import Divergence, get_divergence
 from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error, within_bounds
 
-__all__ = ["divergence_terms", "mean_and_error", "reduce_groups"]
+if TYPE_CHECKING:
+    from fdiv.alignment.d2o.config import D2OConfig
+
+__all__ = ["divergence_terms", "group_columns", "mean_and_error", "reduce_groups"]
 
 _LARGEST_EXPONENT = 60.0  # as in the registry: beyond it a weight saturates instead of overflowing
 
@@ -32,6 +36,70 @@ def divergence_terms(divergence: Divergence, log_prob: Tensor, reference: Tensor
 def _defined(values: Tensor) -> Tensor:
     """`values` without its NaN entries."""
     return values[~values.isnan()]
+
+
+@torch.no_grad()
+def group_columns(
+    args: D2OConfig,
+    divergence: Divergence,
+    inputs: Mapping[str, Tensor],
+    log_prob: Tensor,
+    pos: Tensor,
+    neg: Tensor,
+    *,
+    harmfulness: bool,
+) -> dict[str, Tensor]:
+    """What is recorded of every prompt, `[B]` each, for `reduce_groups`.
+
+    Args:
+        args: the weights and the cap. divergence: f. inputs: the batch of `D2OTrainer`.
+        log_prob, pos, neg: log π, log π_r⁺ and log π_r⁻ of the anchors and the rejected answer, `[B, K+1]`, nats;
+            `neg is pos` where the two references are one.
+        harmfulness: whether a scorer has scored the anchors.
+    """
+    cap = args.max_exponent
+    anchors, rejected = log_prob[:, :-1] - neg[:, :-1], log_prob[:, -1] - pos[:, -1]
+    count = max(anchors.size(1), 1)
+    # The rewards that the loss compares, and the same of plain log-ratios.
+    columns = {
+        "rejected_log_ratio": rejected,
+        "rejected_log_prob": log_prob[:, -1],
+        "rejected_reward": args.alpha * divergence.score(rejected, cap),
+        "rejected_raw_reward": args.alpha * rejected,
+        "anchor_reward": args.beta * divergence.score(anchors, cap).sum(1) / count,
+        "anchor_raw_reward": args.beta * anchors.sum(1) / count,
+        "anchor_log_prob": log_prob[:, :-1].sum(1) / count,
+        "clamped": divergence.capped(torch.cat([anchors, rejected[:, None]], dim=1), cap).any(1),
+        "online": inputs["online"],
+        "anchor_tokens": inputs["completion_mask"][:, :-1].sum((1, 2)),
+        "anchor_cut": inputs["anchor_cut"].float().sum(1) / count,
+        "attended": inputs["attention_mask"].sum((1, 2)),
+    }
+    if args.num_generations == 0:
+        return columns
+    columns |= {f"anchor_{k}_log_ratio": anchors[:, k] for k in range(anchors.size(1))}
+    # Divergences from the policy to its references, weighted for what the anchors were sampled from. Where no log q
+    # was recorded, offline anchors are samples of π_r⁻ and online ones of the policy of this step.
+    assumed = torch.where(inputs["online"].bool()[:, None], log_prob[:, :-1], neg[:, :-1])
+    sampler = torch.where(inputs["anchor_log_prob"].isnan(), assumed, inputs["anchor_log_prob"])
+    references = {"both": pos} if pos is neg else {"pos": pos, "neg": neg}
+    for kind, measured in (("divergence", divergence), ("jeffreys", get_divergence("jeffreys"))):
+        for name, reference in references.items():
+            terms = divergence_terms(measured, log_prob[:, :-1], reference[:, :-1], sampler)
+            columns[f"{kind}_to_{name}"] = terms.mean(1)
+    if harmfulness:  # NaN where the scorer gave none
+        harm = inputs["harmfulness"]
+        columns["harm_scored"] = (~harm.isnan()).sum(1)
+        columns["harm_sum"] = harm.nan_to_num(0.0).sum(1)
+        columns["harm_above"] = (harm > args.harmful_above).sum(1)
+    return columns
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean and standard error of `values[N]` without its NaN entries; NaN where there are too few."""
+    values = values[~values.isnan()]
+    error = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return (values.mean().item() if len(values) else math.nan), error
 
 
 def reduce_groups(examples: Mapping[str, Tensor], divergence: Divergence, anchors: int) -> dict[str, float]:

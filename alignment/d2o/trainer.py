@@ -21,17 +21,16 @@ from fdiv.alignment.d2o.anchors import Anchor, AnchorCache, check_context, draw_
 from fdiv.alignment.d2o.config import D2OConfig
 from fdiv.alignment.d2o.data import collate_groups, prepare_negatives
 from fdiv.alignment.d2o.loss import d2o_loss
-from fdiv.alignment.d2o.metrics import divergence_terms, reduce_groups
+from fdiv.alignment.d2o.metrics import group_columns, reduce_groups
 from fdiv.alignment.f_dpo.loss import check_f_dpo_divergence
 from fdiv.alignment.scorers import build_scorer, checked_scorer
-from fdiv.divergences import get_divergence
 from fdiv.errors import DataError
 from fdiv.models.fingerprints import weights_fingerprint
 from fdiv.models.loading import checked_tokenizer
 from fdiv.models.logprobs import sequence_log_prob, token_scores
 from fdiv.models.reference import FrozenReference
-from fdiv.training.rollouts import RolloutMixin
-from fdiv.training.trainer import ObjectiveTrainerMixin
+from fdiv.training.rollouts import RolloutMixin, without_trl_reference
+from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
 
 __all__ = ["D2OConfig", "D2OTrainer"]
 
@@ -127,11 +126,8 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         quantization_config=None,
         peft_config=None,
     ) -> None:
+        args = own_options(type(self), args, model)
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-        if args is None:
-            args = D2OConfig(f"{Path(name).name or type(model).__name__}-D2O")
-        if not isinstance(args, D2OConfig):
-            raise TypeError(f"args is a {type(args).__name__}: D2OTrainer needs a D2OConfig, with `alpha` and `beta`")
         if hasattr(processing_class, "tokenizer"):
             raise DataError("D2OTrainer trains on text: pass a tokenizer, not a multimodal processor")
         processing_class = checked_tokenizer(processing_class, model, padding_side="left")
@@ -141,9 +137,8 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         self._prepare = lambda rows, split: prepare_negatives(
             rows, processing_class, max_length=args.max_length, anchors=args.num_generations, name=split
         )
-        # While TRL sets up, it would load a second model for β > 0, and bake the sampling temperature into the scores.
-        beta, temperature, args.beta, args.temperature = args.beta, args.temperature, 0.0, 1.0
-        try:
+        # TRL would load a second model for β > 0, and bake the sampling temperature into the scores.
+        with without_trl_reference(args, temperature=1.0):
             super().__init__(
                 model,
                 reward_funcs=[_no_score if scorer is None else _checked_harmfulness(scorer)],
@@ -157,10 +152,8 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
                 peft_config=peft_config,
                 rollout_func=rollout_func or args.server_rollouts(),
             )
-        finally:
-            args.beta, args.temperature = beta, temperature
         self.scores_harmfulness = scorer is not None
-        self._set_sampling_temperature(temperature)
+        self._set_sampling_temperature(args.temperature)
         self.num_generations = self.num_generations_eval = 1  # TRL's sampler: each row once, a row is a whole group
         loading = {} if quantization_config is None else {"quantization_config": quantization_config}
         self._make_references(
@@ -253,8 +246,7 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         if not isinstance(prompts[0], str):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         scores = self._calculate_rewards(list(rows), prompts, texts, list(ids))  # gathered: this process's part stands
-        start = self.accelerator.process_index * len(rows)
-        part = scores[start : start + len(rows), 0].tolist()
+        part = self.my_part(scores, len(rows))[:, 0].tolist()
         return [score if torch.isfinite(torch.tensor(score)) else None for score in part]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -272,61 +264,31 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
 
     # ---------------------------------------------------------------- loss
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        rows = {name: inputs[name].flatten(0, 1) for name in _ROWS}
-        log_prob = sequence_log_prob(token_scores(model, **rows)).view(inputs["input_ids"].shape[:2])
-        pos, neg = self._reference_log_probs(inputs, rows)
-        anchors, rejected = log_prob[:, :-1] - neg[:, :-1], log_prob[:, -1] - pos[:, -1]
+        r"""The mean over the B prompts of
+
+            −log σ( (β/K)·Σ_k h(log π(y_k)/π_r⁻(y_k)) − α·h(log π(y_l)/π_r⁺(y_l)) )
+
+        with the anchors y_1 … y_K, the rejected answer y_l and the score h = f′ (arXiv:2403.03419; log u for
+        `reverse_kl`). `inputs` holds K + 1 rows for each prompt, `[B, K+1, T]`, the rejected answer last. Nothing of
+        `GRPOTrainer`'s loss is used.
+        """
         args = self.args
-        losses = d2o_loss(anchors, rejected, args.alpha, args.beta, self.divergence, max_exponent=args.max_exponent)
-        self.record_examples({"loss": losses, **self._columns(inputs, log_prob, pos, neg)})
-        return losses.mean()
-
-    def _reference_log_probs(self, inputs: dict[str, Tensor], rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """log π_r⁺ and log π_r⁻ of every sequence, `[B, K+1]`."""
+        # 1. log π of the anchors and the rejected answers: one forward with gradient for all of them.
+        rows = {name: inputs[name].flatten(0, 1) for name in _ROWS}
         shape = inputs["input_ids"].shape[:2]
-        pos = sequence_log_prob(self.reference_pos.score(**rows)).view(shape)
-        if self.reference_neg is self.reference_pos:
-            return pos, pos
-        return pos, sequence_log_prob(self.reference_neg.score(**rows)).view(shape)
-
-    @torch.no_grad()
-    def _columns(self, inputs: dict[str, Tensor], log_prob: Tensor, pos: Tensor, neg: Tensor) -> dict[str, Tensor]:
-        """Per group, for `reduce_groups`: `[B]` each."""
-        args, cap = self.args, self.args.max_exponent
+        log_prob = sequence_log_prob(token_scores(model, **rows)).view(shape)
+        # 2. log π_r⁺ and log π_r⁻ of the same rows, without gradient; as a rule they are one model.
+        pos = neg = sequence_log_prob(self.reference_pos.score(**rows)).view(shape)
+        if self.reference_neg is not self.reference_pos:
+            neg = sequence_log_prob(self.reference_neg.score(**rows)).view(shape)
+        # 3. Log-ratios: the anchors against π_r⁻, the rejected answer against π_r⁺.
         anchors, rejected = log_prob[:, :-1] - neg[:, :-1], log_prob[:, -1] - pos[:, -1]
-        count = max(anchors.size(1), 1)
-        everything = torch.cat([anchors, rejected[:, None]], dim=1)
-        columns = {
-            "rejected_log_ratio": rejected,
-            "rejected_log_prob": log_prob[:, -1],
-            "rejected_reward": args.alpha * self.divergence.score(rejected, cap),
-            "rejected_raw_reward": args.alpha * rejected,
-            "anchor_reward": args.beta * self.divergence.score(anchors, cap).sum(1) / count,
-            "anchor_raw_reward": args.beta * anchors.sum(1) / count,
-            "anchor_log_prob": log_prob[:, :-1].sum(1) / count,
-            "clamped": self.divergence.capped(everything, cap).any(1),
-            "online": inputs["online"],
-            "anchor_tokens": inputs["completion_mask"][:, :-1].sum((1, 2)),
-            "anchor_cut": inputs["anchor_cut"].float().sum(1) / count,
-            "attended": inputs["attention_mask"].sum((1, 2)),
-        }
-        if args.num_generations == 0:
-            return columns
-        columns |= {f"anchor_{k}_log_ratio": anchors[:, k] for k in range(anchors.size(1))}
-        references = {"both": pos} if pos is neg else {"pos": pos, "neg": neg}
-        # Where nobody recorded log q, offline anchors are π_r⁻'s and online ones the policy's as it is.
-        assumed = torch.where(inputs["online"].bool()[:, None], log_prob[:, :-1], neg[:, :-1])
-        sampler = torch.where(inputs["anchor_log_prob"].isnan(), assumed, inputs["anchor_log_prob"])
-        for kind, divergence in (("divergence", self.divergence), ("jeffreys", get_divergence("jeffreys"))):
-            for name, reference in references.items():
-                terms = divergence_terms(divergence, log_prob[:, :-1], reference[:, :-1], sampler)
-                columns[f"{kind}_to_{name}"] = terms.mean(1)
-        if self.scores_harmfulness:
-            harm = inputs["harmfulness"]
-            columns["harm_scored"] = (~harm.isnan()).sum(1)
-            columns["harm_sum"] = harm.nan_to_num(0.0).sum(1)
-            columns["harm_above"] = (harm > args.harmful_above).sum(1)
-        return columns
+        # 4. The loss of each prompt. Trainer divides by the accumulation steps.
+        losses = d2o_loss(anchors, rejected, args.alpha, args.beta, self.divergence, max_exponent=args.max_exponent)
+        # 5. What is logged of each prompt.
+        columns = group_columns(args, self.divergence, inputs, log_prob, pos, neg, harmfulness=self.scores_harmfulness)
+        self.record_examples({"loss": losses, **columns})
+        return losses.mean()
 
     def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:
         """See the class and `fdiv.alignment.d2o.metrics`."""

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from collections import deque
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,14 @@ from fdiv.divergences import get_divergence
 from fdiv.errors import ScorerError
 from fdiv.models.reference import FrozenReference
 from fdiv.statistics.diversity import diversity
-from fdiv.training.rollouts import RolloutMixin, model_inputs, token_mask
-from fdiv.training.trainer import ObjectiveTrainerMixin
+from fdiv.training.rollouts import (
+    RolloutMixin,
+    checked_log_probs,
+    model_inputs,
+    token_mask,
+    without_trl_reference,
+)
+from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
 
 __all__ = ["FDPGConfig", "FDPGTrainer"]
 
@@ -103,8 +110,7 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         rollout_func=None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, FDPGConfig):
-            raise TypeError(f"args is a {type(args).__name__}: FDPGTrainer needs an FDPGConfig")
+        args = own_options(type(self), args, model)
         given = args.target if target is None else target
         if given is None:
             raise ValueError("no target: set `target: {name: …}` in the config, or pass target")
@@ -118,17 +124,17 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             raise ValueError(f"train_dataset has no column 'prompt'; it has {', '.join(train_dataset.column_names)}")
         in_memory = not isinstance(model, str) and not is_peft_model(model) and peft_config is None
         attach = in_memory or base_model is not None
-        if attach:
-            args.beta = 0.0  # TRL would load the base by the model's name; ours is attached below
-        super().__init__(
-            model,
-            args=args,
-            train_dataset=train_dataset,
-            reward_funcs=[checked_scorer(function) for function in self.target.functions],
-            peft_config=peft_config,
-            rollout_func=rollout_func or args.server_rollouts(),
-            **kwargs,
-        )
+        # TRL would load the base by the model's name; where it is another one, ours is attached below.
+        with without_trl_reference(args) if attach else nullcontext():
+            super().__init__(
+                model,
+                args=args,
+                train_dataset=train_dataset,
+                reward_funcs=[checked_scorer(function) for function in self.target.functions],
+                peft_config=peft_config,
+                rollout_func=rollout_func or args.server_rollouts(),
+                **kwargs,
+            )
         if self._is_vlm:
             raise ValueError("f-DPG trains on text: pass a tokenizer as processing_class, not a multimodal processor")
         if attach:
@@ -147,7 +153,7 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             loading = {} if quantization is None else {"quantization_config": quantization}
             base = create_model_from_path(base, **(self.args.model_init_kwargs or {}), **loading)
         self.ref_model = FrozenReference(self, base).model
-        self.beta = self.args.beta = 1.0
+        self.beta = self.args.beta  # not 0: `GRPOTrainer` scores the base along with the rollouts
 
     def _make_proposal(self) -> AdaptiveProposal:
         engine = self.use_vllm or self.args.rollout_server_url is not None
@@ -193,15 +199,11 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if not torch.isfinite(scores).all():  # from a reward model or an asynchronous function; others were checked
-            for name, column in zip(self.reward_func_names, self._local(scores, len(prompts)).unbind(1), strict=True):
+            for name, column in zip(self.reward_func_names, self.my_part(scores, len(prompts)).unbind(1), strict=True):
                 check_finite(name, column.tolist(), completions)
             raise ScorerError("a scorer returned a score that is not finite on another process")
         self._scores = scores.double()
         return scores
-
-    def _local(self, gathered: Tensor, count: int) -> Tensor:
-        start = self.accelerator.process_index * count
-        return gathered[start : start + count]
 
     def _generate_and_score_completions(self, inputs):
         self.ensure_fitted()
@@ -217,9 +219,7 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         def summed(per_token: Tensor) -> Tensor:
             return (per_token.double() * mask).sum(-1)
 
-        recorded = batch.get("sampling_per_token_logps")
-        if recorded is not None and not torch.isfinite(recorded[mask.bool()]).all():
-            raise ScorerError("the rollout back end returned a log-probability that is not finite: log q is unknown")
+        recorded = checked_log_probs(batch)
         log_policy = None
         if recorded is None or self._adaptive is not None:
             per_token, _, _ = self._get_per_token_logps_and_entropies(
@@ -236,8 +236,9 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
     def _score_samples(self, inputs: list[dict], batch: dict[str, Tensor], samples: dict[str, Tensor]) -> dict:
         """The tensors the loss needs, one row per completion; reductions are over all processes."""
         training, rows = self.model.training, len(inputs)
-        scores = self._local(self._scores, rows)
-        log_target = samples["log_base"] + self.target.log_potential(scores)  # log P
+        # log P = log a + the target's potential; then the samples of all processes in one table.
+        scores = self.my_part(self._scores, rows)
+        log_target = samples["log_base"] + self.target.log_potential(scores)
         columns = [log_target, samples["log_proposal"], samples["log_policy"]]
         if self.args.z_estimate == "given":
             columns.append(given_log_z(inputs, self.args.log_z).to(log_target))
@@ -245,32 +246,35 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         prompts = self.accelerator.gather(prompt_keys(batch))
         log_p, log_q, log_policy = table[:, :3].unbind(1)
         given = table[:, 3] if self.args.z_estimate == "given" else None
+        # log Ẑ of each prompt from P/q of its samples; 0 leaves the prompt out.
         log_z = self.estimates.update(prompts, log_p - log_q, given=given, store=training)
         skipped = torch.isneginf(log_z)
         log_t = torch.where(skipped, 0.0, log_policy - log_p + log_z)
         for name, values in partition_metrics(prompts, log_p - log_q, log_z).items():
             self._metrics["train" if training else "eval"][name] += values
+        # An adaptive proposal follows the policy when it has come closer to p.
         if self._adaptive is not None and training:
             kept = ~skipped
             self._adaptive.observe(
                 log_t[kept], (log_q - log_p + log_z)[kept], (log_policy - log_q)[kept], prompts[kept]
             )
             self._maybe_replace_proposal()
+        # The baseline of f′(t), and what TRL's table of completions shows.
         slope = self._slope(log_t)
         baseline = self._baseline(slope, prompts, ~skipped, training)
         if self.args.z_estimate == "loo" and self.args.baseline == "loo":
             baseline = leave_one_out_slopes(self._slope, log_policy - log_p, log_z, prompts)
-        self._show_pseudo_rewards((baseline - slope).masked_fill(skipped, 0.0))
-        finite_log_z = self._local(log_z, rows).masked_fill(self._local(skipped, rows), 0.0)
+        self.show_advantages((baseline - slope).masked_fill(skipped, 0.0))
+        finite_log_z = self.my_part(log_z, rows).masked_fill(self.my_part(skipped, rows), 0.0)
         return {
             "scores": scores,
             "log_base": samples["log_base"],
             "log_proposal": samples["log_proposal"],
             "log_target": log_target - finite_log_z,
             "log_z": finite_log_z,
-            "prompt": self._local(prompts, rows),
-            "baseline": self._local(baseline, rows),
-            "skipped": self._local(skipped, rows),
+            "prompt": self.my_part(prompts, rows),
+            "baseline": self.my_part(baseline, rows),
+            "skipped": self.my_part(skipped, rows),
         }
 
     def _slope(self, log_t: Tensor) -> Tensor:
@@ -297,13 +301,6 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         self._last_check = self.state.global_step
         for name, value in self._adaptive.decide().items():
             self._metrics["train"][name].append(value)
-
-    def _show_pseudo_rewards(self, advantages: Tensor) -> None:
-        """In TRL's table of completions, baseline − f′(t) instead of GRPO's advantages, which f-DPG does not use."""
-        shown = self._logs["advantages"]
-        for _ in range(min(len(advantages), len(shown))):
-            shown.pop()
-        shown.extend(advantages.tolist())
 
     # ---------------------------------------------------------------- lambda
     def ensure_fitted(self) -> None:
@@ -362,37 +359,51 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
 
     # ---------------------------------------------------------------- loss
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        r"""The mean over samples x ~ q of the score-function surrogate
+
+            (π(x)/q(x)) · ( f′(π(x)/p(x)) − baseline ) · log π(x)
+
+        whose gradient is that of D_f(π‖p), with p = P/Ẑ (arXiv:2302.08215, theorem 1). The factors before log π are
+        detached. log P, Ẑ, log q and the baseline came with the rollouts (`_score_samples`); π is the policy of this
+        micro-step. Nothing of `GRPOTrainer`'s loss is used.
+        """
+        args = self.args
+        # 1. log π of the completions, in one forward with gradient.
         per_token, entropy, aux_loss = self._get_per_token_logps_and_entropies(
             model, *model_inputs(inputs), compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
         )
-        mask = token_mask(inputs)
+        mask, skipped = token_mask(inputs), inputs["skipped"]
         log_policy = (per_token * mask).sum(-1)
+        # 2. log t = log π/p, and the importance weight log π/q, capped; the samples of a prompt whose Ẑ is 0 get
+        #    weight 0.
         now = log_policy.detach().double()
-        log_t = now - inputs["log_target"]
-        log_weight = now - inputs["log_proposal"]
-        cap = math.log(self.args.importance_weight_cap) if self.args.importance_weight_cap else math.inf
+        log_t, log_weight = now - inputs["log_target"], now - inputs["log_proposal"]
+        cap = math.log(args.importance_weight_cap) if args.importance_weight_cap else math.inf
         capped = log_weight > cap
         log_weight = log_weight.clamp(max=cap)
+        # 3. The coefficient of each sample times log π, with the baseline fixed at rollout time.
         losses = f_dpg_loss(
             log_policy,
-            log_t.masked_fill(inputs["skipped"], 0.0),
+            log_t.masked_fill(skipped, 0.0),
             self.divergence,
-            # weight 0 leaves the samples of a prompt with an estimate of Z = 0 out
-            log_weight=log_weight.masked_fill(inputs["skipped"], -math.inf),
+            log_weight=log_weight.masked_fill(skipped, -math.inf),
             baseline=inputs["baseline"],
-            clip=self.args.pseudo_reward_clip,
-            max_exponent=self.args.max_exponent,
-        ) / self.args.length_normalizer  # fmt: skip
+            clip=args.pseudo_reward_clip,
+            max_exponent=args.max_exponent,
+        ) / args.length_normalizer  # fmt: skip
         loss = losses.mean()
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss
-        ratios = {"log_t": log_t, "log_weight": log_weight, "weight_capped": capped}
-        sums = {"log_policy": log_policy, "entropy": (entropy * mask).sum(-1), "tokens": mask.sum(-1)}
+        # 4. What is logged of each sample.
         scores = {f"score/{n}": c for n, c in zip(self.reward_func_names, inputs["scores"].unbind(1), strict=True)}
-        batch = {name: inputs[name] for name in ("log_base", "log_z", "skipped")} | prompt_columns(inputs["prompt"])
-        slopes = slope_columns(self.divergence, log_t, self.args.max_exponent, self.args.pseudo_reward_clip)
-        self.record_examples({"loss": losses, **ratios, **sums, **scores, **batch, **slopes})
-        # GRPOTrainer tells Trainer that the loss is scaled for accumulation already.
+        self.record_examples({
+            "loss": losses, "log_t": log_t, "log_weight": log_weight, "weight_capped": capped,
+            "log_policy": log_policy, "entropy": (entropy * mask).sum(-1), "tokens": mask.sum(-1),
+            "log_base": inputs["log_base"], "log_z": inputs["log_z"], "skipped": skipped, **scores,
+            **prompt_columns(inputs["prompt"]),
+            **slope_columns(self.divergence, log_t, args.max_exponent, args.pseudo_reward_clip),
+        })  # fmt: skip
+        # 5. GRPOTrainer tells Trainer that the loss is scaled for accumulation already.
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1.0)
 
     def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:

@@ -4,7 +4,6 @@
 `divergence="reverse_kl"` they train DPO, step for step.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from fdiv.models.reference import frozen_copy
 from fdiv.statistics.calibration import length_normalised_calibration, margin_calibration
 from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
 from fdiv.training.data_checks import check_preference_dataset
-from fdiv.training.trainer import ObjectiveTrainerMixin
+from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
 
 __all__ = ["FDPOTrainer"]
 
@@ -81,11 +80,8 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
         quantization_config=None,
         peft_config=None,
     ) -> None:
+        args = own_options(type(self), args, model)
         model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-        if args is None:
-            args = FDPOConfig(f"{Path(model_name).name or type(model).__name__}-f-DPO")
-        if not isinstance(args, FDPOConfig):
-            raise TypeError(f"args is a {type(args).__name__}: FDPOTrainer needs an FDPOConfig, with `divergence`")
         self.divergence = args.resolve_divergence()
         _check_data(train_dataset, eval_dataset, args)
         processing_class = _checked_processing_class(processing_class, model, args)

@@ -22,10 +22,6 @@ from fdiv.models.logprobs import TokenScores, enable_fused_head, token_scores
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 __all__ = ["FrozenReference", "frozen_copy"]
 
 _ADAPTER = "ref"  # the name TRL uses, so that its own tools find it
@@ -139,10 +135,13 @@ class FrozenReference:
         active = policy.active_adapter
         parameters = dict(policy.named_parameters())
         for key, parameter in parameters.items():
-            if f".{active}." in key:
-                copied = parameters[key.replace(f".{active}.", f".{_ADAPTER}.")]
-                copied.copy_(parameter)
-                copied.requires_grad_(False)
+            # The adapter's name is a part of the key, and its last part for embeddings, IA3 and trainable tokens.
+            parts = key.split(".")
+            if active not in parts:
+                continue
+            copied = parameters[".".join(_ADAPTER if part == active else part for part in parts)]
+            copied.copy_(parameter)
+            copied.requires_grad_(False)
 
 
 def _is_sharded(trainer: Any) -> bool:

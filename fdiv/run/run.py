@@ -182,7 +182,7 @@ def _result(plan: RunPlan, trainer: Any, evaluations: Any) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         "method": plan.recipe.method_name,
         "divergence": plain(getattr(args, "divergence", None)),  # None for a method without one
-        "beta": getattr(args, "beta", None),
+        "beta": trainer.objective_settings().get("beta"),  # None for a method without one
         "seed": args.seed,
         "steps": trainer.state.global_step,
         "unmet_requirements": unmet_requirements(evaluations.evaluations, before, after),

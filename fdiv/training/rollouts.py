@@ -30,12 +30,10 @@ from fdiv.models.loading import check_fits
 from fdiv.training.config import Options, option
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
+    from trl import GRPOConfig
 
 __all__ = [
     "GRPO_LOSS_KEYS",
@@ -43,10 +41,12 @@ __all__ = [
     "RolloutConfig",
     "RolloutMixin",
     "RolloutRecorder",
+    "checked_log_probs",
     "model_inputs",
     "record_log_probs",
     "token_mask",
     "without_generation_defaults",
+    "without_trl_reference",
 ]
 
 
@@ -162,6 +162,18 @@ class RolloutMixin:
         return super()._get_per_token_logps_and_entropies(
             _PositionIds(model), input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
+
+    def my_part(self, gathered: Tensor, count: int) -> Tensor:
+        """The `count` rows of this process, of a tensor gathered from all of them."""
+        start = self.accelerator.process_index * count
+        return gathered[start : start + count]
+
+    def show_advantages(self, advantages: Tensor) -> None:
+        """In TRL's table of completions, these `[N]` values of the last generation in the place of GRPO's."""
+        shown = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(shown))):
+            shown.pop()
+        shown.extend(advantages.tolist())
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self.use_vllm or self.use_transformers_continuous_batching:
@@ -393,3 +405,34 @@ def model_inputs(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, int]:
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     return ids, attention_mask, batch["completion_ids"].size(1)
+
+
+def checked_log_probs(batch: dict[str, Tensor]) -> Tensor | None:
+    """`[B, C]` log q of the sampled tokens, recorded by the back end; None where it records none.
+
+    Raises:
+        RolloutError: one of them is not finite.
+    """
+    recorded = batch.get("sampling_per_token_logps")
+    if recorded is not None and not torch.isfinite(recorded[token_mask(batch).bool()]).all():
+        raise RolloutError(
+            "the rollout back end returned a log-probability that is not finite: the engine's weights or its numbers "
+            "are broken; look at its log, and try float32 or another attention back end there"
+        )
+    return recorded
+
+
+@contextmanager
+def without_trl_reference(args: GRPOConfig, **others: Any) -> Iterator[None]:
+    """While `GRPOTrainer` is constructed: β = 0, so that it loads no reference model, which is ours to make.
+
+    Args:
+        args: the trainer's own copy of its options. others: further options that hold meanwhile.
+    """
+    meanwhile = {"beta": 0.0, **others}
+    stated = {name: getattr(args, name) for name in meanwhile}
+    vars(args).update(meanwhile)
+    try:
+        yield
+    finally:
+        vars(args).update(stated)

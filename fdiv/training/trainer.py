@@ -7,6 +7,7 @@ rest is reduced when TRL logs.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from fdiv.training.resume import ResumableMixin
 if TYPE_CHECKING:
     from fdiv.memory.step_shape import StepShape
 
-__all__ = ["ObjectiveTrainerMixin", "overflow_note"]
+__all__ = ["ObjectiveTrainerMixin", "overflow_note", "own_options"]
 
 
 #: Gradient norms of float32 overflow when exponentials near this exponent are squared and summed.
@@ -46,6 +47,35 @@ def overflow_note(divergence: Divergence, exponents: tuple[float, ...], max_expo
     if cap >= _OVERFLOWING_EXPONENT:
         return f"{note}; gradient norms can overflow float32 with it: {TRAINING_MAX_EXPONENT:g} is known to train"
     return f"{note}; clamped_fraction in the log says how often"
+
+
+def own_options(trainer: type[ObjectiveTrainerMixin], args: Any, model: Any) -> Any:
+    """The options a trainer works with: a copy of `args`, so that whoever passed them finds them unchanged.
+
+    Args:
+        trainer: the trainer's class; its `config_class` is what `args` must be.
+        args: the options, or None for the defaults, with a folder named after the model and the method to write to,
+            and float32 on a machine without an accelerator.
+        model: the model or its name.
+
+    Raises:
+        TypeError: `args` is something else.
+        ValueError: the defaults leave out what the method needs (a reward, a target); the message names it.
+    """
+    config = trainer.config_class
+    if args is None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        machine = {} if torch.accelerator.is_available() else {"bf16": False, "use_cpu": True}
+        return config(f"{Path(name).name or type(model).__name__}-{trainer._name}", **machine)
+    if not isinstance(args, config):
+        raise TypeError(
+            f"args is a {type(args).__name__}: {trainer.__name__} needs {_article(config.__name__)} {config.__name__}"
+        )
+    return copy.copy(args)
+
+
+def _article(name: str) -> str:
+    return "an" if name[0] in "AEFIO" else "a"
 
 
 class ObjectiveTrainerMixin(ResumableMixin):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from fdiv.divergences import Divergence
-from fdiv.errors import DataError, FdivError, RolloutError
+from fdiv.errors import DataError, FdivError
 from fdiv.models.fingerprints import data_fingerprint
 from fdiv.models.reference import FrozenReference
 from fdiv.rl.dph.batches import explore_mean, group_advantages, join, rows_of_slot, rows_of_step
@@ -31,8 +31,8 @@ from fdiv.rl.dph.loss import (
 )
 from fdiv.rl.dph.metrics import dph_metrics, gathered_log_ratios, rehearsal_columns
 from fdiv.rl.dph.rehearsal import RehearsalBatch, RehearsalCache
-from fdiv.training.rollouts import RolloutMixin
-from fdiv.training.trainer import ObjectiveTrainerMixin
+from fdiv.training.rollouts import RolloutMixin, checked_log_probs, model_inputs, token_mask
+from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
 
 __all__ = ["DPHConfig", "DPHTrainer"]
 
@@ -87,8 +87,7 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         rollout_func=None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, DPHConfig):
-            raise TypeError(f"args is a {type(args).__name__}: DPHTrainer needs a DPHConfig")
+        args = own_options(type(self), args, model)
         columns = getattr(train_dataset, "column_names", None)
         if columns is not None and "prompt" not in columns:
             raise ValueError(f"train_dataset has no column 'prompt'; it has {', '.join(columns)}")
@@ -157,12 +156,7 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
     # ---------------------------------------------------------------- rollouts, rewards, advantages
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
-        recorded = batch.get("sampling_per_token_logps")
-        if recorded is not None and not torch.isfinite(recorded[_mask(batch).bool()]).all():
-            raise RolloutError(
-                "the rollout back end returned a log-probability that is not finite: the engine's weights or its "
-                "numbers are broken; look at its log, and try float32 or another attention back end there"
-            )
+        checked_log_probs(batch)
         if self.reference is not None:
             with self.reference.active() as model:
                 batch["ref_per_token_logps"] = self._score(model, batch)
@@ -173,12 +167,8 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
     @torch.no_grad()
     def _score(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """`[B, C]` log-probabilities of the completions under `model`."""
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         size = self.args.per_device_train_batch_size
-        return self._get_per_token_logps_and_entropies(
-            model, ids, mask, batch["completion_ids"].size(1), batch_size=size
-        )[0]
+        return self._get_per_token_logps_and_entropies(model, *model_inputs(batch), batch_size=size)[0]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -201,17 +191,13 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             return torch.zeros_like(batch["advantages"])
         rewards = self._rewards
         if self.kl is not None and self.kl.enters == "reward":
-            penalty = self.accelerator.gather((self.kl(self._rollout_log_ratio(batch)) * _mask(batch)).sum(-1))
+            penalty = self.accelerator.gather((self.kl(self._rollout_log_ratio(batch)) * token_mask(batch)).sum(-1))
             self._metrics[mode][f"kl/{self.kl.name}"].append(penalty.mean().item())
             rewards = rewards - self.args.kl_coefficient * penalty
         advantages, skipped = group_advantages(rewards, size, self.advantage)
         self._metrics[mode]["advantage/skipped_fraction"].append(skipped.float().mean().item())
-        shown = self._logs["advantages"]  # TRL's table of completions shows its own
-        for _ in range(min(len(advantages), len(shown))):
-            shown.pop()
-        shown.extend(advantages.tolist())
-        start = self.accelerator.process_index * len(batch["advantages"])
-        return advantages[start : start + len(batch["advantages"])]
+        self.show_advantages(advantages)
+        return self.my_part(advantages, len(batch["advantages"]))
 
     def _rollout_log_ratio(self, batch: dict[str, Tensor]) -> Tensor:
         """log π − log π_ref of the sampled tokens under the weights they were sampled with, `[B, C]`."""
@@ -257,66 +243,64 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
 
     # ---------------------------------------------------------------- loss
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        training = self.model.training
-        rows = self._next_rows() if training and self.rehearsal is not None else None
-        self._joining = rows
+        r"""GRPO's loss on the rollouts, and beside it a divergence on cached samples of the reference:
+
+            L = L_GRPO + β·KL + w·(1/R) Σ_r ℓ_f(r),    ℓ_f(r) = mean over the tokens of row r of f(π_θ/π_ref)
+
+        (arXiv:2509.07430; `level: sequence` takes f of the whole row's ratio, `kl` is off unless asked for, and w
+        follows from `rehearsal_coefficient` and `rehearsal_weighting`). R rows belong to an optimizer step; this
+        micro-step on this process scores its share of them.
+        """
+        args, training = self.args, self.model.training
+        steps = self.current_gradient_accumulation_steps if training else 1
+        processes, rehearses = self.accelerator.num_processes, training and self.rehearsal is not None
+        # 1. TRL's loss on the rollouts. Its forward scores the rehearsal rows of this micro-step too
+        #    (`_get_per_token_logps_and_entropies`), so there is one pass with gradient.
+        self._joining = rows = self._next_rows() if rehearses else None
         try:
             loss = super()._compute_loss(model, inputs)
         finally:
             self._joining = None
-        log_policy, log_rehearsal = self._scored
-        self._scored = None
-        steps = self.current_gradient_accumulation_steps if training else 1
-        explore = loss.detach() * steps
+        (log_policy, log_rehearsal), self._scored = self._scored, None
+        shared, columns = {"explore_loss": loss.detach() * steps}, {}
+        # 2. The KL penalty of the baselines, with GRPO's own normaliser.
         if self.kl is not None and self.kl.enters == "loss":
-            loss = loss + self._kl_loss(log_policy, inputs)
-        if training and self.rehearsal is not None:
-            loss = loss + self._rehearsal_part(log_policy, log_rehearsal, rows, inputs, explore, loss.detach() * steps)
-        elif training:
-            self._record(inputs, log_policy, {"loss": loss * steps, "explore_loss": explore}, {}, rows=1)
-        return loss
+            loss = loss + args.kl_coefficient * self._kl_mean(log_policy, inputs)
+        if not rehearses:
+            if training:
+                self._record(inputs, log_policy, {"loss": loss * steps, **shared}, {}, rows=1)
+            return loss
+        # 3. w·mean of ℓ_f over the R rows. Gradients are averaged over processes and summed over micro-steps, and
+        #    rows differ in number, so the share of these rows is their sum × processes / R.
+        weight = rehearsal_weight(
+            args.rehearsal_coefficient, args.rehearsal_weighting, self._rows_per_step, self._completions_per_step
+        )
+        rehearsed = log_policy.new_zeros(())
+        if rows is not None:
+            log_ratio, mask = log_rehearsal - rows.reference_log_probs, rows.completion_mask
+            row_losses = self._row_losses(log_ratio, mask)
+            rehearsed = weight * row_losses.sum() * processes / self._rows_per_step
+            columns = self._rehearsal_columns(row_losses, log_ratio.detach(), mask)
+        # 4. Jensen–Shannon by definition has a second half, on the policy's own samples.
+        if args.rehearsal_form == "definition":
+            log_ratio = log_policy - inputs["ref_per_token_logps"]
+            on_policy = js_on_policy(log_ratio, token_mask(inputs), args.level, gradient=args.definition_gradient)
+            rehearsed = rehearsed + weight * on_policy.mean() / steps
+        # 5. For the log, and for the stop on a loss that is not finite; at η = 0 the rows are scored for the log only.
+        shared["loss"] = (loss.detach() + rehearsed) * steps
+        self._record(inputs, log_policy, shared, columns, rows=-(-self._rows_per_step // (steps * processes)))
+        return loss + rehearsed if args.rehearsal_coefficient else loss
 
-    def _kl_loss(self, log_policy: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """β·KL in the place and with the normaliser of GRPO's own."""
-        mask = _mask(inputs)
+    def _kl_mean(self, log_policy: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """The KL estimator's mean, in the place and with the normaliser of GRPO's own; logged as `kl/NAME`."""
+        mask = token_mask(inputs)
         old = inputs.get("old_per_token_logps", log_policy.detach())
         per_token = self.kl(log_policy - inputs["ref_per_token_logps"], log_policy - old)
         totals = torch.stack([(per_token.detach() * mask).sum(), mask.sum().to(per_token)])
         total, count = self.accelerator.reduce(totals, reduction="sum").tolist()
         mode = "train" if self.model.training else "eval"
         self._metrics[mode][f"kl/{self.kl.name}"].append(total / max(count, 1.0))
-        return self.args.kl_coefficient * explore_mean(per_token, mask, inputs, self)
-
-    def _rehearsal_part(self, log_policy, log_rehearsal, rows, inputs, explore, loss) -> Tensor:
-        """w·(mean over the step's R rows): this micro-step's share of it, recorded."""
-        args = self.args
-        weight = rehearsal_weight(
-            args.rehearsal_coefficient, args.rehearsal_weighting, self._rows_per_step, self._completions_per_step
-        )
-        steps, processes = self.current_gradient_accumulation_steps, self.accelerator.num_processes
-        part, columns = log_policy.new_zeros(()), {}
-        if rows is not None:
-            log_ratio, mask = log_rehearsal - rows.reference_log_probs, rows.completion_mask
-            losses = self._row_losses(log_ratio, mask)
-            # Gradients are averaged over processes and summed over micro-steps; rows differ in number.
-            part = weight * losses.sum() * processes / self._rows_per_step
-            detached = log_ratio.detach()
-            columns = {
-                "rehearsal_loss": losses, **rehearsal_columns(detached, mask, self.divergence, args.level),
-                "row": torch.tensor(self._row_numbers, device=losses.device),
-            }  # fmt: skip
-            token_level = args.level == "token"
-            values = detached[mask.bool()] if token_level else (detached * mask).sum(-1)
-            self._log_ratios.append(values.cpu())  # tokens of many steps: not where memory is scarce
-        if self.reference is not None and args.rehearsal_form == "definition":
-            on_policy = js_on_policy(
-                log_policy - inputs["ref_per_token_logps"], _mask(inputs), args.level,
-                gradient=args.definition_gradient,
-            )  # fmt: skip
-            part = part + weight * on_policy.mean() / steps
-        shared = {"loss": loss + part * steps, "explore_loss": explore}
-        self._record(inputs, log_policy, shared, columns, -(-self._rows_per_step // (steps * processes)))
-        return part if args.rehearsal_coefficient else log_policy.new_zeros(())
+        return explore_mean(per_token, mask, inputs, self)
 
     def _row_losses(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
         """`[R]`, what is averaged over rehearsal rows."""
@@ -328,6 +312,14 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             coefficient_clip=args.coefficient_clip,
         )  # fmt: skip
 
+    def _rehearsal_columns(self, row_losses: Tensor, log_ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """`[R]` values of the rehearsal rows for the log; their log-ratios are kept for the quantiles."""
+        token_level = self.args.level == "token"
+        values = log_ratio[mask.bool()] if token_level else (log_ratio * mask).sum(-1)
+        self._log_ratios.append(values.cpu())  # tokens of many steps: not where memory is scarce
+        columns = rehearsal_columns(log_ratio, mask, self.divergence, self.args.level)
+        return {"rehearsal_loss": row_losses, **columns, "row": torch.tensor(self._row_numbers, device=mask.device)}
+
     # ---------------------------------------------------------------- metrics
     @torch.no_grad()
     def _record(self, inputs, log_policy: Tensor, shared: dict, columns: dict[str, Tensor], rows: int) -> None:
@@ -335,7 +327,7 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         recorded = inputs.get("sampling_per_token_logps")
         if recorded is not None:
             now = inputs.get("old_per_token_logps", log_policy)
-            shared["sampling_difference"] = ((now - recorded).abs() * _mask(inputs)).max()
+            shared["sampling_difference"] = ((now - recorded).abs() * token_mask(inputs)).max()
         have = next(iter(columns.values())).size(0) if columns else 0
         table = {name: value.float().expand(rows) for name, value in shared.items()}
         table["counted"] = (torch.arange(rows, device=log_policy.device) < have).float()
@@ -355,12 +347,6 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         log_ratio = gathered_log_ratios(self.accelerator, self._log_ratios)
         self._log_ratios = []
         return dph_metrics(examples, log_ratio, self.divergence, self.args)
-
-
-def _mask(batch: dict[str, Any]) -> Tensor:
-    """`[B, C]`, 1 on the tokens the policy wrote."""
-    mask = batch["completion_mask"]
-    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
 
 def _loaded(args: DPHConfig) -> RehearsalCache | None:

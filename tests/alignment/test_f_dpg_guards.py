@@ -126,7 +126,7 @@ def test_log_probabilities_must_be_finite(tiny_model_dir, tmp_path):
         count = len(prompts)
         return {"prompt_ids": [[5]] * count, "completion_ids": [[7]] * count, "logprobs": [[math.nan]] * count}
 
-    with pytest.raises(ScorerError, match="log-probability that is not finite: log q is unknown"):
+    with pytest.raises(RolloutError, match="log-probability that is not finite"):
         trainer(load(tiny_model_dir), tmp_path, rollout_func=rollouts).train()
 
 
