@@ -95,13 +95,6 @@ def group_columns(
     return columns
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean and standard error of `values[N]` without its NaN entries; NaN where there are too few."""
-    values = values[~values.isnan()]
-    error = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return (values.mean().item() if len(values) else math.nan), error
-
-
 def reduce_groups(examples: Mapping[str, Tensor], divergence: Divergence, anchors: int) -> dict[str, float]:
     """The metrics of `D2OTrainer` from what it recorded for each group, `[N]` tensors."""
     margins = examples["anchor_reward"] - examples["rejected_reward"]

@@ -24,6 +24,14 @@ def _length(completions, **_):
     return [float(len(text)) for text in completions]
 
 
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory):
+    """A tiny model whose context holds the default completion length."""
+    from fdiv.models.tiny import build_tiny_model
+
+    return build_tiny_model(tmp_path_factory.mktemp("roomy") / "roomy", max_positions=1024)
+
+
 FAMILIES = {
     "f_dpo": (FDPOTrainer, FDPOConfig, ("prompt", "chosen", "rejected"), {}),
     "d2o": (D2OTrainer, D2OConfig, ("prompt", "rejected"), {}),
@@ -38,21 +46,21 @@ def rows(columns):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_args_the_defaults_of_the_config_hold(family, tiny_model_dir, tmp_path, monkeypatch):
+def test_without_args_the_defaults_of_the_config_hold(family, roomy, tmp_path, monkeypatch):
     trainer_class, config_class, columns, others = FAMILIES[family]
     monkeypatch.chdir(tmp_path)
-    trainer = trainer_class(str(tiny_model_dir), train_dataset=rows(columns), **others)
+    trainer = trainer_class(str(roomy), train_dataset=rows(columns), **others)
     assert type(trainer.args) is config_class
-    assert trainer.args.output_dir == f"{tiny_model_dir.name}-{trainer_class._name}"
-    assert trainer.args.learning_rate == config_class("x").learning_rate
+    assert trainer.args.output_dir == f"{roomy.name}-{trainer_class._name}"
+    assert trainer.args.learning_rate == config_class("x", bf16=False, use_cpu=True).learning_rate
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_options_of_the_caller_are_not_touched(family, tiny_model_dir, tmp_path):
+def test_the_options_of_the_caller_are_not_touched(family, roomy, tmp_path):
     trainer_class, config_class, columns, others = FAMILIES[family]
     args = config_class(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
     before = copy.deepcopy(args.to_dict())
-    trainer = trainer_class(str(tiny_model_dir), args=args, train_dataset=rows(columns), **others)
+    trainer = trainer_class(str(roomy), args=args, train_dataset=rows(columns), **others)
     assert args.to_dict() == before
     assert trainer.args is not args
     stated = {name: value for name, value in trainer.args.to_dict().items() if name in ("beta", "temperature")}
@@ -60,11 +68,11 @@ def test_the_options_of_the_caller_are_not_touched(family, tiny_model_dir, tmp_p
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_options_of_another_method_are_refused(family, tiny_model_dir, tmp_path):
+def test_options_of_another_method_are_refused(family, roomy, tmp_path):
     trainer_class, config_class, columns, others = FAMILIES[family]
     other = FLATConfig if config_class is not FLATConfig else FDPOConfig
     args = other(str(tmp_path), bf16=False, use_cpu=True)
     with pytest.raises(
         TypeError, match=f"args is a {other.__name__}: {trainer_class.__name__} needs an? {config_class.__name__}"
     ):
-        trainer_class(str(tiny_model_dir), args=args, train_dataset=rows(columns), **others)
+        trainer_class(str(roomy), args=args, train_dataset=rows(columns), **others)

@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 
 from fdiv.models.logprobs import token_scores
 from fdiv.rl.dph.loss import js_on_policy, js_on_reference, rehearsal_loss
-from fdiv.training.rollouts import RecordedRollouts
+from fdiv.training.rollouts import RecordedRollouts, model_inputs
 from tests.support.runs.dph import cache, correct, flat, load, recorded, reward, sgd, trainer, trl_trainer
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -226,14 +226,23 @@ def test_definition_form_on_rollouts(tiny_model_dir, tmp_path, records, form):
     made, _ = gradient(tiny_model_dir, tmp_path, records, **settings)
     made.model.train()
     inputs = made._generate_and_score_completions([{"prompt": records[0]["prompt"]}] * 4)
-    log_policy = made._score(made.model, inputs).requires_grad_()
-    mask = inputs["completion_mask"]
-    part = made._rehearsal_part(log_policy, None, None, inputs, torch.zeros(()), torch.zeros(()))
-    part.backward()
-    other = log_policy.detach().clone().requires_grad_()
-    (2.0 * js_on_policy(other - inputs["ref_per_token_logps"], mask, gradient=form).mean()).backward()
-    assert other.grad.norm() > 1e-4
-    torch.testing.assert_close(log_policy.grad, other.grad)
+    made.current_gradient_accumulation_steps = 1
+    made._next_rows = lambda: None  # a micro-step without cached rows
+
+    def moved(coefficient):
+        made.args.rehearsal_coefficient = coefficient
+        made.model.zero_grad()
+        made._compute_loss(made.model, inputs).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in made.model.parameters()])
+
+    with_the_half = moved(2.0) - moved(0.0)
+    made.model.zero_grad()
+    log_policy, _, _ = made._get_per_token_logps_and_entropies(made.model, *model_inputs(inputs))
+    log_ratio = log_policy - inputs["ref_per_token_logps"]
+    (2.0 * js_on_policy(log_ratio, inputs["completion_mask"], gradient=form).mean()).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in made.model.parameters()])
+    assert expected.norm() > 1e-4
+    torch.testing.assert_close(with_the_half, expected, rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------- no reference in memory
