@@ -127,7 +127,6 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         peft_config=None,
     ) -> None:
         args = own_options(type(self), args, model)
-        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         if hasattr(processing_class, "tokenizer"):
             raise DataError("D2OTrainer trains on text: pass a tokenizer, not a multimodal processor")
         processing_class = checked_tokenizer(processing_class, model, padding_side="left")

@@ -81,7 +81,6 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
         peft_config=None,
     ) -> None:
         args = own_options(type(self), args, model)
-        model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         self.divergence = args.resolve_divergence()
         _check_data(train_dataset, eval_dataset, args)
         processing_class = _checked_processing_class(processing_class, model, args)
