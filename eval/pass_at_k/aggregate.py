@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,14 @@ from fdiv.eval.pass_at_k.metrics import (
 )
 from fdiv.eval.pass_at_k.records import TaskCounts
 
-__all__ = ["G_PASS_THRESHOLDS", "compare_with_base", "describe_counts", "parse_k", "summarise"]
+__all__ = [
+    "G_PASS_THRESHOLDS",
+    "compare_with_base",
+    "describe_counts",
+    "distinct_correct",
+    "parse_k",
+    "summarise",
+]
 
 G_PASS_THRESHOLDS = (0.5, 0.75, 1.0)
 """τ of the reported G-Pass@k, the values of arXiv:2412.13147."""
@@ -78,6 +85,20 @@ def summarise(
         name: {"value": float(mean), "se": None if math.isnan(error) else float(error)}
         for name, mean, error in zip(columns, table.mean(axis=0), errors, strict=True)
     }
+
+
+def distinct_correct(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Different correct completions per task, mean over tasks; greedy ones (sample −1) do not count.
+
+    Args:
+        rows: `task_id`, `sample`, `completion` and `correct` of every sample.
+    """
+    right: dict[str, set[str]] = {}
+    for row in rows:
+        found = right.setdefault(row["task_id"], set())
+        if row["correct"] and row["sample"] >= 0:
+            found.add(row["completion"])
+    return float(np.mean([len(found) for found in right.values()]))
 
 
 def compare_with_base(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from fdiv.eval.pass_at_k.aggregate import compare_with_base, parse_k, summarise
+from fdiv.eval.pass_at_k.aggregate import compare_with_base, distinct_correct, parse_k, summarise
 from fdiv.eval.pass_at_k.data import EvalTask, LoadedTasks, load_tasks, tasks_of_rows
 from fdiv.eval.pass_at_k.records import TaskCounts, Unscored, counts_of_samples, read_counts
 from fdiv.eval.pass_at_k.sampling import SamplingSettings, completion_record, sampling_requests
@@ -36,7 +36,8 @@ class PassKEvalConfig:
 
     Values: `pass@K` (unbiased), `pass^K`, `g_pass@K_τ`, `mg_pass@K`, `mean@n`, `maj@n` (scorers `exact` and `math`),
     `greedy_accuracy`, each with `_se` (bootstrap over tasks); after training also `keep_rate@K` and `explore_rate@K`
-    against the start; `unscored_samples`. The samples are kept as `passk_samples.jsonl` in `OUTPUT_DIR/eval/STAGE/`.
+    against the start; `distinct_correct` (different correct completions per task); `unscored_samples`. The samples are
+    kept as `passk_samples.jsonl` in `OUTPUT_DIR/eval/STAGE/`.
 
     Args:
         dataset: A benchmark (gsm8k, math500, aime24, aime25, amc23, olympiadbench, svamp, humaneval, sql_defog), a
@@ -150,6 +151,7 @@ class PassKEvalConfig:
                     resamples=self.resamples, seed=context.seed,
                 )  # fmt: skip
         flat: dict[str, Any] = {"unscored_samples": float(sum(counts.unscored.values()))}
+        flat["distinct_correct"] = distinct_correct(rows)
         for metric, entry in found.items():
             flat |= {metric: entry["value"], f"{metric}_se": entry["se"]}
         return {self._named(metric): value for metric, value in flat.items()}

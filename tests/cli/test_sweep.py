@@ -179,3 +179,27 @@ def test_aggregate_and_table_without_seeds():
     header, rows = table(groups, ["a", "b", "c"], wide=False)
     assert header == ["setting", "beta 0.1", "beta 0.2"]
     assert rows[1] == ["a", "1.0", "–"]
+
+
+def test_rows_and_a_measured_model_for_real(write_recipe, tmp_path):
+    """Two rows are trained, the model they start from is measured without training, and its weights are not written."""
+    text = (
+        "eval: {name: score}\nsweep:\n  method: {KL: {}, F: {divergence: forward_kl}}\n  seed: [3]\n"
+        "  models: {untrained: {}}\n  table: {reward: {better: higher}, train/loss: {}}\n"
+    )
+    plan = plan_sweep(str(write_recipe(text, max_steps=1)))
+    assert run_sweep(plan, "fdiv sweep x") == []
+    lines = (plan.root / "table.md").read_text().splitlines()
+    assert lines[0] == "| method | seeds | reward ↑ | train/loss |"
+    assert lines[2] == "| untrained |  | -1.0 | – |"
+    assert [line.split(" | ")[:3] for line in lines[3:]] == [["| KL", "1", "9.0"], ["| F", "1", "19.0"]]
+    folder = plan.root / "model-untrained"
+    assert {path.name for path in folder.iterdir()} == {
+        "result.json",
+        "recipe_resolved.yaml",
+        "environment.json",
+        "eval",
+    }
+    assert json.loads((folder / "result.json").read_text())["after/kl"] == 0.0
+    results = json.loads((plan.root / "KL_seed-3" / "result.json").read_text())
+    assert "late/loss" not in results  # one log has no late part

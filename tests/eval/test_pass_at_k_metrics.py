@@ -120,3 +120,13 @@ def test_keep_and_explore_are_counts_at_n_equal_k_and_expected_counts_beyond():
     new = np.mean([(1 - b) * o for b in base[0] for o in own[0]]) + np.mean([o for o in own[1] for _ in base[1]])
     found = keep_and_explore(pass_at_k([1, 0], 2, 1), pass_at_k([2, 1], 2, 1))
     assert found.keep == pytest.approx(kept / 0.5) and found.explore == pytest.approx(new / 1.5)
+
+
+def test_distinct_correct_by_hand():
+    """Task a: x twice and y, correct; z is wrong; the greedy w does not count. Task b: none. (2 + 0) / 2."""
+    from fdiv.eval.pass_at_k.aggregate import distinct_correct
+
+    found = [("a", 0, "x", True), ("a", 1, "x", True), ("a", 2, "y", True), ("a", 3, "z", False), ("a", -1, "w", True)]
+    found += [("b", 0, "x", False), ("b", 1, "y", None)]
+    rows = [dict(zip(("task_id", "sample", "completion", "correct"), row, strict=True)) for row in found]
+    assert distinct_correct(rows) == 1.0
