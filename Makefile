@@ -13,14 +13,14 @@ WORKERS ?= 2
 DEMO := recipes/tiny/f_dpo.yaml recipes/tiny/flat.yaml recipes/tiny/d2o.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm smollm2 demo demo-real test test-slow test-all test-gpu test-vllm lint format recipes readme \
-	docs bench bench-gpu constraints clean
+.PHONY: help setup setup-vllm smollm2 demo demo-real test test-slow test-processor test-all test-gpu test-vllm lint format recipes \
+	readme docs bench bench-gpu constraints clean
 
 # Tests, demonstration and documentation fetch nothing from a hub.
-demo demo-real test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export HF_HUB_OFFLINE = 1
-demo demo-real test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export HF_DATASETS_OFFLINE = 1
-demo demo-real test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export HF_HUB_DISABLE_TELEMETRY = 1
-demo demo-real test test-slow test-gpu test-vllm recipes docs bench bench-gpu: export TOKENIZERS_PARALLELISM = false
+demo demo-real test test-slow test-processor test-gpu test-vllm recipes docs bench bench-gpu: export HF_HUB_OFFLINE = 1
+demo demo-real test test-slow test-processor test-gpu test-vllm recipes docs bench bench-gpu: export HF_DATASETS_OFFLINE = 1
+demo demo-real test test-slow test-processor test-gpu test-vllm recipes docs bench bench-gpu: export HF_HUB_DISABLE_TELEMETRY = 1
+demo demo-real test test-slow test-processor test-gpu test-vllm recipes docs bench bench-gpu: export TOKENIZERS_PARALLELISM = false
 
 # pytest exits with 5 when a marker selects no test: no failure for the marked groups.
 define pytest_marked
@@ -56,6 +56,15 @@ test: setup ## run the tests (offline, CPU)
 
 test-slow: setup ## run the tests that take minutes
 	$(call pytest_marked,slow and not gpu and not vllm)
+
+# As on a processor without vector code (torch) and without AVX-512 (oneDNN, MKL), and with rounding of its own in every
+# call, so that the check means something on any machine. The tests are those with `pytest.mark.processor`.
+test-processor: export OMP_NUM_THREADS = 1
+test-processor: export ATEN_CPU_CAPABILITY = default
+test-processor: export ONEDNN_MAX_CPU_ISA = AVX2
+test-processor: export MKL_ENABLE_INSTRUCTIONS = AVX2
+test-processor: setup ## run the tests of equal runs as on another processor
+	$(BIN)/pytest -n $(WORKERS) --dist load -m "processor and not gpu and not vllm" --rounding $(PYTEST_ARGS)
 
 test-all: test test-slow ## run both
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before any test module imports transformers or datasets: both read these once, at import.
@@ -16,6 +17,25 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--rounding`: imitate another processor (`tests.support.rounding`)."""
+    parser.addoption(
+        "--rounding", action="store_true", help="round differently in every call: see make test-processor"
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def rounding(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Under `--rounding` the whole session runs on an imitated processor."""
+    if not request.config.getoption("--rounding"):
+        yield
+        return
+    from tests.support.rounding import imitate
+
+    with imitate():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

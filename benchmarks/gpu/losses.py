@@ -52,7 +52,7 @@ def train(name: str, precision: str, options: argparse.Namespace) -> dict[str, A
 
     settings = {
         **recorded_options(name, options.folder, 1), "max_steps": options.steps, "use_cpu": options.device == "cpu",
-        "bf16": precision == "bfloat16", "adam_epsilon": _ADAM_EPSILON,
+        "bf16": precision == "bfloat16", "learning_rate": 1e-3, "adam_epsilon": _ADAM_EPSILON,
     }  # fmt: skip
     started = time.perf_counter()
     output = options.folder / f"{options.output.stem}_{precision}_{name}"

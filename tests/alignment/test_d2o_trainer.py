@@ -36,6 +36,7 @@ def _lora() -> LoraConfig:
 
 # ---------------------------------------------------------------------------------------------------- parity and values
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.processor
 def test_one_given_anchor_is_trl_dpo_step_for_step(tiny_model_dir, tmp_path, lora):
     rows = negative_rows(8, anchors=1)
     peft = _lora() if lora else None
@@ -232,6 +233,7 @@ def test_online_anchors_and_refreshed_references(tiny_model_dir, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------ invariances
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.processor
 def test_accumulation_changes_nothing(tiny_model_dir, tmp_path, lora):
     ends = []
     cache = str(tmp_path / "anchors.jsonl")

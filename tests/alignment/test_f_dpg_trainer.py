@@ -62,6 +62,7 @@ def score(model, rows, tokenizer):
     ],
     ids=["js-hard", "fkl-group-clip", "rkl-reward", "alpha-smoothed", "given-z"],
 )
+@pytest.mark.processor
 def test_one_step_is_the_gradient_by_hand(tiny_model_dir, tmp_path, records, target, divergence, settings):
     made, gradient = one_step(
         tiny_model_dir, tmp_path, records, target, divergence=divergence, per_device_train_batch_size=16, **settings
@@ -128,6 +129,7 @@ def test_rollouts_without_log_probs_are_scored(tiny_model_dir, tmp_path, records
 
 
 @pytest.mark.parametrize("batch", [8, 2, 1])
+@pytest.mark.processor
 def test_accumulation_changes_nothing(tiny_model_dir, tmp_path, records, batch):
     """Groups of 4 are split over micro-batches; Ẑ and baselines belong to the generation."""
     _, whole = one_step(tiny_model_dir, tmp_path / "whole", records, per_device_train_batch_size=16)

@@ -33,6 +33,7 @@ def rows() -> Dataset:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.processor
 def test_reverse_kl_is_trl_dpo_step_for_step(tiny_model_dir, rows, tmp_path, lora):
     extra = COMPARABLE | ({"peft_config": LoraConfig(**LORA), "learning_rate": 0.5} if lora else {})
     ours = run(tiny_model_dir, rows, tmp_path, **extra)
@@ -60,6 +61,7 @@ def test_reverse_kl_is_trl_dpo_step_for_step(tiny_model_dir, rows, tmp_path, lor
     ],
     ids=["js", "forward_kl", "alpha"],
 )
+@pytest.mark.processor
 def test_equals_trls_own_divergences(tiny_model_dir, rows, tmp_path, divergence, theirs):
     steps = COMPARABLE | {"learning_rate": 0.02}
     ours = run(tiny_model_dir, rows, tmp_path, divergence=divergence, **steps)
@@ -95,12 +97,14 @@ def test_normalized_gives_every_divergence_the_first_step_of_dpo(tiny_model_dir,
     ],
     ids=["checkpointing", "moving_reference", "accumulation"],
 )
+@pytest.mark.processor
 def test_trl_options_work_as_in_trl(tiny_model_dir, rows, tmp_path, options):
     ours = run(tiny_model_dir, rows, tmp_path, **COMPARABLE, **options)
     theirs = run(tiny_model_dir, rows, tmp_path, trainer=DPOTrainer, config=DPOConfig, **COMPARABLE, **options)
     assert_same_run(ours, theirs)
 
 
+@pytest.mark.processor
 def test_mixture_of_experts_keeps_the_auxiliary_loss(tiny_model_dir, rows, tmp_path):
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -153,6 +157,7 @@ def test_compute_metrics_gets_the_logits_as_in_trl(tiny_model_dir, rows, tmp_pat
 # ------------------------------------------------------------------------------------------------ invariances
 
 
+@pytest.mark.processor
 def test_accumulation_equals_one_large_batch(tiny_model_dir, rows, tmp_path):
     options = {"divergence": "forward_kl", **COMPARABLE, "learning_rate": 0.02}
     large = run(tiny_model_dir, rows, tmp_path, per_device_train_batch_size=8, **options)
@@ -180,6 +185,7 @@ def test_resuming_is_bit_for_bit(tiny_model_dir, rows, tmp_path):
 # ------------------------------------------------------------------------------------------------ references
 
 
+@pytest.mark.processor
 def test_precomputed_reference_equals_live(tiny_model_dir, rows, tmp_path):
     options = {"divergence": "forward_kl", **COMPARABLE, "learning_rate": 0.02}
     live = run(tiny_model_dir, rows, tmp_path, **options)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import fields
 
@@ -17,7 +16,9 @@ from fdiv.eval.tofu.aggregate import UTILITY_PARTS, aggregate_tofu
 from fdiv.eval.tofu.data import load_tofu_rows
 from fdiv.eval.tofu.evaluation import TofuEvalConfig, TofuEvaluation
 from fdiv.evaluation import EvalContext
+from fdiv.inference.cache import ItemCache
 from fdiv.models.loading import load_model, load_tokenizer
+from tests.support import processes
 
 
 def run(*words):
@@ -265,25 +266,30 @@ def test_retain_log_of_other_rows_is_refused_before_the_model_is_loaded(evaluate
         TofuEvaluation(paper, load_tokenizer(str(tiny_model_dir)))
 
 
+def die_after_nine_items(words):
+    """`fdiv WORDS`, killed with SIGKILL when the ninth batch of items is stored."""
+    add, calls = ItemCache.add, []
+
+    def dying(self, items):
+        add(self, items)
+        calls.append(1)
+        if len(calls) == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ItemCache.add = dying
+    main(words)
+
+
+def command(words):
+    """`fdiv WORDS`."""
+    sys.exit(main(words))
+
+
 def test_a_killed_run_continues_with_the_same_numbers(tiny_model_dir, tofu_dir, tmp_path):
     words = ["eval", "tofu", "--model", str(tiny_model_dir), "--data", str(tofu_dir), "--chat_template", "never"]
     words += ["--batch_size", "1", "--no_generate"]
-    code = (
-        "import os, signal, sys\n"
-        "from fdiv.eval import item_cache\n"
-        "add, calls = item_cache.ItemCache.add, []\n"
-        "def dying(self, items):\n"
-        "    add(self, items); calls.append(1)\n"
-        "    if len(calls) == 9: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "item_cache.ItemCache.add = dying\n"
-        "from fdiv.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(
-        [sys.executable, "-c", code, *words, "--output", str(tmp_path / "a")], env=environment, capture_output=True
-    )
-    assert killed.returncode == -signal.SIGKILL
+    killed = processes.run(die_after_nine_items, [*words, "--output", str(tmp_path / "a")])
+    assert killed.codes == [-signal.SIGKILL], killed.stderr
     assert not (tmp_path / "a" / "out.json").exists()
     files = list((tmp_path / "a" / "cache").glob("*/rank0.jsonl"))
     done = sum(len(file.read_text().splitlines()) for file in files)
@@ -303,10 +309,7 @@ def test_two_processes_give_the_same_values(evaluated, tiny_model_dir, tofu_dir,
     words = ["eval", "tofu", "--model", str(tiny_model_dir), "--data", str(tofu_dir), "--chat_template", "never"]
     words += ["--retain_model", str(tiny_model_dir), "--output", str(tmp_path), "--preset", "tofu_2024"]
     words += ["--batch_size", "1"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fdiv"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *words, "--no_generate"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    processes.run_well(command, [*words, "--no_generate"], processes=2)
     assert {f.name for f in (tmp_path / "cache").glob("*/*.jsonl")} == {"rank0.jsonl", "rank1.jsonl"}
     two = read(tmp_path)
     config = TofuEvalConfig(

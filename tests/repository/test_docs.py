@@ -2,13 +2,12 @@
 
 import importlib.util
 import inspect
-import os
 import re
-import subprocess
-import sys
 from importlib import import_module
 
 import pytest
+
+from tests.support.processes import run_script, run_well
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +138,5 @@ def test_python_examples_in_the_guides_run(repository, tmp_path, page):
     blocks = re.findall(r"^( *)```python\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
     assert blocks
     code = "\n".join(re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in blocks)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment
-    )
-    assert result.returncode == 0, result.stderr
+    (tmp_path / "blocks.py").write_text(code)
+    run_well(run_script, tmp_path / "blocks.py", tmp_path)

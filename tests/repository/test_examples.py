@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.processes import run_script, run_well
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.py"))
 
@@ -26,18 +25,9 @@ EXPECTED = {
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs(script, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert EXPECTED[script.name] in done.stdout
-    for first, last in re.findall(r"loss (\d\.\d+) -> (\d\.\d+)", done.stdout):
+    (stdout,) = run_well(run_script, script, tmp_path).stdout
+    assert EXPECTED[script.name] in stdout
+    for first, last in re.findall(r"loss (\d\.\d+) -> (\d\.\d+)", stdout):
         assert float(last) < float(first) - 0.05  # where an example trains, it trains
 
 

@@ -63,6 +63,7 @@ def rehearsal_gradient(model_dir, rows, weight, term):
 
 # ---------------------------------------------------------------- parity with TRL
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo"])
+@pytest.mark.processor
 def test_without_rehearsal_it_is_grpo_step_for_step(tiny_model_dir, tmp_path, records, loss_type):
     settings = {
         "loss_type": loss_type, "max_steps": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
@@ -93,6 +94,7 @@ def test_coefficient_zero_measures_and_changes_nothing(tiny_model_dir, tmp_path,
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 @pytest.mark.parametrize(("kl", "corrected"), [("k3_loss", False), ("k3_ratio_corrected", True)])
+@pytest.mark.processor
 def test_k3_is_trls_beta_step_for_step(tiny_model_dir, tmp_path, records, loss_type, kl, corrected):
     settings = {
         "loss_type": loss_type, "max_steps": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
@@ -192,6 +194,7 @@ def test_pooled_is_literal_times_rows_over_completions(tiny_model_dir, tmp_path,
 
 
 @pytest.mark.parametrize("batch", [8, 4, 2])
+@pytest.mark.processor
 def test_accumulation_changes_nothing(tiny_model_dir, tmp_path, records, batch):
     """6 rehearsal rows over 1, 2, 4 or 8 micro-steps: the last leaves two of them without a row."""
     shared = {"rehearsal": cache(tiny_model_dir, shift=0.6), "rehearsal_batch_size": 6, "rehearsal_coefficient": 0.7}
@@ -303,6 +306,7 @@ def test_trained_adapter_has_its_own_reference(tiny_model_dir, tmp_path):
     assert first["kl/k2_loss"] == pytest.approx(0.0, abs=1e-8) and second["kl/k2_loss"] > 1e-6
 
 
+@pytest.mark.processor
 def test_gradient_checkpointing_changes_nothing(tiny_model_dir, tmp_path, records):
     shared = {"rehearsal": cache(tiny_model_dir, shift=0.6), "rehearsal_batch_size": 6, "rehearsal_coefficient": 0.7}
     _, plain = gradient(tiny_model_dir, tmp_path / "a", records, **shared)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from fdiv.rl.dph.rehearsal import RehearsalCache
 from fdiv.rl.presample.run import presample
+from tests.support.processes import run, run_well
 from tests.support.runs.presample import config, read_lines, settings, write_rows
+from tests.support.scripts import presample as script
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +31,13 @@ def same(one, other) -> None:
     assert contents[0]["counts"] == contents[1]["counts"] and contents[0]["prompts"] == contents[1]["prompts"]
 
 
-def start(repository, model, rows, output, kill_after: int, *launcher: str) -> subprocess.CompletedProcess:
-    words = [json.dumps(settings(model, rows)), str(output), str(kill_after)]
-    command = [sys.executable, *launcher, "-m", "tests.support.scripts.presample", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
-
-
-def test_killed_in_the_middle_of_a_line_and_continued(repository, tiny_model_dir, undisturbed, tmp_path):
+def test_killed_in_the_middle_of_a_line_and_continued(tiny_model_dir, undisturbed, tmp_path):
     rows, expected = undisturbed
     output = tmp_path / "out"
     # 40 samples in 5 batches, then as many of rewards: killed while it writes the third, then the seventh.
     for kill_after, stored in ((2, {"samples": 16}), (4, {"samples": 40, "rewards": 8})):
-        ended = start(repository, tiny_model_dir, rows, output, kill_after)
-        assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+        ended = run(script.main, settings(tiny_model_dir, rows), output, kill_after)
+        assert ended.codes == [-signal.SIGKILL], ended.stderr[0][-2000:]
         for kind, count in stored.items():
             (file,) = output.glob(f"cache/{kind}-*/rank0.jsonl")
             whole, _, rest = file.read_text().rpartition("\n")
@@ -57,10 +49,8 @@ def test_killed_in_the_middle_of_a_line_and_continued(repository, tiny_model_dir
     assert len(read_lines(output / "samples.jsonl")) == 40
 
 
-def test_two_processes_give_the_same(repository, tiny_model_dir, undisturbed, tmp_path):
+def test_two_processes_give_the_same(tiny_model_dir, undisturbed, tmp_path):
     rows, expected = undisturbed
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-    ended = start(repository, tiny_model_dir, rows, tmp_path / "out", -1, *launcher)
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    run_well(script.main, settings(tiny_model_dir, rows), tmp_path / "out", None, processes=2)
     same(tmp_path / "out", expected)
     assert {file.name for file in tmp_path.glob("out/cache/samples-*/*")} == {"rank0.jsonl", "rank1.jsonl"}

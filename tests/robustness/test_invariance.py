@@ -81,6 +81,7 @@ def test_thirty_steps(whole, axis, name):
 @pytest.mark.parametrize(
     ("axis", "name"), [*itertools.product(("accumulation", "head"), TRAINERS), ("padding", "f_dpo")]
 )
+@pytest.mark.processor
 def test_first_steps(short, axis, name):
     check(short, axis, name)
 

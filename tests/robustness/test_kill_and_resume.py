@@ -1,6 +1,5 @@
 """Killed with SIGKILL, at a step or in the middle of a save, and resumed: the run that nobody interrupted."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from fdiv.training.checkpoints import STAGING, checkpoint_fault, checkpoint_folders
+from tests.support.processes import run
 from tests.support.runs.all_trainers import TRAINERS, build, flat_weights, losses
 
 SETTINGS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
@@ -49,15 +49,8 @@ def train_and_die(name, model_dir, output, death, at, settings):
 
 def killed(*arguments):
     """Run `train_and_die` in a process of its own."""
-    # A server that has imported the trainers forks quickly, and before any thread of torch's was started.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["tests.support.runs.all_trainers", "fdiv.alignment.f_dpg.trainer", "fdiv.unlearning.methods.flat"]
-    )
-    process = context.Process(target=train_and_die, args=arguments)
-    process.start()
-    process.join(300)
-    assert process.exitcode == -signal.SIGKILL
+    ended = run(train_and_die, *arguments)
+    assert ended.codes == [-signal.SIGKILL], ended.stderr
 
 
 def finish(trainer, resume=None):

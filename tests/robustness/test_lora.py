@@ -99,6 +99,7 @@ def models():
 
 
 @pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.processor
 def test_the_reference_is_the_base_and_no_second_model_is_held(name, tiny_model_dir, tmp_path, given):
     before = models()
     trainer = lora(name, tiny_model_dir, tmp_path, **given(name, 2))
@@ -134,6 +135,7 @@ def test_only_the_adapter_is_trained(name, tiny_model_dir, tmp_path):
 
 
 @pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.processor
 def test_the_first_loss_is_that_of_full_training(name, tiny_model_dir, tmp_path, given):
     settings = {**WITH_REFERENCE.get(name, {}), **given(name, 1)}
     full = build(name, tiny_model_dir, tmp_path / "full", **settings)
@@ -147,6 +149,7 @@ def test_the_first_loss_is_that_of_full_training(name, tiny_model_dir, tmp_path,
     ("name", "argument"),
     [("f_dpo", "ref_model"), ("f_dpg", "base_model"), ("d2o", "ref_model_pos"), ("flat", "ref_model")],
 )
+@pytest.mark.processor
 def test_a_reference_of_its_own_gives_the_same_run(name, argument, tiny_model_dir, tmp_path, given):
     """DPH-RL takes no reference model: its reference is checked against the base above."""
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
@@ -164,6 +167,7 @@ def test_a_reference_of_its_own_gives_the_same_run(name, argument, tiny_model_di
 # ---------------------------------------------------------------- gradient checkpointing
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("name", ONE_QUICKLY)
+@pytest.mark.processor
 def test_gradient_checkpointing_changes_nothing(name, reentrant, tiny_model_dir, tmp_path, given):
     """Without gradients to the inputs, re-entrant checkpointing would leave the adapter without any."""
     plain, checkpointed = Gradients(), Gradients()

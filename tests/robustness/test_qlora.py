@@ -172,6 +172,7 @@ def test_an_evaluation_leaves_the_gradients_right(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.processor
 def test_reference_scores_computed_beforehand_give_the_same_run(run):
     steps = {"optim": "sgd", "learning_rate": 0.1}
     live, table = run("f_dpo", "live", **steps), run("f_dpo", "table", precompute_ref_log_probs=True, **steps)
@@ -194,6 +195,7 @@ def test_a_model_that_was_used_on_a_cpu_before_is_refused(tiny_model_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.processor
 def test_references_of_their_own_are_loaded_as_the_policy(run, tiny_model_dir):
     """D²O's two reference paths: in 4 bits too, and equal to the adapter switched off."""
     steps = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1}

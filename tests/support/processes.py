@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+ROOT = str(Path(__file__).resolve().parents[2])
+if ROOT not in sys.path:  # pytest imports the tests without it; the new processes take it over
+    sys.path.append(ROOT)
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Ended:
 
 
 def run(function: Callable[..., Any], *arguments: Any, processes: int = 1, timeout: float = 280) -> Ended:
-    """Call `function(*arguments)` in `processes` processes, which find each other as torchrun's do (gloo, on the CPU).
+    """Call `function(*arguments)` in a process, or in several that find each other as torchrun's do (gloo, on the CPU).
 
     The function has to be importable and its arguments are pickled. The environment is that of the caller.
     """
@@ -33,8 +39,9 @@ def run(function: Callable[..., Any], *arguments: Any, processes: int = 1, timeo
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        if processes > 1:
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         free.close()
         started = [
             context.Process(target=_call, args=(folder, rank, environment, os.getcwd(), function, arguments))
@@ -57,6 +64,12 @@ def run_well(function: Callable[..., Any], *arguments: Any, processes: int = 1, 
     return ended
 
 
+def run_script(script: Path, folder: Path) -> None:
+    """For `run`: what `python SCRIPT` does in a folder."""
+    os.chdir(folder)
+    runpy.run_path(str(script), run_name="__main__")
+
+
 def _wait(started: list[Any], timeout: float) -> None:
     """Until all have ended; when one fails or the time is up, the others are killed: they would wait for it."""
     stop = time.monotonic() + timeout
@@ -75,7 +88,9 @@ def _call(folder: str, rank: int, environment: dict[str, str], cwd: str, functio
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(folder) / f"{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(environment)
+    if "WORLD_SIZE" in environment:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     os.chdir(cwd)
     import torch
 

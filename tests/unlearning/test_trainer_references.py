@@ -25,6 +25,7 @@ def _first_batch_loss(trainer):
 
 
 @pytest.mark.parametrize("name", ["NPO", "KLRetain", "UNDIAL", "RMU"])
+@pytest.mark.processor
 def test_lora_reference_is_the_base_with_the_adapter_off(name, tiny_model_dir, tmp_path):
     """The same disturbed policy as an adapter and merged, each with its own kind of reference."""
     lora = make_trainer(name, str(tiny_model_dir), tmp_path, peft_config=LoraConfig(**LORA))
@@ -74,6 +75,7 @@ def test_continued_adapter_has_its_start_as_reference(tiny_model_dir, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["NPO", "IdkDPO"])
+@pytest.mark.processor
 def test_precomputed_reference_is_the_same_run(name, tiny_model_dir, tmp_path):
     options = {"max_steps": 7, "eval_dataset": forget_rows(5), **PLAIN_STEPS, "learning_rate": 0.05}
     live = make_trainer(name, str(tiny_model_dir), tmp_path, **options)

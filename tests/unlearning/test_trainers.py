@@ -101,6 +101,7 @@ def _expected_retain(name, trainer, policy, reference):
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.processor
 def test_loss_equals_the_formula_row_by_row(name, tiny_model_dir, tmp_path):
     """Padded batch of all roles against one unpadded forward per row, policy and reference apart from each other."""
     trainer = make_trainer(name, str(tiny_model_dir), tmp_path)
@@ -172,6 +173,7 @@ def test_metrics_are_those_of_the_rows(tiny_model_dir, tmp_path):
 
 # FLAT's gradient carries a factor p, about 1/400 in a random model, and PDU's a factor λ = 50
 @pytest.mark.parametrize(("name", "rate"), [("FLAT", 20.0), ("IdkDPO", 0.02), ("JensUn", 0.5), ("PDU", 1e-3)])
+@pytest.mark.processor
 def test_accumulation_equals_one_large_batch(name, rate, tiny_model_dir, tmp_path):
     options = {"optim": "sgd", "learning_rate": rate, "max_grad_norm": 0.0, "max_steps": 4}
     options |= {"dual_warmup_epochs": 0} if name == "PDU" else {}
