@@ -28,7 +28,7 @@ class Ended:
     stderr: list[str]
 
 
-def run(function: Callable[..., Any], *arguments: Any, processes: int = 1, timeout: float = 280) -> Ended:
+def run(function: Callable[..., Any], *arguments: Any, processes: int = 1, timeout: float = 560) -> Ended:
     """Call `function(*arguments)` in a process, or in several that find each other as torchrun's do (gloo, on the CPU).
 
     The function has to be importable and its arguments are pickled. The environment is that of the caller.
@@ -57,7 +57,7 @@ def run(function: Callable[..., Any], *arguments: Any, processes: int = 1, timeo
         return Ended([process.exitcode for process in started], **texts)
 
 
-def run_well(function: Callable[..., Any], *arguments: Any, processes: int = 1, timeout: float = 280) -> Ended:
+def run_well(function: Callable[..., Any], *arguments: Any, processes: int = 1, timeout: float = 560) -> Ended:
     """As `run`; every process has to end with 0."""
     ended = run(function, *arguments, processes=processes, timeout=timeout)
     assert not any(ended.codes), f"exit codes {ended.codes}: " + "\n".join(text[-3000:] for text in ended.stderr)
