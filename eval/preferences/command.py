@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from fdiv.divergences.saturation import TRAINING_MAX_EXPONENT
 from fdiv.errors import DataError
 from fdiv.files import DATA_FORMATS
 
@@ -25,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", required=True, metavar="FILE", help="rows with chosen, rejected and prompt")
     parser.add_argument("--divergence", required=True, help="a name, or '{name: alpha, alpha: 0.3}'")
     parser.add_argument("--beta", type=float, required=True, help="weight of the divergence in the reward")
-    parser.add_argument("--max_exponent", type=float, help="overflow cap of the score, as in training")
+    parser.add_argument(
+        "--max_exponent", type=float, default=TRAINING_MAX_EXPONENT, help="overflow cap of the score, as in training"
+    )
     parser.add_argument("--normalized", action="store_true", help="divide f by f''(1), as in training")
     parser.add_argument("--max_length", type=int, help="cut prompt + completion to so many tokens")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, …")

@@ -95,3 +95,33 @@ def test_the_line_at_the_start():
     )
     assert overflow_note(get_divergence("reverse_kl"), (), 10.0) is None
     assert "log u above 10 and log u below -5" in overflow_note(chi, (1.0, -2.0), 10.0)
+
+
+@pytest.mark.parametrize(
+    "divergence", ["neyman_chi2", "forward_kl", "jeffreys", {"name": "alpha", "alpha": 0.5}], ids=str
+)
+def test_a_run_far_from_its_reference_trains(tiny_model_dir, tmp_path, divergence, capsys):
+    """A policy whose log-ratios are hundreds of nats from the reference: with the cap of 60 its first step ends the run."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    from fdiv.errors import NonFiniteLossError
+    from tests.support.runs.f_dpo import make_trainer, preference_rows
+
+    def trainer(folder, **options):
+        policy = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        with torch.no_grad():
+            policy.get_output_embeddings().weight.mul_(300.0)
+        reference = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        rows = Dataset.from_list(preference_rows())
+        options |= {"model": policy, "ref_model": reference, "divergence": divergence, "max_steps": 2}
+        return make_trainer(tiny_model_dir, rows, tmp_path / folder, **options)
+
+    made = trainer("capped")
+    made.train()
+    first = made.state.log_history[0]
+    assert min(first["log_ratio/chosen_p05"], first["log_ratio/rejected_p05"]) < -100, first
+    assert math.isfinite(first["grad_norm"]) and first["clamped_fraction"] > 0.5
+    assert "max_exponent=10: the exponentials of" in capsys.readouterr().err
+    with pytest.raises(NonFiniteLossError):
+        trainer("uncapped", max_exponent=None).train()
