@@ -189,7 +189,6 @@ def test_a_prefix_is_a_package():
 # Methods are called what their papers call them.
 METHODS_BY_THEIR_NAMES = {
     "unlearning/methods": ("grad",),
-    "unlearning/baselines": ("grad",),
 }
 
 
