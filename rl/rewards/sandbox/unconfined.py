@@ -7,10 +7,10 @@ import shutil
 import subprocess
 import tempfile
 import weakref
-from pathlib import Path
 
 from fdiv.errors import SandboxError
 
+from .inside.confine import NOBODY, UNCONFINED
 from .interpreter import INSIDE, others_can_read, python_command
 
 __all__ = ["Unconfined"]
@@ -35,8 +35,9 @@ class Unconfined:
 
     def start(self, control: int, role: str, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
         """As `Bubblewrap.start`, without a sandbox, in a temporary folder."""
-        folder = tempfile.mkdtemp(prefix="fdiv-code-")
-        Path(folder).chmod(0o777)  # for nobody, who is the owner of nothing
+        folder = tempfile.mkdtemp(prefix=UNCONFINED)
+        if os.geteuid() == 0:
+            os.chown(folder, NOBODY, NOBODY)
         process = subprocess.Popen(
             python_command(str(INSIDE.parent), control, role), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=stderr, env={}, pass_fds=[control], start_new_session=True, cwd=folder,

@@ -87,7 +87,9 @@ def test_nothing_is_left_behind_or_reached(report):
 def test_cheats_are_wrong_without_a_sandbox_too(bubblewrap):
     """The tests are outside the program's process either way."""
     user = plain_user() if os.geteuid() == 0 else []
-    verdicts = attacked(user, {**SETTINGS, "sandbox": "none"})["verdicts"]
+    report = attacked(user, {**SETTINGS, "sandbox": "none"})
+    assert (report["files left"], report["processes left"]) == ([], 0)
+    verdicts = report["verdicts"]
     assert verdicts.pop("right") == ["correct"] * len(CHEATS)
     assert verdicts == {name: ["wrong"] for name in CHEATS}
 

@@ -6,9 +6,10 @@ import ctypes
 import os
 import resource
 
-__all__ = ["NOBODY", "become_nobody", "filter_calls", "limit"]
+__all__ = ["NOBODY", "UNCONFINED", "become_nobody", "filter_calls", "limit"]
 
 NOBODY = 65534
+UNCONFINED = "fdiv-code-"  # how the temporary folder of a process without a sandbox begins
 SET_NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER = 38, 22, 2  # of prctl
 
 

@@ -17,13 +17,14 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
 import traceback
 
-from .confine import become_nobody, filter_calls
+from .confine import UNCONFINED, become_nobody, filter_calls
 
 __all__ = ["main"]
 
@@ -61,6 +62,16 @@ def _ended(child: int, patience: float) -> tuple[int, bool]:
         time.sleep(0.001)
 
 
+def _leave(child: int) -> None:
+    """End this process, its child, and the folder that was made for it where there is no sandbox."""
+    if child:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    if os.path.basename(os.getcwd()).startswith(UNCONFINED):
+        shutil.rmtree(os.getcwd(), ignore_errors=True)
+    os._exit(0)
+
+
 def main(descriptor: int, role: str) -> None:
     """Serve until the socket closes."""
     os.closerange(3, descriptor)  # what made the sandbox
@@ -75,9 +86,10 @@ def main(descriptor: int, role: str) -> None:
     while True:
         message, numbers, _, _ = socket.recv_fds(control, 16, 3)
         if not message:
-            os._exit(0)
+            _leave(child)
         if message.startswith(b"end"):
             status, killed = _ended(child, float(message[3:]))
+            child = 0
             control.sendall(json.dumps({"status": status, "killed": killed, "clean": not os.listdir()}).encode())
             continue
         child = os.fork()
