@@ -74,9 +74,10 @@ test-gpu: setup ## run the tests that need an accelerator
 test-vllm: setup setup-vllm ## run the tests that start a vLLM server
 	$(call pytest_marked,vllm)
 
-lint: setup ## check style and format
+lint: setup ## check style, format and the types of the numerical core
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: setup ## fix style and format
 	$(BIN)/ruff check --fix .

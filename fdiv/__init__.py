@@ -7,7 +7,7 @@ nothing heavy.
 
 from fdiv import moved
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["__version__"]
 

@@ -159,8 +159,8 @@ def _check_centring(f: Divergence, tolerance: float, seed: int) -> Iterator[str]
     for what, value in (("f(1)", f.generator(one).item()), ("f'(1)", f.derivative(one).item())):
         if not abs(value) <= tolerance * scale:
             yield f"{what} is {value:g}, should be 0: centre f"
-    value = f.generator(_GRID)
-    yield from _first("f is negative or not a number", ~(value >= -tolerance * scale), _GRID)
+    values = f.generator(_GRID)
+    yield from _first("f is negative or not a number", ~(values >= -tolerance * scale), _GRID)
     h = 1e-4
     near = f.derivative(torch.tensor([-h, h], dtype=torch.float64))
     if _has_curvature(f):

@@ -87,12 +87,12 @@ def d2o_loss(
         UserWarning: another divergence than `reverse_kl` with α ≠ β, with the reason.
     """
     _check_d2o_inputs(anchor_log_ratio, rejected_log_ratio, alpha, beta)
-    divergence = check_f_dpo_divergence(divergence, objective="D2O")
-    reason = d2o_experimental_reason(divergence, alpha, beta)
+    f = check_f_dpo_divergence(divergence, objective="D2O")
+    reason = d2o_experimental_reason(f, alpha, beta)
     if reason:
         warnings.warn(reason, UserWarning, stacklevel=2)
-    anchors = divergence.score(anchor_log_ratio, max_exponent).sum(-1) / max(anchor_log_ratio.size(1), 1)
-    return -F.logsigmoid(beta * anchors - alpha * divergence.score(rejected_log_ratio, max_exponent))
+    anchors = f.score(anchor_log_ratio, max_exponent).sum(-1) / max(anchor_log_ratio.size(1), 1)
+    return -F.logsigmoid(beta * anchors - alpha * f.score(rejected_log_ratio, max_exponent))
 
 
 def _check_d2o_inputs(anchors: Tensor, rejected: Tensor, alpha: float, beta: float) -> None:

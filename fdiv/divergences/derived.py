@@ -21,12 +21,17 @@ _USER_CAP = DEFAULT_MAX_EXPONENT / 2
 class Scaled(Divergence):
     """c·D_f, c > 0: every member follows from f. f* = c f*(v/c), (c f)'⁻¹(v) = f'⁻¹(v/c), activation c·g_f."""
 
+    base: Divergence
+    factor: float
+
     def __init__(self, base: Divergence, factor: float) -> None:
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0.0 < factor < math.inf:
             raise ValueError(f"scaled: the factor must be a positive finite number, got {factor!r}")
         if isinstance(base, Scaled):
-            base, factor = base.base, factor * base.factor
-        self.base, self.factor = base, float(factor)
+            factor = factor * base.factor
+            base = base.base
+        self.base = base
+        self.factor = float(factor)
         self.name = f"{self.factor:g}*{base.label}"
         self.exponents = base.exponents
         self.at_zero = self.factor * base.at_zero

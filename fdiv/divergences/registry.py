@@ -60,7 +60,8 @@ def register_divergence(
         TypeError: a factory that is neither a `Divergence` nor callable.
     """
     if isinstance(name, Divergence):
-        name, factory = name.name, name
+        factory = name
+        name = name.name
     if isinstance(factory, Divergence):
         instance = factory
         factory = lambda: instance  # noqa: E731

@@ -19,7 +19,7 @@ __all__ = [
 class ReliabilityBins(NamedTuple):
     """Per bin: `count`, mean `confidence` and `accuracy` (NaN in an empty bin), each `[bins]`."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, as a field's name may
     confidence: Tensor
     accuracy: Tensor
 
