@@ -102,6 +102,31 @@ def test_one_step_is_the_gradient_by_hand(tiny_model_dir, tmp_path, records, tar
     assert logged["z/mean"] == pytest.approx(log_z.exp().mean().item(), rel=1e-5)
 
 
+def test_one_step_with_z_of_the_other_samples(tiny_model_dir, tmp_path, records):
+    """Ẑ and the baseline of each row by hand, from the other three samples of its prompt; `z/mean` is the group's."""
+    made, gradient = one_step(
+        tiny_model_dir, tmp_path, records, SOFT, divergence="forward_kl", per_device_train_batch_size=16,
+        z_estimate="loo",
+    )  # fmt: skip
+    used = [row for row in records if row["sample"] < 4]
+    policy, tokenizer = load(tiny_model_dir), AutoTokenizer.from_pretrained(tiny_model_dir)
+    log_policy = score(policy, used, tokenizer)
+    log_potential = (torch.tensor(length_reward([row["completion_ids"] for row in used])) / 0.2).view(4, 4)
+    weight = torch.zeros(4, 4)
+    for prompt in range(4):
+        for i in range(4):
+            others = [j for j in range(4) if j != i]
+            log_z = log_potential[prompt, others].exp().mean().log()
+            slope = 1 - torch.exp(log_potential[prompt] - log_z)  # f' = 1 − 1/t, t = Ẑ_i·a/P of every sample
+            weight[prompt, i] = slope[i] - slope[others].mean()
+    (weight.flatten() * log_policy).mean().backward()
+    exact = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
+    assert exact.norm() > 0.1
+    torch.testing.assert_close(gradient, exact, rtol=0, atol=2e-4 * exact.norm().item())
+    expected = log_potential.exp().mean().item()
+    assert made.state.log_history[0]["z/mean"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_off_policy_step_uses_the_weights_of_the_rollouts(tiny_model_dir, tmp_path, records):
     """Rollouts whose recorded log q is δ below log π: every weight is e^δ, and with Z given nothing else changes."""
     shift = 0.3
