@@ -17,6 +17,7 @@ from fdiv.cli import main
 from fdiv.divergences import get_divergence
 from fdiv.eval.pass_at_k.scoring import make_scorer
 
+# File of the project → the section that shows it.
 SECTIONS = {
     "my_divergences.py": "How to add a divergence",
     "my_method.py": "How to add an objective",
@@ -24,7 +25,9 @@ SECTIONS = {
     "my_project/command.py": "How to add an evaluation",
     "my_rewards.py": "How to add a reward",
     "my_data.py": "How to add a builder of data",
+    "my_unlearning.py": "How to add an unlearning method",
 }
+SHOWN_AS = {"my_unlearning.py": "unlearning/methods/NAME.py"}
 
 
 def python_of(text: str, section: str, file: str) -> str:
@@ -50,7 +53,7 @@ def project(tmp_path_factory, tiny_model_dir):
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for file, section in SECTIONS.items():
         (folder / file).parent.mkdir(exist_ok=True)
-        (folder / file).write_text(python_of(text, section, file), encoding="utf-8")
+        (folder / file).write_text(python_of(text, section, SHOWN_AS.get(file, file)), encoding="utf-8")
     recipe = {
         "method": "my_method:MyTrainer",
         "divergence": "my_divergences:cubic_barrier",
@@ -133,6 +136,21 @@ def test_a_command_of_it(project, tiny_model_dir, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["eval", "my_project:command", "--help"])
     assert stop.value.code == 0 and "Count the parameters of a model." in capsys.readouterr().out
+
+
+def test_an_unlearning_method_of_it(project, tiny_model_dir):
+    rows = [{"prompt": f"Who is {number}?", "completion": " No one of note."} for number in range(4)]
+    Path("forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = {"method": "my_unlearning:MineTrainer", "model_name_or_path": str(tiny_model_dir)}
+    recipe |= {"dataset_name": "forget.jsonl", "retain_term": "none", "beta": 2.0, "output_dir": "unlearned"}
+    recipe |= {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    recipe |= {"save_strategy": "no", "gradient_checkpointing": False, "lr_scheduler_type": "constant"}
+    Path("unlearn.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert main(["run", "unlearn.yaml"]) == 0
+    history = [json.loads(line) for line in Path("unlearned/metrics.jsonl").read_text().splitlines()]
+    terms = [(entry["forget_term"], entry["prob/forget"]) for entry in history if "forget_term" in entry]
+    # β times the mean probability of a token, which is at least the geometric mean that is logged besides.
+    assert all(term >= 2.0 * prob for term, prob in terms) and terms[-1][0] < terms[0][0]
 
 
 def test_divergences_of_it(project):

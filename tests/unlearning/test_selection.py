@@ -91,7 +91,7 @@ def test_a_missing_metric_is_an_error_at_the_start(scripted, tiny_model_dir, tmp
 
 
 def test_bad_epoch_evaluations(scripted, tiny_model_dir, tmp_path):
-    with pytest.raises(ValueError, match="epoch_evaluation names 'tufo'"):
+    with pytest.raises(ValueError, match="epoch_evaluation: unknown evaluation 'tufo'"):
         build_evaluation({"name": "tufo"})
     with pytest.raises(ValueError, match="sript"):
         build_evaluation(scripted | {"sript": []})
