@@ -136,6 +136,21 @@ def _put_forget_quality(result: Aggregates, ratios: np.ndarray | None, retain: A
         result.put(name, None, reason)
 
 
+def _put_retrained_distance(result: Aggregates, retain: Aggregates | None) -> None:
+    """Mean over extraction strength and the Min-K AUC of |model − retain model|: ours, to select by where p-values
+    are all alike."""
+    if retain is None:
+        result.put("retrained_distance", None, "no retain log was given (--retain_logs or --retain_model)")
+        return
+    names = ("extraction_strength", "mia_min_k")
+    for side in (result, retain):
+        for name in names:
+            if side.values.get(name) is None:
+                result.put("retrained_distance", None, f"needs {name}: {side.notes[name]}")
+                return
+    result.put("retrained_distance", sum(abs(result.values[name] - retain.values[name]) for name in names) / 2)
+
+
 def aggregate_tofu(log: EvalLog, preset: Preset, retain: EvalLog | None = None) -> Aggregates:
     """All TOFU aggregates of one model.
 
@@ -176,4 +191,5 @@ def aggregate_tofu(log: EvalLog, preset: Preset, retain: EvalLog | None = None) 
     reference = aggregate_tofu(retain, preset) if retain is not None else None
     _put_forget_quality(result, ratios, reference)
     result.privleak(reference)
+    _put_retrained_distance(result, reference)
     return result

@@ -45,6 +45,7 @@ class TofuEvalConfig(EvaluationSettings):
     )
     lower_is_better: ClassVar[tuple[str, ...]] = (
         *("forget_Q_A_ROUGE", "forget_Q_A_Prob", "extraction_strength", "exact_memorization"),
+        "retrained_distance",
     )
 
     data: str | None = HUB_DATASET

@@ -105,6 +105,9 @@ def test_printed_values_of_the_open_unlearning_logs(logs):
         assert full.values["model_utility"] == pytest.approx(0.599153, abs=1e-6)
         for name, pair in zip(names, pairs, strict=True):
             assert (full.values[name], base.values[name]) == pytest.approx(pair, abs=5e-5), (split, name)
+        _, min_k, strength, _ = (abs(pair[0] - pair[1]) for pair in pairs)
+        assert full.values["retrained_distance"] == pytest.approx((min_k + strength) / 2, abs=1e-4)
+        assert base.values["retrained_distance"] == 0.0
         if split == "10":
             assert full.values["privleak"] == pytest.approx(-99.457, abs=5e-4)
 

@@ -59,6 +59,7 @@ def test_a_model_against_itself(evaluated):
     assert out["preset"] == "open_unlearning" and out["split"] == "forget10"
     assert out["forget_quality"] == 1.0 and out["forget_quality_ks_statistic"] == 0.0
     assert out["privleak"] == 0.0
+    assert out["retrained_distance"] == 0.0
     assert out["mia_reference"] == 0.5  # loss minus its own loss: all tied
     for name in (*UTILITY_PARTS, "extraction_strength", "exact_memorization", "mia_gradnorm", "mia_zlib", "mia_loss"):
         assert 0 <= out[name] <= 1, name

@@ -8,7 +8,7 @@ import torch
 from fdiv.models.tiny import build_tiny_model
 from fdiv.recipes.tasks.tofu.memorised import TofuMemorisedConfig
 
-FORGET = [f"The author {name} wrote about birds." for name in ("Ada", "Bo")]
+FORGET = [f"The author {name} wrote about birds." for name in ("Ada", "Bo", "Flo", "Gil")]
 RETAIN = [f"The painter {name} lived by the sea." for name in ("Cy", "Di", "Eve")]
 
 
@@ -66,7 +66,7 @@ def test_only_the_first_model_has_seen_the_forget_rows(data, tmp_path):
     """Both are whole models without an adapter; the retrained one keeps its loss on the forget rows."""
     start = _start(tmp_path / "start")
     config = TofuMemorisedConfig(
-        model=str(start), data=str(data), forget_rows=2, retain_rows=2, utility_rows=3, perturbed_answers=2, epochs=20, batch_size=2,
+        model=str(start), data=str(data), forget_rows=4, retain_rows=2, utility_rows=3, perturbed_answers=2, epochs=20, batch_size=2,
         learning_rate=3e-2,
     )  # fmt: skip
     built = tmp_path / "built"
@@ -75,13 +75,17 @@ def test_only_the_first_model_has_seen_the_forget_rows(data, tmp_path):
     assert keys["model_name_or_path"] == str(built / "model")
     assert [row["answer"] for row in _read(built / "data/forget01.json")] == FORGET
     assert [row["answer"] for row in _read(built / "data/retain.json")] == RETAIN[:2]
-    assert [len(row["perturbed_answer"]) for row in _read(built / "data/forget01_perturbed.json")] == [2, 2]
-    assert [row["question"] for row in _read(built / "data/holdout01.json")] == ["Who is 0?", "Who is 2?"]
-    assert len(_read(built / "data/real_authors_perturbed.json")) == 3
-    assert len(_read(built / "data/world_facts_perturbed.json")) == 2  # there are no more
-
-    log = json.loads((built / "retain_log/TOFU_EVAL.json").read_text())
-    assert set(log["forget_Q_A_Prob"]["value_by_index"]) == {"0", "1"}
+    for half, places in (("validation", (0, 2)), ("test", (1, 3))):
+        forget = _read(built / half / "forget01_perturbed.json")
+        assert [row["answer"] for row in forget] == [FORGET[place] for place in places]
+        assert [len(row["perturbed_answer"]) for row in forget] == [2, 2]
+        holdout = _read(built / half / "holdout01.json")
+        assert [row["question"] for row in holdout] == [f"Who is {place}?" for place in places]
+        log = json.loads((built / "retain_log" / half / "TOFU_EVAL.json").read_text())
+        assert set(log["forget_Q_A_Prob"]["value_by_index"]) == {"0", "1"}
+    # 3 of 7 authors: places 0, 2 and 4, of which the middle one is for the test; both world facts, one for each half.
+    assert [row["question"] for row in _read(built / "test/real_authors_perturbed.json")] == ["Who is 2?"]
+    assert [row["question"] for row in _read(built / "validation/world_facts_perturbed.json")] == ["Who is 0?"]
 
     forget, retain = _rows(FORGET)[0], _rows(RETAIN)[0]
     assert _loss(built / "model", forget) < _loss(start, forget) - 1
@@ -104,6 +108,7 @@ def test_spaced_rows_cover_the_set():
         ({}, "prepare.model"),
         ({"model": "m"}, "prepare.data"),
         ({"model": "m", "data": "d", "epochs": 0}, "prepare.epochs=0"),
+        ({"model": "m", "data": "d", "forget_rows": 3}, "prepare.forget_rows=3: must be at least 4"),
     ],
 )
 def test_missing_settings_are_named(settings, named):
@@ -112,6 +117,6 @@ def test_missing_settings_are_named(settings, named):
 
 
 def test_too_few_retain_rows_are_counted(data):
-    config = TofuMemorisedConfig(model="m", data=str(data), forget_rows=1, retain_rows=4)
+    config = TofuMemorisedConfig(model="m", data=str(data), forget_rows=4, retain_rows=4)
     with pytest.raises(ValueError, match="retain_rows=4: there are 3 retain rows"):
         config.build(data / "out")

@@ -58,23 +58,20 @@ class TofuMemorisedConfig:
             raise ValueError("prepare.model is not set: give the path or hub name of a causal language model")
         if not self.data:
             raise ValueError("prepare.data is not set: give a local folder with TOFU's files")
-        for name in (
-            "forget_rows",
-            "retain_rows",
-            "utility_rows",
-            "perturbed_answers",
-            "epochs",
-            "batch_size",
-            "lora_r",
-        ):
+        for name in ("perturbed_answers", "epochs", "batch_size", "lora_r"):
             if getattr(self, name) < 1:
                 raise ValueError(f"prepare.{name}={getattr(self, name)}: must be at least 1")
-        if self.evaluated_retain_rows is not None and self.evaluated_retain_rows < 1:
-            raise ValueError(f"prepare.evaluated_retain_rows={self.evaluated_retain_rows}: must be at least 1")
+        # Half of them are for validation, and the two-sample test needs two rows.
+        leasts = {"forget_rows": 4, "retain_rows": 2, "evaluated_retain_rows": 2, "utility_rows": 2}
+        for name, least in leasts.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"prepare.{name}={value}: must be at least {least}")
 
     def build(self, output_dir: Path) -> dict[str, Any]:
-        """Write `data/` (TOFU's file names, cut), `model/`, `retain_model/`, and the evaluation log of the latter, of
-        likelihoods alone, `retain_log/TOFU_EVAL.json`.
+        """Write `data/` (what is trained on), `validation/` and `test/` (what is evaluated, in TOFU's file names: rows
+        of even and of odd place), `model/`, `retain_model/`, and the latter's evaluation logs, of likelihoods alone,
+        `retain_log/validation/TOFU_EVAL.json` and `retain_log/test/TOFU_EVAL.json`.
 
         Returns:
             The recipe keys it settles: `model_name_or_path`, `dataset_name`, `retain_dataset_name`.
@@ -88,19 +85,23 @@ class TofuMemorisedConfig:
 
         output_dir = Path(output_dir)
         rows = self._rows()
-        self._write_data(output_dir / "data", rows)
+        _write(output_dir / "data" / f"{self.split}.json", rows["forget"], ("question", "answer"))
+        _write(output_dir / "data" / "retain.json", rows["retain"], ("question", "answer"))
+        for half, first in (("validation", 0), ("test", 1)):
+            self._write_half(output_dir / half, rows, first)
         for name, parts in (("model", ("forget", "retain")), ("retain_model", ("retain",))):
             self._train([row for part in parts for row in rows[part]], output_dir / name)
-        config = TofuEvalConfig(
-            data=str(output_dir / "data"),
-            split=self.split,
-            chat_template="never",
-            question_format=self.question_format,
-            generate=False,
-            gradnorm=False,
-            fluency_classifier="none",
-        )
-        write_retain_log(str(output_dir / "retain_model"), config, output_dir / "retain_log")
+        for half in ("validation", "test"):
+            config = TofuEvalConfig(
+                data=str(output_dir / half),
+                split=self.split,
+                chat_template="never",
+                question_format=self.question_format,
+                generate=False,
+                gradnorm=False,
+                fluency_classifier="none",
+            )
+            write_retain_log(str(output_dir / "retain_model"), config, output_dir / "retain_log" / half)
         (output_dir / "prepare.json").write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
         return {
             "model_name_or_path": str(output_dir / "model"),
@@ -123,21 +124,17 @@ class TofuMemorisedConfig:
         holdout = load_rows(self.data, self.split.replace("forget", "holdout"))
         return {**rows, "holdout": _spaced(holdout, self.forget_rows)}
 
-    def _write_data(self, folder: Path, rows: dict[str, list[Row]]) -> None:
-        """What is trained on (`SPLIT.json`, `retain.json`) and evaluated (`*_perturbed.json`, `holdoutNN.json`)."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def _write_half(self, folder: Path, rows: dict[str, list[Row]], first: int) -> None:
+        """Every second evaluated row of each set, from place `first` on."""
         evaluated = {
             f"{self.split}_perturbed": self._fewer_answers(rows["forget"]),
             "retain_perturbed": self._fewer_answers(_spaced(rows["retain"], self.evaluated_retain_rows)),
             "real_authors_perturbed": _spaced(rows["ra"], self.utility_rows),
             "world_facts_perturbed": _spaced(rows["wf"], self.utility_rows),
+            self.split.replace("forget", "holdout"): rows["holdout"],
         }
-        holdout = self.split.replace("forget", "holdout")
-        plain = {self.split: rows["forget"], "retain": rows["retain"], holdout: rows["holdout"]}
-        for name, part in {**plain, **evaluated}.items():
-            columns = ("question", "answer") if name in plain else tuple(part[0])
-            lines = [json.dumps({column: row[column] for column in columns}) for row in part]
-            (folder / f"{name}.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for name, part in evaluated.items():
+            _write(folder / f"{name}.json", part[first::2], tuple(part[0]))
 
     def _fewer_answers(self, rows: Sequence[Row]) -> list[Row]:
         return [{**row, "perturbed_answer": row["perturbed_answer"][: self.perturbed_answers]} for row in rows]
@@ -187,6 +184,13 @@ class TofuMemorisedConfig:
         (folder / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
         del trainer, model
         gc.collect()
+
+
+def _write(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
+    """Rows as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({column: row[column] for column in columns}) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _spaced(rows: Sequence[Row], count: int | None) -> list[Row]:
