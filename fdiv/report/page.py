@@ -115,14 +115,21 @@ class _Page:
 
     def sweep(self, sweep: SweepRecord, prefix: str) -> None:
         """Everything about one sweep."""
-        from fdiv.report.table import table
+        from fdiv.recipe.sweep import Column
+        from fdiv.report.table import rows_table, table
 
         results = sweep.results
         seeds = ", ".join(map(str, results["seeds"])) or "the recipe's"
         self.add(f'<p class="sub">{len(results["cells"])} runs, seeds {html.escape(seeds)}</p>')
         self.add("<h2>Results</h2>")
-        self.table(*table(results["aggregate"], results["columns"], wide=False))
-        self.add('<p class="sub">before → after training, mean ± standard error over seeds.</p>')
+        columns = {name: Column(**column) for name, column in results.get("table", {}).items()}
+        if columns:
+            keep_all = (results.get("screen") or {}).get("keep") == "all"
+            self.table(*rows_table(results, columns, results["screen"]["key"] if keep_all else None))
+            self.add('<p class="sub">Mean ± standard error over seeds.</p>')
+        else:
+            self.table(*table(results["aggregate"], results["columns"], wide=False))
+            self.add('<p class="sub">before → after training, mean ± standard error over seeds.</p>')
         for cell in results["cells"]:
             if cell["status"] != "finished":
                 reason = html.escape(cell.get("error", cell["status"]))

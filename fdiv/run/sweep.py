@@ -197,6 +197,7 @@ def _write(plan: SweepPlan, records: list[dict[str, Any]], command: str, folder:
         "seeds": sorted({record["settings"]["seed"] for record in records if "seed" in record["settings"]}),
         "axes": dict(plan.axes),
         "columns": _columns(records),
+        "table": {name: plain(column) for name, column in plan.block.table.items()},
         "screen": None if screen is None else plain(screen),
         "chosen": [dataclasses.asdict(choice) for choice in choices if choice is not None],
         "start": _start(plan.block, records),

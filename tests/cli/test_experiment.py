@@ -158,6 +158,9 @@ def test_table_start_models_and_errors_by_hand(experiment, runs):
     assert "<svg" in (Path("cells") / "path.svg").read_text()
     results = json.loads((Path("cells") / "results.json").read_text())
     assert results["cells"][0]["series"] == {"eval_a": [1.0, 0.5], "eval_b": [0.5, 0.25]}
+    assert main(["report", "cells", "--output", "page.html"]) == 0
+    page = Path("page.html").read_text()
+    assert "S ↑" in page and f"{8 / 3:.2f} ± {error:.2f}" in page
 
 
 def test_no_cell_starts_after_the_minutes(experiment, runs, capsys):
