@@ -140,7 +140,7 @@ def test_trains_evaluates_and_logs(name, tiny_model_dir, tmp_path):
     if trainer.args.retain_term != "none":
         assert {"retain_term", "prob/retain"} <= set(first)
     if trainer.reference is not None:
-        key = "divergence" if trainer.needs_logits or hasattr(trainer.args, "layer") else "mean_f"
+        key = "divergence" if trainer.needs_logits else "mean_f"
         assert f"{key}/{trainer.metric_divergence.label}_se" in first
         assert first["log_ratio/forget_p50"] == pytest.approx(0, abs=1e-4)  # the first step starts at the reference
     assert all(math.isfinite(value) for value in first.values() if isinstance(value, float))
