@@ -60,10 +60,13 @@ def divergences(spec: str | None) -> int:
         entry = get_divergence({"name": name, **dict.fromkeys(parameters, _EXAMPLE)})
         limits = (_curvature(entry), entry.derivative_at_zero, entry.slope_at_infinity)
         shown = ["–" if limit is None else _limit(limit) for limit in limits]
-        rows.append((name, ", ".join(parameters), *shown, _lawful_for(entry), ", ".join(aliases_of(name))))
-    columns = ("name", "parameters", "f''(1)", "f'(0)", "f'(inf)", "lawful for", "aliases")
-    notes = [f"Limits that depend on a parameter are those at {_EXAMPLE}. `fdiv divergences NAME` shows one in full."]
-    print_table("Divergences D_f(policy ‖ reference)", columns, rows, notes, text_columns=(0, 1, 5, 6))
+        rows.append((name, ", ".join(parameters), *shown, ", ".join(aliases_of(name))))
+    columns = ("name", "parameters", "f''(1)", "f'(0)", "f'(inf)", "aliases")
+    notes = [
+        f"Limits that depend on a parameter are those at {_EXAMPLE}. `fdiv divergences NAME` shows one in full, with "
+        "the methods that refuse it and why; `fdiv methods` says for every method which it takes.",
+    ]
+    print_table("Divergences D_f(policy ‖ reference)", columns, rows, notes, text_columns=(0, 1, 5))
     return 0
 
 
@@ -88,7 +91,7 @@ def _one_divergence(entry: Any) -> int:
         ("f'(0)", _limit(entry.derivative_at_zero)),
         ("f'(inf)", _limit(entry.slope_at_infinity)),
         ("conjugate domain", " to ".join(_limit(bound) for bound in entry.conjugate_domain)),
-        ("lawful for", _lawful_for(entry)),
+        ("valid for", _valid_for(entry)),
     ]
     if entry.name in list_divergences():
         rows.append(("aliases", ", ".join(aliases_of(entry.name)) or "–"))
@@ -126,10 +129,10 @@ def _refusal(method: Any, entry: Any) -> str | None:
     return None
 
 
-def _lawful_for(entry: Any) -> str:
+def _valid_for(entry: Any) -> str:
     found = {name: METHODS.find(name) for name in METHODS}
-    lawful = [name for name, method in found.items() if method.check_divergence and not _refusal(method, entry)]
-    return ", ".join(lawful) or "–"
+    valid = [name for name, method in found.items() if method.check_divergence and not _refusal(method, entry)]
+    return ", ".join(valid) or "–"
 
 
 def recipes(name: str | None, copy_to: str | None, method: str | None) -> int:
