@@ -4,7 +4,7 @@
 
 Three trainers get the same recorded completions and the same rehearsal rows, so sampling costs none of them anything:
 
-* cached: `DPHTrainer` as it is. Reference log-probabilities of the rehearsal rows come from the cache.
+* cached: `DPHTrainer` unchanged. Reference log-probabilities of the rehearsal rows come from the cache.
 * live: a reference model in memory scores every row, rollouts and rehearsal, in each step (GRPO's KL penalty k3 on the
   rollouts, the rehearsal term on live scores).
 * live_rehearsal: a reference model scores the rehearsal rows only.

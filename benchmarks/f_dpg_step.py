@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.timing import FixedRollouts, in_turns, ratio, ready, reward, write_result
 
-LAWFUL: list[Any] = [
+VALID: list[Any] = [
     "reverse_kl", "forward_kl", "jensen_shannon", {"name": "skew_jensen_shannon", "weight": 0.3}, "jeffreys",
     {"name": "alpha", "alpha": 0.75}, "squared_hellinger", "neyman_chi2", "pearson_chi2", "chi2_kl", "le_cam",
     "total_variation",
@@ -94,7 +94,7 @@ def main() -> None:
     from fdiv.models.tiny import build_tiny_model
     from fdiv.provenance import environment
 
-    named = options.divergences or LAWFUL
+    named = options.divergences or VALID
     divergences = [json.loads(d) if isinstance(d, str) and d.startswith("{") else d for d in named]
     with tempfile.TemporaryDirectory() as folder:
         model_dir = str(

@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.timing import first_batch, in_turns, peak_bytes, ratio, ready, step, write_result
 
-LAWFUL: list[Any] = [
+VALID: list[Any] = [
     "reverse_kl",
     "forward_kl",
     "jensen_shannon",
@@ -113,7 +113,7 @@ def batch_for(seconds: float, model_dir: str, length: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--divergences", nargs="+", help="names, or JSON mappings; all lawful ones when left out")
+    parser.add_argument("--divergences", nargs="+", help="names, or JSON mappings; all valid ones when left out")
     parser.add_argument("--pairs", type=int, default=30, help="interleaved pairs of steps per divergence")
     parser.add_argument("--min_step_seconds", type=float, default=0.6)
     parser.add_argument("--batch_pairs", type=int, help="preference pairs per step; found by doubling when left out")
@@ -126,7 +126,7 @@ def main() -> None:
     from fdiv.models.tiny import build_tiny_model
     from fdiv.provenance import environment
 
-    named = options.divergences or LAWFUL
+    named = options.divergences or VALID
     divergences = [json.loads(d) if isinstance(d, str) and d.startswith("{") else d for d in named]
     with tempfile.TemporaryDirectory() as folder:
         model_dir = str(

@@ -3,7 +3,7 @@
     python -m benchmarks.pass_at_k            # prints the ratio, writes benchmarks/results/pass_at_k.json
 
 10,000 problems × 256 samples × every k up to 128, values per problem; no bootstrap on either side. The loop is the
-formula as it is written, 1 − C(n−c, k)/C(n, k), with Python's exact integers.
+formula as written, 1 − C(n−c, k)/C(n, k), with Python's exact integers.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def build_reward(spec: str | Mapping[str, Any] | Reward, what: str = "reward") -
     further keys, or a class or function that makes one of them. `as` renames it in the logs.
 
     Args:
-        spec: see above; a callable is returned as it is. what: the word for it in errors.
+        spec: see above; a callable is returned unchanged. what: the word for it in errors.
 
     Raises:
         ValueError: an unknown name, an unknown or missing argument; what the class or function refuses.

@@ -26,7 +26,7 @@ class FdivError(Exception):
 
 
 class RecipeError(FdivError):
-    """The recipe or the command line is wrong: an unknown key, a value of the wrong type, an unlawful divergence."""
+    """The recipe or the command line is wrong: an unknown key, a value of the wrong type, an invalid divergence."""
 
     exit_code = 2
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fdiv.lazy import attach
 
-__all__ = ["binary_size", "complain", "info", "is_main_process", "number", "print_table"]
+__all__ = ["binary_size", "error", "info", "is_main_process", "number", "print_table"]
 
 
 def is_main_process() -> bool:
@@ -24,7 +24,7 @@ def info(message: str) -> None:
         sys.stderr.flush()
 
 
-def complain(message: str) -> None:
+def error(message: str) -> None:
     """An error as exactly one line on stderr."""
     info("fdiv: " + " ".join(message.split()))
 
@@ -90,6 +90,8 @@ def divergence_label(spec: Any) -> str:
     parameters = ", ".join(f"{name}={value}" for name, value in spec.items() if name != "name")
     return f"{spec.get('name')}({parameters})" if parameters else str(spec.get("name"))
 
+
+complain = error  # its name in release 0.1
 
 # Names of release 0.1 that live elsewhere now.
 __getattr__, __dir__ = attach(__name__, {"run_table": "fdiv.report.table"})

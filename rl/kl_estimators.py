@@ -168,7 +168,7 @@ def list_kl_estimators() -> list[str]:
 
 
 def resolve_kl(spec: str | KLEstimator) -> KLEstimator:
-    """The estimator of a name or of `module:attribute`; a `KLEstimator` is returned as it is.
+    """The estimator of a name or of `module:attribute`; a `KLEstimator` is returned unchanged.
 
     Raises:
         ValueError: an unknown name, with the nearest one.

@@ -206,11 +206,11 @@ def idk_dpo(
     Args:
         template_log_ratio: [B] summed log-ratio of the template answer (chosen).
         forget_log_ratio: [B] summed log-ratio of the forget answer (rejected).
-        divergence: lawful for f-DPO, that is f'(0⁺) = −∞.
+        divergence: valid for f-DPO, that is f'(0⁺) = −∞.
         beta: β > 0. max_exponent: see `fdiv.alignment.f_dpo.loss.f_dpo_loss`.
 
     Raises:
-        ValueError: an unlawful divergence, or β not above 0.
+        ValueError: an invalid divergence, or β not above 0.
     """
     scale = 2.0 / _positive("beta", beta)
     return scale * f_dpo_loss(template_log_ratio, forget_log_ratio, divergence, beta, max_exponent=max_exponent)

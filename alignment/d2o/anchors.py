@@ -48,7 +48,7 @@ def prompt_key(prompt_ids: Sequence[int]) -> str:
 
 
 def instructed_prompt(prompt: str | list[dict[str, Any]], template: str) -> str | list[dict[str, Any]]:
-    """`prompt` put in the place of `{prompt}` in `template`; of a conversation, its last user message is.
+    """`prompt` put in place of `{prompt}` in `template`; of a conversation, its last user message is.
 
     Raises:
         DataError: a conversation without a user message of plain text.
@@ -88,7 +88,7 @@ def check_context(trainer: Any) -> None:
 
 
 def draw_anchors(trainer: Any, rows: Sequence[Mapping[str, Any]], count: int) -> list[list[Anchor]]:
-    """Draw `count` anchors for each row from the policy as it is; call it on all processes, with as many rows each.
+    """Draw `count` anchors for each row from the current policy; call it on all processes, with as many rows each.
 
     Sample k of a prompt is drawn under instruction template k modulo their number.
 
@@ -197,7 +197,7 @@ class AnchorCache:
             raise DataError(
                 f"{self.path} holds {len(group)} anchors for the prompt with the tokens {list(prompt_ids)[:8]}…, and "
                 f"num_generations={count} asks for {count}: lower num_generations, or remove the file (or set another "
-                "anchor_cache) so that they are drawn anew before the first step"
+                "anchor_cache) so that they are sampled again before the first step"
             )
         return group[:count]
 

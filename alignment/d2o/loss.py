@@ -46,7 +46,7 @@ def d2o_experimental_reason(
     cause = f"alpha={alpha} differs from beta={beta}" if alpha != beta else "the two references differ"
     return (
         f"D2O with the divergence {name} is experimental here: {cause}. The reward of an answer is "
-        "beta*f'(pi/pi_ref) + c(x), and c(x), which nobody can compute, cancels between the anchors and the rejected "
+        "beta*f'(pi/pi_ref) + c(x), and c(x), which cannot be computed, cancels between the anchors and the rejected "
         "answer only if both carry the same weight (alpha = beta) and the same reference; otherwise the loss is a "
         "heuristic that no reward model stands behind"
     )
@@ -80,7 +80,7 @@ def d2o_loss(
         `[B]`, nats; float32 for half-precision input, float64 is kept.
 
     Raises:
-        ValueError: an unlawful divergence (see `check_f_dpo_divergence`), `alpha` ≤ 0, `beta` < 0, shapes that do not
+        ValueError: an invalid divergence (see `check_f_dpo_divergence`), `alpha` ≤ 0, `beta` < 0, shapes that do not
             fit.
 
     Warns:

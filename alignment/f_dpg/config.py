@@ -35,7 +35,7 @@ _REFUSED = dict.fromkeys(GRPO_LOSS_KEYS, "it belongs to GRPO's loss, and f-DPG h
     "repetition_penalty": "the proposal's probabilities must be those of a model",
     "reward_weights": "the target says how scores combine",
     "scale_rewards": "f-DPG has no advantages to scale",
-    "sync_ref_model": "the base model of the target must stay as it is",
+    "sync_ref_model": "the base model of the target must not change",
     "temperature": "t = pi/p is that of the untempered model",
     "top_entropy_quantile": "the gradient is that of the whole sequence",
     "top_k": "the proposal must cover the policy",
@@ -43,7 +43,7 @@ _REFUSED = dict.fromkeys(GRPO_LOSS_KEYS, "it belongs to GRPO's loss, and f-DPG h
     "use_adaptive_entropy": "the target is the objective; an entropy bonus would change its optimum",
     "vllm_importance_sampling_correction": "f-DPG forms its own weights pi/q from the rollout's log-probs",
 }
-# Keys of `generation_kwargs` (transformers' and vLLM's) that leave the distribution of the samples as it is.
+# Keys of `generation_kwargs` (transformers' and vLLM's) that do not change the distribution of the samples.
 _HARMLESS_GENERATION_KEYS = frozenset(
     {"stop_strings", "stop", "stop_token_ids", "include_stop_str_in_output", "cache_implementation", "cache_config",
      "use_cache", "max_time", "disable_compile", "compile_config", "prefill_chunk_size", "seed", "low_memory"}

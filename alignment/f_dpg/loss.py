@@ -35,9 +35,9 @@ __all__ = [
 def check_f_dpg_divergence(
     divergence: str | Mapping[str, Any] | Divergence, *, hard_target: bool = False
 ) -> Divergence:
-    """The divergence `divergence` specifies, if f-DPG is lawful with it and such a target.
+    """The divergence `divergence` specifies, if f-DPG is defined for it and such a target.
 
-    Every f is lawful for a target that is positive wherever the policy is (a·exp(λ·φ), a·exp(r/β)). A hard target
+    Every f is valid for a target that is positive wherever the policy is (a·exp(λ·φ), a·exp(r/β)). A hard target
     (a·b with b = 0 somewhere, a·v) has p = 0 on sequences the policy can produce; there the coefficient is f′(∞), and
     with f′(∞) = ∞ D_f(π‖p) itself is infinite, so there is nothing to descend.
 

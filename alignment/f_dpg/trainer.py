@@ -60,7 +60,7 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             token (`max_steps` sets the length).
         target: a `Target` or mapping for `build_target`; None takes `args.target`.
         base_model: the base a of the target; None: with PEFT the model with the adapter off (the adapter's starting
-            copy when training continues one), else the policy as handed over.
+            copy when training continues one), else the policy as passed.
 
     Per generation Ẑ of each prompt and the baselines are computed once, over all processes, so micro-batches may split
     groups; the coefficient itself is formed from the policy's current log-probabilities in the loss, in the one
@@ -71,7 +71,7 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
     completions of the last generation; `proposal/*` with `proposal: adaptive`.
 
     Raises:
-        ValueError: no target; a divergence that is not lawful with it; options that cannot be honoured.
+        ValueError: no target; a divergence that is not valid for it; options that cannot be honoured.
         ScorerError: a scorer raised, or gave a wrong number of scores or one that is not finite.
         MomentError: moments of a distributional target that are out of reach.
         NonFiniteLossError: a NaN or infinite loss, before the optimizer step.
@@ -146,7 +146,7 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
 
     # ---------------------------------------------------------------- construction
     def _attach_base(self, base: nn.Module | str | None, quantization: Any = None) -> None:
-        """Make `base`, or a frozen copy of the policy as it is now, the reference that `GRPOTrainer` scores with."""
+        """Make `base`, or a frozen copy of the current policy, the reference that `GRPOTrainer` scores with."""
         if isinstance(base, str):
             from trl.trainer.utils import create_model_from_path
 
@@ -213,7 +213,7 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
 
     @torch.no_grad()
     def _sample_log_probs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`[B]` float64 log a, log q and log π (as it is now) of the sampled completions."""
+        """`[B]` float64 log a, log q and log π (of now) of the sampled completions."""
         mask = token_mask(batch)
 
         def summed(per_token: Tensor) -> Tensor:
@@ -306,7 +306,7 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
     def ensure_fitted(self) -> None:
         """Fit λ of a distributional target if that is still to be done; training does it before the first step.
 
-        The samples are those of the policy as it is (at the start: the base), weighted to the base. Call it on every
+        The samples are those of the current policy (at the start: the base), weighted to the base. Call it on every
         process.
 
         Raises:

@@ -22,7 +22,7 @@ __all__ = ["check_f_dpo_divergence", "f_dpo_loss", "f_dpo_rewards"]
 def check_f_dpo_divergence(
     divergence: str | Mapping[str, Any] | Divergence, *, objective: str = "f-DPO"
 ) -> Divergence:
-    """The divergence `divergence` specifies, if f-DPO (or another `objective` on the same reward) is lawful with it.
+    """The divergence `divergence` specifies, if f-DPO (or another `objective` on the same reward) is defined for it.
 
     f-DPO turns max_π E_π[r] − β·D_f(π‖π_ref) into a loss through its KKT condition r(x, y) = β·f′(π/π_ref) + c(x). It
     holds for every y only if the optimum is positive everywhere; f′(0⁺) = −∞ ensures that (Wang et al. 2023,
@@ -37,7 +37,7 @@ def check_f_dpo_divergence(
             f"{objective} cannot use the divergence {divergence.name!r}: it needs f'(0+) = -inf, here f'(0+) = "
             f"{divergence.derivative_at_zero:g}. With a finite slope at 0 the optimal policy may give a response "
             "probability 0 (the KKT multiplier of pi >= 0 becomes active), and then r = beta*f'(pi/pi_ref) + c(x), on "
-            "which the loss rests, no longer holds. Lawful ones: `fdiv divergences` lists them (reverse_kl, "
+            "which the loss rests, no longer holds. Valid ones: `fdiv divergences` lists them (reverse_kl, "
             "forward_kl, jensen_shannon, jeffreys, alpha, ...); chi2_kl repairs pearson_chi2"
         )
     return divergence
@@ -64,9 +64,9 @@ def f_dpo_rewards(
         The shape of `log_ratio`; float32 for half-precision input, float64 is kept.
 
     Raises:
-        ValueError: an unlawful divergence, `beta` ≤ 0.
+        ValueError: an invalid divergence, `beta` ≤ 0.
     """
-    return beta * _lawful(divergence, beta).score(log_ratio, max_exponent)
+    return beta * _checked(divergence, beta).score(log_ratio, max_exponent)
 
 
 def f_dpo_loss(
@@ -93,9 +93,9 @@ def f_dpo_loss(
         `[B]`, nats; float32 for half-precision input, float64 is kept.
 
     Raises:
-        ValueError: an unlawful divergence (see `check_f_dpo_divergence`), `beta` ≤ 0.
+        ValueError: an invalid divergence (see `check_f_dpo_divergence`), `beta` ≤ 0.
     """
-    divergence = _lawful(divergence, beta)
+    divergence = _checked(divergence, beta)
     if chosen_log_ratio.shape != rejected_log_ratio.shape:
         raise ValueError(
             f"chosen_log_ratio has shape {tuple(chosen_log_ratio.shape)}, rejected_log_ratio "
@@ -106,7 +106,7 @@ def f_dpo_loss(
     return -F.logsigmoid(beta * (chosen - rejected))
 
 
-def _lawful(divergence: str | Mapping[str, Any] | Divergence, beta: float) -> Divergence:
+def _checked(divergence: str | Mapping[str, Any] | Divergence, beta: float) -> Divergence:
     if not 0 < beta < float("inf"):
         raise ValueError(
             f"beta={beta}: f-DPO needs a finite beta > 0, the weight of the divergence from the reference"

@@ -1,4 +1,4 @@
-"""f-DPO: direct preference optimisation regularised by any lawful f-divergence (Wang et al. 2023, arXiv:2309.16240).
+"""f-DPO: direct preference optimisation regularised by any valid f-divergence (Wang et al. 2023, arXiv:2309.16240).
 
 `FDPOConfig` and `FDPOTrainer` are TRL's `DPOConfig` and `DPOTrainer` with one more idea, `divergence`. With
 `divergence="reverse_kl"` they train DPO, step for step.
@@ -31,7 +31,7 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
 
     The reference is, in this order: `ref_model`; for a PEFT policy the base with the adapter off (the frozen copy of
     the adapter when training continues one); precomputed log-probabilities with `precompute_ref_log_probs`; a frozen
-    copy of the model object as it was handed over; a second load of the model named by a string.
+    copy of the model object as passed; a second load of the model named by a string.
 
     Logged beside what `DPOTrainer` logs: `rewards/*` is the f-scored implicit reward β·f′(u), what the loss compares;
     `rewards_raw/*` is β·log u, TRL's; `log_ratio/{chosen,rejected}_p05|p50|p95`; `mean_f/<name>` with `_se`, the mean
@@ -256,7 +256,7 @@ def _checked_processing_class(processing_class: Any, model: Any, args: FDPOConfi
 
 
 def _reference_of_instance(model: nn.Module, args: FDPOConfig) -> nn.Module | None:
-    """A frozen copy of a model object, so that π_ref is the policy as handed over, wherever it came from.
+    """A frozen copy of a model object, so that π_ref is the policy as passed, wherever it came from.
 
     None where TRL has a better way (an adapter to switch off, precomputed log-probabilities) or must load a second one
     itself (weights spread by a device map, or sharded by ZeRO-3).

@@ -9,8 +9,8 @@
 * zero3: f-DPO under DeepSpeed ZeRO-3 with one process, in float32: the losses of the plain run.
 
 Every section runs in processes of its own, so that a failure is recorded and the others go on; where one of the
-trainers fails, the rest is begun anew behind it. A section that has not ended after its share of the time is stopped.
-The result is written anew after each section. The exit code is 0 when every section that was asked for passed, 1 when
+trainers fails, the rest starts again after it. A section that has not ended after its share of the time is stopped.
+The result is written again after each section. The exit code is 0 when every section that was asked for passed, 1 when
 one did not, 2 without a GPU.
 
 `--device cpu --size tiny` goes the same way without a GPU, to try the script: nothing it measures means anything.
@@ -167,7 +167,7 @@ def stop(process: subprocess.Popen[Any]) -> None:
     for one in found:
         with suppress(psutil.NoSuchProcess):
             one.kill()
-    with suppress(ProcessLookupError):  # before it is collected: until then its number is nobody else's
+    with suppress(ProcessLookupError):  # before it is collected: until then no other process has its number
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

@@ -256,7 +256,7 @@ def _shown(name: str, result: dict[str, Any]) -> str:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """The comparisons asked for, as far as there is time; the file is written anew after each, and added to."""
+    """The comparisons asked for, as far as there is time; the file is written again after each, and added to."""
     started, size, output = time.monotonic(), SIZES[options.size], Path(options.output)
     peak, reason = options.peak_tflops, None
     if peak is None:

@@ -1,4 +1,4 @@
-"""Recorded samples as counts per task: reading `samples.jsonl`, and what is done with samples nobody could score."""
+"""Recorded samples as counts per task: reading `samples.jsonl`, and what becomes of unscored samples."""
 
 from __future__ import annotations
 

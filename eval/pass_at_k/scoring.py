@@ -1,4 +1,4 @@
-"""The scoring pass: is a completion correct? True, False, or None where nobody can say."""
+"""The scoring pass: is a completion correct? True, False, or None where it cannot be decided."""
 
 from __future__ import annotations
 

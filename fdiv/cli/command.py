@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import fdiv
+from fdiv import terminal
 from fdiv.catalog import EVAL_COMMANDS
 from fdiv.errors import FdivError, RecipeError
-from fdiv.terminal import complain
 
 __all__ = ["main"]
 
@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        complain(f"{message} (see `{self.prog} --help`)")
+        terminal.error(f"{message} (see `{self.prog} --help`)")
         sys.exit(2)
 
 
@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--base_weights",
         choices=("as_trained", "as_stored"),
         default="as_trained",
-        help="after QLoRA: the base rounded to 4 bits as in training (default), or as it is stored",
+        help="after QLoRA: the base rounded to 4 bits as in training (default), or as stored",
     )
     merge.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the merged weights"
@@ -148,12 +148,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     flag_first = len(words) > 1 and words[1].startswith("-") and words[1] not in ("-h", "--help")
     if flag_first and words[0] in ("run", "sweep"):
-        complain(f"the recipe comes first: fdiv {words[0]} RECIPE {words[1]} …")
+        terminal.error(f"the recipe comes first: fdiv {words[0]} RECIPE {words[1]} …")
         return 2
     parser = build_parser()
     args, rest = parser.parse_known_args(words)
     if rest and args.verb not in ("run", "sweep", "presample"):
-        complain(f"unrecognized arguments: {' '.join(rest)} (see `fdiv {args.verb} --help`)")
+        terminal.error(f"unrecognized arguments: {' '.join(rest)} (see `fdiv {args.verb} --help`)")
         return 2
     # TRL's own defaults use the deprecated spelling; whoever reads the terminal can do nothing about it.
     renamed = "`[a-z_]*gradient_checkpointing[a-z_]*` is deprecated"
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FileNotFoundError as error:
         return _fail(error, args, 1)
     except KeyboardInterrupt:
-        complain("interrupted")
+        terminal.error("interrupted")
         return 130
 
 
@@ -175,7 +175,7 @@ def _fail(error: Exception, args: argparse.Namespace, code: int) -> int:
     """One line for an error with a remedy; its traceback under --debug."""
     if vars(args).get("debug"):
         raise error
-    complain(str(error))
+    terminal.error(str(error))
     return code
 
 

@@ -144,7 +144,7 @@ def descendants(pid: int) -> set[psutil.Process]:
 def wait_until_gone(processes: Iterable[psutil.Process], seconds: float) -> set[psutil.Process]:
     """Wait until the processes have ended, at most so long; those that have not.
 
-    One that has ended and that nobody has collected counts as gone: its parent may be gone before it, and not every
+    One that has ended and has not been collected counts as gone: its parent may be gone before it, and not every
     container has an init process that collects.
     """
     ends = time.monotonic() + seconds

@@ -15,7 +15,7 @@ from fdiv.recipe.load import load_recipe
 from fdiv.recipe.model import Recipe
 from fdiv.report.table import run_table
 from fdiv.run.plan import RunPlan
-from fdiv.terminal import binary_size, complain, info, is_main_process, print_table
+from fdiv.terminal import binary_size, error, info, is_main_process, print_table
 from fdiv.training.merge import merge_adapter, trained_rounding
 
 __all__ = ["merge", "run", "sweep"]
@@ -114,7 +114,7 @@ def sweep(args: argparse.Namespace, overrides: list[str], words: list[str]) -> i
         return launch(args.accelerate, words, args.num_processes, _mixed_precision(first))
     failures = run_sweep(plan, command_line(words), args.minutes, results)
     for failure in failures:
-        complain(failure)
+        error(failure)
     return 1 if failures else 0
 
 
@@ -127,7 +127,7 @@ def merge(args: argparse.Namespace) -> int:
         bits = 4 if "load_in_4bit" in quantization else 8
         info(f"merge: the run trained on a base in {bits} bits, so the base is rounded in the same way first")
     elif rounding is not None:
-        info("merge: the run trained on a rounded base; the base as it is stored differs from it by rounding errors")
+        info("merge: the run trained on a rounded base; the base as stored differs from it by rounding errors")
     output = merge_adapter(args.adapter, args.output, base=args.base, dtype=dtype, quantization=quantization)
     info(f"merged model: {output}")
     return 0

@@ -1,4 +1,4 @@
-"""The divergences whose derivative is bounded on both sides: Le Cam's and total variation. Not lawful in f-DPO."""
+"""The divergences whose derivative is bounded on both sides: Le Cam's and total variation. Not valid in f-DPO."""
 
 from __future__ import annotations
 

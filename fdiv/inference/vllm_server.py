@@ -1,4 +1,4 @@
-r"""Rollouts from a vLLM server over plain HTTP, with weights handed over through a directory.
+r"""Rollouts from a vLLM server over plain HTTP, with weights passed through a directory.
 
 The server lives in an environment of its own (`make setup-vllm`); the trainer's needs no vLLM. Start it with
 
@@ -81,9 +81,9 @@ class VLLMServer:
 class VLLMServerRollouts(VLLMServer):
     """TRL `rollout_func`: one completion per prompt from the server, which holds the weights of the last hand-over.
 
-    Weights are handed over before the first rollout and whenever `rollout_version(trainer)` changed since; a trainer
+    Weights are passed before the first rollout and whenever `rollout_version(trainer)` changed since; a trainer
     without that method is at version `state.global_step`. Each process asks for its own prompts; the main process
-    hands over the weights. An adapter is merged into a copy of the weights, never into the model.
+    passes the weights. An adapter is merged into a copy of the weights, never into the model.
 
     Args:
         base_url: http(s)://host:port of the server.
@@ -167,7 +167,7 @@ def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[
     """`state` of `model` with its active LoRA adapters added to the base weights, under the base model's names.
 
     The model itself is not touched: merging and unmerging would change its weights by rounding. A model without
-    adapters gives `state` as it is.
+    adapters gives `state` unchanged.
 
     Raises:
         RolloutError: an adapter that is not plain LoRA (DoRA, prompt learning, …), whose merged weight is not a sum; a
@@ -202,14 +202,12 @@ def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[
         key = f"{name}.weight"
         if not merged[key].is_floating_point():
             raise RolloutError(
-                f"{name} is quantised: the base of a QLoRA run cannot be handed over to a server as weights; let "
+                f"{name} is quantised: the base of a QLoRA run cannot be passed to a server as weights; let "
                 "transformers sample (leave rollout_server_url out), or do without load_in_4bit and load_in_8bit"
             )
         for adapter in module.active_adapters:
             delta = module.get_delta_weight(adapter)
             merged[key] = merged[key] + delta.to(merged[key])
     if not found:
-        raise RolloutError(
-            "the PEFT method adds no LoRA layer, so it cannot be handed over as weights: use plain LoRA"
-        )
+        raise RolloutError("the PEFT method adds no LoRA layer, so it cannot be passed as weights: use plain LoRA")
     return merged

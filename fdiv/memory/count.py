@@ -216,7 +216,7 @@ def _forward(model: Any, config: Any, shape: StepShape, mixed: torch.dtype | Non
 
     rows, tokens = shape.rows, shape.tokens
     ids = torch.zeros(rows, tokens, dtype=torch.long)
-    # Four-dimensional, as the models make it of a padded batch; they hand such a mask on as it is.
+    # Four-dimensional, as the models make it of a padded batch; they pass such a mask on unchanged.
     inputs = {"input_ids": ids, "attention_mask": torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)}
     if takes_position_ids(model):
         inputs["position_ids"] = torch.zeros(rows, tokens, dtype=torch.long)

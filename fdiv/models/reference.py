@@ -89,7 +89,7 @@ class FrozenReference:
             return token_scores(model, input_ids, attention_mask, completion_mask)
 
     def refresh(self) -> None:
-        """Make the reference the policy as it is now; call it on every process.
+        """Make the reference the current policy; call it on every process.
 
         Raises:
             DataError: weights sharded by ZeRO-3 or FSDP, or an adapter reference without a copy to write into.
@@ -124,7 +124,7 @@ class FrozenReference:
             return
         path = Path(directory) / "model.safetensors"
         if not path.is_file():
-            raise DataError(f"{path} does not exist: the checkpoint holds no reference, start training anew")
+            raise DataError(f"{path} does not exist: the checkpoint holds no reference, start training again")
         from safetensors.torch import load_model
 
         load_model(self.trainer.accelerator.unwrap_model(self.model), path)

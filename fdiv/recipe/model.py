@@ -157,7 +157,7 @@ class Recipe:
             keys: Values that win over all others.
 
         Raises:
-            RecipeError: a config refuses its values (an unlawful divergence, α outside its domain).
+            RecipeError: a config refuses its values (an invalid divergence, α outside its domain).
         """
         from trl import TrlParser
 

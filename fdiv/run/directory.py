@@ -61,10 +61,10 @@ class RunDirectory:
             raise FdivError(f"resume_from_checkpoint: no such directory: {resume}")
         if not self.path.exists():
             return
-        strangers = [entry.name for entry in self.path.iterdir() if entry.name not in ("prepared", "error.txt")]
-        if strangers and not any((self.path / mark).exists() for mark in _MARKS):
+        others = [entry.name for entry in self.path.iterdir() if entry.name not in ("prepared", "error.txt")]
+        if others and not any((self.path / mark).exists() for mark in _MARKS):
             raise FdivError(
-                f"output_dir {self.path} is not empty and not a run of fdiv (it holds {sorted(strangers)[0]!r}); "
+                f"output_dir {self.path} is not empty and not a run of fdiv (it holds {sorted(others)[0]!r}); "
                 "choose another --output_dir"
             )
         if self.checkpoints() and not (resume or overwrite):

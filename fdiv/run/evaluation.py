@@ -65,7 +65,7 @@ class Evaluations(TrainerCallback):
             self.notes["before"] = f"not measured: the run was resumed at step {state.global_step}"
 
     def measure(self, stage: str) -> dict[str, float | None]:
-        """Run every evaluation on the model as it is, on every process; the main process writes `eval_STAGE.json`."""
+        """Run every evaluation on the current model, on every process; the main process writes `eval_STAGE.json`."""
         started = time.perf_counter()
         trainer = self.trainer
         model, was_training = trainer.model, trainer.model.training

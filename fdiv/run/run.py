@@ -215,7 +215,7 @@ def _best(state: Any) -> dict[str, float]:
 
 
 def measure_plan(plan: RunPlan, command: str | None = None, prepared: Path | None = None) -> dict[str, Any]:
-    """The evaluations of a plan on its model as it is, without training; `result.json` has them under `after/`.
+    """The evaluations of a plan on its model as loaded, without training; `result.json` has them under `after/`.
 
     Raises:
         DataError: data, model or tokenizer cannot be used.

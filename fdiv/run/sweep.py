@@ -235,7 +235,7 @@ def _start(block: SweepBlock, records: Sequence[Mapping[str, Any]]) -> dict[str,
 
 
 def collect(source: str, folder: Path | None = None) -> Path:
-    """Write `table.md` and the plots of a sweep again from its `results.json`, which is left as it is.
+    """Write `table.md` and the plots of a sweep again from its `results.json`, which is not changed.
 
     Args:
         source: The recipe or experiment file.

@@ -133,7 +133,7 @@ def newest_checkpoint(output_dir: Path) -> tuple[Path, list[str]]:
             return folder, passed_over
         passed_over.append(f"{folder.name} is incomplete: {fault}")
     reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
-    raise CheckpointError(f"there is no complete checkpoint in {output_dir}{reasons}: leave the key out to start anew")
+    raise CheckpointError(f"there is no complete checkpoint in {output_dir}{reasons}: leave the key out to start over")
 
 
 def _names(folder: Path) -> list[str]:

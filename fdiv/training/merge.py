@@ -40,7 +40,7 @@ def merge_adapter(
 
     An adapter trained on a 4-bit base corrects that base, rounding errors included. `quantization` therefore rounds
     the base as in training and writes it out again at full width before the adapter is added: the merged model is then
-    the trained one. Without it the adapter is added to the base as it is stored, which differs by those errors. A base
+    the trained one. Without it the adapter is added to the base as stored, which differs by those errors. A base
     that is stored quantised is written out at full width in any case.
 
     Args:

@@ -169,7 +169,7 @@ class RolloutMixin:
         return gathered[start : start + count]
 
     def show_advantages(self, advantages: Tensor) -> None:
-        """In TRL's table of completions, these `[N]` values of the last generation in the place of GRPO's."""
+        """In TRL's table of completions, these `[N]` values of the last generation in place of GRPO's."""
         shown = self._logs["advantages"]
         for _ in range(min(len(advantages), len(shown))):
             shown.pop()
@@ -188,7 +188,7 @@ class RolloutMixin:
 
 
 class _EpochOrder(Sampler):
-    """TRL's `RepeatSampler`, seeded anew for each epoch; its own generator runs on, and a resumed one starts over."""
+    """TRL's `RepeatSampler`, seeded again for each epoch; its own generator runs on, and a resumed one starts over."""
 
     def __init__(self, sampler: Sampler, trainer: Any) -> None:
         self.sampler, self.trainer = sampler, trainer

@@ -1,4 +1,4 @@
-"""Training a small model until it knows its rows by heart: what there is to unlearn in the tasks built here."""
+"""Training a small model until it has memorised its rows: what there is to unlearn in the tasks built here."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ __all__ = ["JointBatch", "explore_mean", "group_advantages", "join", "rows_of_sl
 def rows_of_step(available: int, count: int, step: int, seed: int) -> list[int]:
     """Numbers of the `count` rows that optimizer step `step` rehearses, of `available` cached ones.
 
-    The steps walk through the cache in an order that is drawn anew for each walk; it follows from (seed, walk) alone,
+    The steps walk through the cache in an order shuffled again for each pass; it follows from (seed, walk) alone,
     so that a resumed run goes on where it was and processes agree without talking.
     """
     rows: list[int] = []

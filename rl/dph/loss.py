@@ -41,7 +41,7 @@ REHEARSAL_LEVELS = ("token", "sequence")
 def check_rehearsal_divergence(divergence: str | Mapping[str, Any] | Divergence, level: str = "token") -> Divergence:
     """The divergence `divergence` specifies, checked for rehearsal at `level`.
 
-    Every divergence of the registry is lawful here, at both levels. What rehearsal needs is that π = π_ref is a
+    Every divergence of the registry is valid here, at both levels. What rehearsal needs is that π = π_ref is a
     minimum of the loss on ANY set of reference samples, also on the finite, truncated and correct-only set that is
     cached: f(1) = 0 ≤ f(u) for each u. The registry's generators are centred (f(1) = f′(1) = 0, f convex), so each
     term has its minimum at u = 1; an uncentred f, such as −log u or u·log u, agrees only in the exact expectation

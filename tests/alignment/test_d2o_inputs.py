@@ -36,7 +36,7 @@ def test_divergence_terms_are_unbiased_whoever_sampled(name):
     for sampler in (reference, policy, other):
         terms = divergence_terms(divergence, policy, reference, sampler)
         torch.testing.assert_close((sampler.exp() * terms).sum(), exact, rtol=1e-10, atol=0)
-    unknown = torch.full_like(reference, float("nan"))  # nobody recorded log q: taken for the reference
+    unknown = torch.full_like(reference, float("nan"))  # log q was not recorded: taken for the reference
     torch.testing.assert_close(
         divergence_terms(divergence, policy, reference, unknown),
         divergence_terms(divergence, policy, reference, reference),

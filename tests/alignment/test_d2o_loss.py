@@ -16,7 +16,7 @@ from fdiv.divergences import get_divergence
 from fdiv.unlearning import npo
 
 ALPHA = {"name": "alpha", "alpha": 0.3}
-LAWFUL = [
+VALID = [
     "reverse_kl",
     "forward_kl",
     "jensen_shannon",
@@ -43,7 +43,7 @@ def test_hand_calculated_values():
     assert value.item() == pytest.approx(math.log1p(math.exp(-(5 / 8 - 1 / 2))), rel=1e-12)
 
 
-@pytest.mark.parametrize("divergence", LAWFUL, ids=str)
+@pytest.mark.parametrize("divergence", VALID, ids=str)
 def test_start_is_log_two(divergence):
     zeros = torch.zeros(3, 11, dtype=torch.float64)
     torch.testing.assert_close(
@@ -52,7 +52,7 @@ def test_start_is_log_two(divergence):
 
 
 # ---------------------------------------------------------------------------------------------------- special cases
-@pytest.mark.parametrize("divergence", LAWFUL, ids=str)
+@pytest.mark.parametrize("divergence", VALID, ids=str)
 def test_one_anchor_and_equal_weights_is_f_dpo(divergence):
     anchors, rejected = _log_ratios(64, 1), _log_ratios(64)
     torch.testing.assert_close(
@@ -84,7 +84,7 @@ def test_small_alpha_alone_has_the_gradient_of_ascent():
 
 
 # ------------------------------------------------------------------------------------------------------------ bounds
-@pytest.mark.parametrize("divergence", LAWFUL, ids=str)
+@pytest.mark.parametrize("divergence", VALID, ids=str)
 def test_jensen_bound_against_the_instance_level_loss(divergence):
     anchors, rejected = _log_ratios(256, 7), _log_ratios(256)
     grouped = d2o_loss(anchors, rejected, 0.4, 0.4, divergence)
@@ -184,7 +184,7 @@ def test_refusals(changes, message):
 def test_far_out_log_ratios_stay_finite():
     anchors = torch.tensor([[-1e4, 1e4], [-1e4, -1e4]], requires_grad=True)
     rejected = torch.tensor([1e4, -1e4], requires_grad=True)
-    for divergence in LAWFUL:
+    for divergence in VALID:
         values = d2o_loss(anchors, rejected, 0.1, 0.1, divergence)
         gradients = torch.autograd.grad(values.sum(), (anchors, rejected))
         assert torch.isfinite(values).all() and all(torch.isfinite(g).all() for g in gradients), divergence

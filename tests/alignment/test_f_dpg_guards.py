@@ -1,4 +1,4 @@
-"""f-DPG's refusals: bad scorers, Z of 0, moments out of reach, empty completions, unlawful pairs, refused options."""
+"""f-DPG's refusals: bad scorers, Z of 0, moments out of reach, empty completions, invalid pairs, refused options."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_log_probabilities_must_be_finite(tiny_model_dir, tmp_path):
 
 # ---------------------------------------------------------------- before anything is loaded
 @pytest.mark.parametrize("name", ["reverse_kl", "pearson_chi2", "jeffreys", "chi2_kl"])
-def test_unlawful_pair_refused_by_the_config(tmp_path, name):
+def test_invalid_pair_refused_by_the_config(tmp_path, name):
     words = {"name": "pointwise", "scorers": [{"name": "contains_words", "words": ["amazing"]}]}
     with pytest.raises(ValueError, match=rf"{name}.*hard target.*smooth"):
         config(tmp_path, divergence=name, target=words)
@@ -141,7 +141,7 @@ def test_unlawful_pair_refused_by_the_config(tmp_path, name):
         config(tmp_path, divergence="jensen_shannon", target=words, proposal="adaptive", proposal_metric=name)
 
 
-def test_unlawful_pair_refused_by_the_trainer(tiny_model_dir, tmp_path):
+def test_invalid_pair_refused_by_the_trainer(tiny_model_dir, tmp_path):
     with pytest.raises(ValueError, match="hard target"):
         trainer(str(tiny_model_dir), tmp_path, HARD, divergence="reverse_kl")
     trainer(str(tiny_model_dir), tmp_path, SOFT, divergence="reverse_kl")

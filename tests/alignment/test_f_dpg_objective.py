@@ -271,11 +271,11 @@ def test_hard_target_refused(spec):
     with pytest.raises(ValueError, match="hard target"):
         check_f_dpg_divergence(spec, hard_target=True)
     assert check_f_dpg_divergence(spec).name == spec["name"]
-    f_dpg_coefficient(torch.tensor([0.0, 1.0]), spec)  # lawful on a soft target
+    f_dpg_coefficient(torch.tensor([0.0, 1.0]), spec)  # valid on a soft target
 
 
 @pytest.mark.parametrize("spec", BOUNDED, ids=label)
-def test_hard_target_lawful_with_a_finite_slope(spec):
+def test_hard_target_valid_with_a_finite_slope(spec):
     assert check_f_dpg_divergence(spec, hard_target=True).name == spec["name"]
 
 

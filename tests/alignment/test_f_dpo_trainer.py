@@ -219,7 +219,7 @@ def test_model_object_without_a_path_gets_a_frozen_copy(tiny_model_dir, rows, tm
 
 
 def test_model_object_changed_after_loading_is_its_own_reference(tiny_model_dir, rows, tmp_path):
-    """TRL would reload the files and start away from the policy; π_ref is the policy as handed over."""
+    """TRL would reload the files and start away from the policy; π_ref is the policy as passed."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     with torch.no_grad():
         model.lm_head.weight.mul_(2.0)

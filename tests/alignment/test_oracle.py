@@ -26,7 +26,7 @@ def _forward_kl_from_generator() -> Divergence:
 
 
 def _specs() -> dict[str, object]:
-    """Every lawful entry of the registry (each parameter set), and the algebra on top of it."""
+    """Every valid entry of the registry (each parameter set), and the algebra on top of it."""
     specs: dict[str, object] = {}
     for name in list_divergences():
         for parameters in PARAMETERS.get(name, [{}]):

@@ -131,7 +131,7 @@ def test_command_line_shapes(write_recipe, fails):
     assert "neither a file nor packaged" in fails("run", path, "--accelerate", "zero9")
 
 
-def test_unlawful_divergence_is_one_line(write_recipe, fails):
+def test_invalid_divergence_is_one_line(write_recipe, fails):
     message = fails("run", write_recipe(), "--divergence", "total_variation")
     assert "f-DPO cannot use the divergence 'total_variation'" in message
     assert "alpha" in fails("run", write_recipe(), "--divergence", "{name: alpha, alpha: 1.5}")

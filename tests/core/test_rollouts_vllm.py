@@ -97,12 +97,12 @@ def test_f_dpg_over_http(server, tiny_model_dir, tmp_path, lora):
     for entry in history:
         assert entry["importance_weight/mean"] == pytest.approx(1.0, abs=1e-4)
         assert entry["importance_weight/max"] == pytest.approx(1.0, abs=1e-3)
-    assert abs(history[-1]["kl_to_base"]) > 1e-3, "the weights that were handed over had moved"
+    assert abs(history[-1]["kl_to_base"]) > 1e-3, "the weights that were passed had moved"
     assert sorted(path.name for path in (tmp_path / "vllm_weights").iterdir()) == ["version-3"]
 
 
 def test_adaptive_proposal_stays_in_the_server(server, tiny_model_dir, tmp_path):
-    """The server holds q: weights are handed over at the start and when π replaces q, not after every step."""
+    """The server holds q: weights are passed at the start and when π replaces q, not after every step."""
     made = trainer(
         load(tiny_model_dir), tmp_path, SOFT, rollout_server_url=server, max_steps=4, proposal="adaptive",
         proposal_check_every=100, learning_rate=3e-3,
@@ -131,7 +131,7 @@ def test_dph_over_http(server, tiny_model_dir, tmp_path, lora):
     assert len(history) == 4 and (flat(made.model) - start).abs().max() > 1e-3
     for entry in history:
         assert entry["sampling/sampling_logp_difference/max"] < 1e-5
-    assert history[-1]["divergence/forward_kl"] > 1e-5, "the weights that were handed over had moved"
+    assert history[-1]["divergence/forward_kl"] > 1e-5, "the weights that were passed had moved"
     # With the first weights the engine would be off by as much as the policy has moved on its own samples.
     engine, log_probs = made._buffered_inputs[0], made._buffered_inputs[0]["sampling_per_token_logps"]
     with made.model.disable_adapter() if lora else restored(made.model, start):

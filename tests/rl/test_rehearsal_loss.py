@@ -366,7 +366,7 @@ def test_definition_far_out():
 # ---------------------------------------------------------------- what is refused
 @pytest.mark.parametrize("level", REHEARSAL_LEVELS)
 @pytest.mark.parametrize("spec", ALL, ids=label)
-def test_the_whole_registry_is_lawful(spec, level):
+def test_the_whole_registry_is_valid(spec, level):
     """Each centred f has its minimum at u = 1 on every sample: π = π_ref is a minimum on any set of samples."""
     divergence = check_rehearsal_divergence(spec, level)
     assert divergence == get_divergence(spec)

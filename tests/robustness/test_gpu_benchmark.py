@@ -215,7 +215,7 @@ def test_a_section_is_stopped_with_all_its_processes(tmp_path, monkeypatch, own_
 
 
 def _runs(process):
-    """Whether it is there and not a zombie that nobody has collected."""
+    """Whether it is there and not a zombie that was not collected."""
     try:
         with open(f"/proc/{process}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"

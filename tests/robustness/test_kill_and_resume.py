@@ -1,4 +1,4 @@
-"""Killed with SIGKILL, at a step or in the middle of a save, and resumed: the run that nobody interrupted."""
+"""Killed with SIGKILL, at a step or in the middle of a save, and resumed: the run without interruption."""
 
 import os
 import random

@@ -288,5 +288,5 @@ def test_a_base_in_four_bits_needs_an_adapter(run, capsys):
 
 def test_a_base_in_four_bits_is_not_handed_to_a_server(run):
     trainer = run("f_dpo", max_steps=1)
-    with pytest.raises(RolloutError, match="is quantised: the base of a QLoRA run cannot be handed over"):
+    with pytest.raises(RolloutError, match="is quantised: the base of a QLoRA run cannot be passed"):
         merged_state_dict(trainer.model, trainer.model.state_dict())

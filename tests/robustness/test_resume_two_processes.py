@@ -1,4 +1,4 @@
-"""Two CPU processes, DDP and ZeRO-3: a run that goes on from its checkpoint is the run that nobody interrupted."""
+"""Two CPU processes, DDP and ZeRO-3: a run that goes on from its checkpoint is the run without interruption."""
 
 import json
 import os

@@ -118,7 +118,7 @@ class Invariance:
         return self._runs[name, variant]
 
     def train(self, name: str, variant: str, fault: Callable[[Any], None] | None = None) -> Run:
-        """As `run`, but always anew; `fault` is done to the trainer before it starts."""
+        """As `run`, but never from the cache; `fault` is done to the trainer before it starts."""
         materials = self._materials("gpt2" if variant.startswith(("padded", "tokenizer")) else "llama")
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         options = {

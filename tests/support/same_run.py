@@ -1,7 +1,7 @@
 """What to compare of two runs that should be one and the same, so that it holds on every processor.
 
 Processors sum in different orders, so two ways of computing one number differ by rounding. Plain SGD carries that rounding
-on as it is. Adam divides each gradient by the root of its second moment: where a gradient is rounding and nothing else, it
+on unchanged. Adam divides each gradient by the root of its second moment: where a gradient is rounding and nothing else, it
 makes a whole step of it. So two runs are compared after SGD; only a run and its repetition on one machine, which compute
 the same numbers in the same order, agree bit for bit under every optimizer.
 """

@@ -283,7 +283,7 @@ def test_float64_gradients(name):
 # ------------------------------------------------------------------------------------------------------ refusals
 
 
-def test_unlawful_arguments():
+def test_invalid_arguments():
     with pytest.raises(ValueError, match="beta=0"):
         npo(torch.zeros(1), beta=0)
     with pytest.raises(ValueError, match="beta=-1"):

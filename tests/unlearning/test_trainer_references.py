@@ -62,7 +62,7 @@ def test_lora_trains_the_adapter_only_also_with_checkpointing(tiny_model_dir, tm
 
 
 def test_continued_adapter_has_its_start_as_reference(tiny_model_dir, tmp_path):
-    """The reference is the adapter as handed over, not the bare base, and stays put while the policy trains."""
+    """The reference is the adapter as passed, not the bare base, and stays put while the policy trains."""
     peft = get_peft_model(load(tiny_model_dir), LoraConfig(**LORA))
     disturb(peft)
     trainer = make_trainer("NPO", peft, tmp_path, tokenizer=load_tokenizer(tiny_model_dir), learning_rate=1e-2)

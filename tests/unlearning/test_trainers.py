@@ -259,7 +259,7 @@ def test_gpt2_and_half_precision_weights(name, tiny_gpt2_dir, tmp_path):
 
 @pytest.fixture(scope="module")
 def taught_dir(tiny_model_dir, tmp_path_factory):
-    """The tiny model after it has learnt the forget answers by heart."""
+    """The tiny model after it has memorised the forget answers."""
     folder = tmp_path_factory.mktemp("taught")
     teacher = make_trainer(
         "GradDiff", str(tiny_model_dir), folder, forget_weight=0.0, rows=retain_rows(), retain=forget_rows(6),

@@ -37,7 +37,7 @@ def read_retain_rows(
         if args.retain_term != "none":
             raise ValueError(
                 f"retain_term={args.retain_term!r} needs retain rows and there are none: set retain_dataset_name "
-                "(TOFU: locuslab/TOFU with retain_dataset_config retain90), or retain_term none where that is lawful"
+                "(TOFU: locuslab/TOFU with retain_dataset_config retain90), or retain_term none where that is valid"
             )
         return []
     return _encode(rows, args, tokenizer, "retain")[0]

@@ -156,7 +156,7 @@ class NovelsUnlearningConfig:
             (data / "raw" / f"{side}.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def _train(self, folder: Path, texts: list[str], rows: Sequence[Passage], questions: list[dict[str, str]]) -> None:
-        """A small Llama that knows `rows` and the answers to `questions` by heart, in `folder`."""
+        """A small Llama that has memorised `rows` and the answers to `questions`, in `folder`."""
         from transformers import AutoTokenizer
 
         from fdiv.models.tiny import build_tiny_model

@@ -1,4 +1,4 @@
-"""A small TOFU of our own: invented authors, a model that has learnt all of them by heart, one that never met some.
+"""A small TOFU of our own: invented authors, a model that has memorised all of them, one that never met some.
 
 Everything is built offline in under a minute: 20 authors with four facts each, of which the authors to forget are
 chosen by the seed; "real authors" and "world facts" that both models know; the files that TOFU's evaluation reads
@@ -68,7 +68,7 @@ class TinyAuthorsConfig:
     Args:
         seed: of the facts, the forget set and both models.
         authors: how many there are, at most 144. forget_authors: how many of them are to be forgotten.
-        train_steps: optimizer steps of each model, on batches of 32 rows; enough to know every row by heart.
+        train_steps: optimizer steps of each model, on batches of 32 rows; enough to memorise every row.
     """
 
     seed: int = 0
@@ -130,7 +130,7 @@ class TinyAuthorsConfig:
         }
 
     def _train(self, folder: Path, texts: list[str], rows: list[Row]) -> None:
-        """A tiny Llama trained on `rows` until it knows them by heart, in `folder`."""
+        """A tiny Llama trained on `rows` until it has memorised them, in `folder`."""
         from transformers import AutoTokenizer
 
         from fdiv.models.tiny import build_tiny_model

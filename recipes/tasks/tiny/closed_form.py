@@ -38,7 +38,7 @@ def optimal_policy(
 
     Args:
         reference_log_probs: `[..., N]` log π_ref over N enumerated responses, finite; normalised here, so that a
-            reference restricted to a subset of its responses may be given as it is.
+            reference restricted to a subset of its responses may be given directly.
         reward: `[..., N]` rewards in any unit, finite; only differences within a row matter.
         divergence: any spec of `get_divergence` with f'(0⁺) = −∞ (scaled and normalised ones included).
         beta: the weight of the divergence, positive, in the unit of the reward.

@@ -7,7 +7,7 @@ distribution of which a share is malformed, as a real model's outputs are; a pai
 by Bradley–Terry, P(y_1 ≻ y_2) = σ(r_1 − r_2).
 
 The malformed share is not decoration. A pairwise loss fixes only the ratios among the responses it sees. Without any
-malformed response among the pairs, reverse KL and Jensen–Shannon moved 99.9 % of the policy's mass to text nobody had
+malformed response among the pairs, reverse KL and Jensen–Shannon moved 99.9 % of the policy's mass to text no one had
 compared (likelihood displacement) while ordering over 90 % of the pairs rightly. Some (tone, topic) combinations are
 held out of the pairs; every tone and every topic is still seen. Everything is built offline in seconds and depends on
 the seed alone.

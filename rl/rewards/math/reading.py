@@ -88,7 +88,7 @@ _RELATION_HEAD = re.compile(
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as it is read.
+    """An answer as read.
 
     Args:
         text: Its LaTeX, in the form math-verify's parser understands.

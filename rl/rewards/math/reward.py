@@ -16,7 +16,7 @@ __all__ = ["MathReward", "gold_text"]
 
 
 class MathReward(PooledReward):
-    r"""1.0 where the completion's answer equals the gold answer, 0.0 where it does not, None where nobody knows.
+    r"""1.0 where the completion's answer equals the gold answer, 0.0 where it does not, None where it is unknown.
 
     The answer is the last `\boxed{…}`, or a formula after the word "answer"; with `answers: any` also what follows
     `####` or stands in `<answer>…</answer>`, or, failing that, the last number or formula. Reasoning that never ends,

@@ -39,7 +39,7 @@ class Processes:
         """End them all; in a forked copy of the trainer, let go of them."""
         ours = os.getpid() == self.owner  # else a forked copy: the processes are the original's
         if ours:
-            if self.template.poll() is None:  # while it lives, nobody else can have these numbers
+            if self.template.poll() is None:  # while it lives, no other process can have these numbers
                 for worker in self.workers:
                     if worker.pid:
                         with contextlib.suppress(ProcessLookupError):

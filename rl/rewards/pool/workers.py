@@ -191,12 +191,12 @@ class WorkerPool:
         settings = {**self.settings, "wall_limit": self.wall_limit, "address_space": limit}
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         environment.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-        with theirs, tempfile.TemporaryFile() as complaints:
+        with theirs, tempfile.TemporaryFile() as error_file:
             # -P: the folder of this file stays off the import path.
             command = [sys.executable, "-P", "-B", str(TEMPLATE), str(theirs.fileno()), str(self.task)]
             template = subprocess.Popen(
                 [*command, json.dumps(settings)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=complaints, env=environment, pass_fds=(theirs.fileno(),), process_group=0,
+                stderr=error_file, env=environment, pass_fds=(theirs.fileno(),), process_group=0,
             )  # fmt: skip
             theirs.close()
             processes = Processes(template, ours, os.getpid())
@@ -208,8 +208,8 @@ class WorkerPool:
                 ready = False
             if not ready:
                 processes.close()
-                complaints.seek(0)
-                said = complaints.read().decode(errors="replace").strip().splitlines()
+                error_file.seek(0)
+                said = error_file.read().decode(errors="replace").strip().splitlines()
                 reason = said[-1] if said else f"nothing within {self.start_limit} s"
                 raise WorkerError(f"the workers of {self.task.name} cannot be started: {reason}")
         ours.settimeout(None)

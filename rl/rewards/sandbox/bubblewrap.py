@@ -100,7 +100,7 @@ class Bubblewrap:
         Args:
             control: Descriptor of its control socket.
             role: What its children do: a module of `inside`.
-            stderr: Descriptor for its complaints.
+            stderr: Descriptor for its errors.
         """
         passed = [control]
         if os.geteuid() == 0:

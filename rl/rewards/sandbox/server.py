@@ -57,14 +57,14 @@ class Server:
         """Make sure that there is a sandbox.
 
         Raises:
-            CrashError: it does not begin; the message is its own complaint.
+            CrashError: it does not begin; the message is its own error.
         """
         if self.process is not None and self.process.poll() is None and not self.busy:
             return
         self.close()
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, tempfile.TemporaryFile() as complaints:
-            self.process = self.sandbox.start(theirs.fileno(), self.role, complaints.fileno())
+        with theirs, tempfile.TemporaryFile() as error_file:
+            self.process = self.sandbox.start(theirs.fileno(), self.role, error_file.fileno())
             theirs.close()
             self.control.settimeout(START_SECONDS)
             try:
@@ -76,8 +76,8 @@ class Server:
             except TimeoutError:
                 reason = f"nothing within {START_SECONDS} s"
             self.close()
-            complaints.seek(0)
-            said = complaints.read().decode(errors="replace").strip().splitlines()
+            error_file.seek(0)
+            said = error_file.read().decode(errors="replace").strip().splitlines()
             raise CrashError(said[-1] if said else reason)
 
     def begin(self, *descriptors: int) -> None:

@@ -20,7 +20,7 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class SQLReward(PooledReward):
-    """1.0 where the completion's query gives the gold query's rows, 0.0 where it does not, None where nobody knows.
+    """1.0 where the completion's query gives the gold query's rows, 0.0 where it does not, None where it is unknown.
 
     The query is found by `extract_sql`, in the worker. Rows are compared as multisets: how often a row comes counts,
     the order of rows does not (see `ordered`), columns count by position and not by name, whole numbers exactly, other
