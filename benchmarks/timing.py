@@ -31,7 +31,7 @@ class FixedRollouts:
     Args:
         count: completions per call.
         length: tokens per completion.
-        vocabulary: ids are drawn from [4, vocabulary).
+        vocabulary: ids are sampled from [4, vocabulary).
         prompt_length: tokens per prompt; None: half of `length`.
     """
 

@@ -287,7 +287,7 @@ def jensun(target_log_probs: Tensor, mask: Tensor, divergence: DivergenceSpec = 
 def sampled_divergence(log_ratio: Tensor, mask: Tensor, divergence: DivergenceSpec) -> Tensor:
     """(1/|y|) Σ_t f(P(y_t)/Q(y_t)) → [B]: the retain term on the retain rows' own tokens.
 
-    Equals the expectation E_Q f(P/Q) when those tokens were drawn from the reference Q; on other text it is a penalty
+    Equals the expectation E_Q f(P/Q) when Q sampled those tokens; on other text it is a penalty
     that is 0 with zero gradient exactly where P = Q, not an estimate of the divergence. One number per token is kept,
     so no vocabulary-sized tensor is needed; `vocabulary_divergence` is the exact sum.
 

@@ -1,7 +1,7 @@
-"""Anchors of D²O: the model's own samples for each prompt, drawn by any rollout back end, scored, kept in a file.
+"""Anchors of D²O: the model's own samples for each prompt, from any rollout back end, scored, kept in a file.
 
-Offline anchors are drawn once from the start model and read back by prompt; online ones are drawn from the policy as
-it is. An anchor instruction goes into the prompt for sampling only: what is scored later is the bare prompt.
+Offline anchors are sampled once from the start model and read back by prompt; online ones are sampled from the current
+policy. An anchor instruction goes into the prompt for sampling only: what is scored later is the bare prompt.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FORMAT = 2
 
 
 class Anchor(NamedTuple):
-    """One self-sample: its token ids, Σ log q of its tokens where it was drawn (None: not known), and its harmfulness
+    """One self-sample: its token ids, Σ log q of its tokens when sampled (None: not known), and its harmfulness
     (None: no scorer, or the scorer gave no number)."""
 
     completion_ids: list[int]
@@ -88,9 +88,9 @@ def check_context(trainer: Any) -> None:
 
 
 def draw_anchors(trainer: Any, rows: Sequence[Mapping[str, Any]], count: int) -> list[list[Anchor]]:
-    """Draw `count` anchors for each row from the current policy; call it on all processes, with as many rows each.
+    """Sample `count` anchors for each row from the current policy; call it on all processes, with as many rows each.
 
-    Sample k of a prompt is drawn under instruction template k modulo their number.
+    Sample k of a prompt is sampled under instruction template k modulo their number.
 
     Args:
         trainer: a `D2OTrainer`.
@@ -131,10 +131,10 @@ def _sample(trainer: Any, rows: Sequence[Mapping[str, Any]], prompts: list) -> t
 
 
 def draw_offline_anchors(trainer: Any, cache: AnchorCache, rows: Sequence[Mapping[str, Any]], count: int) -> int:
-    """Draw and keep `count` anchors for every prompt among `rows` that `cache` lacks; the number of prompts drawn for.
+    """Sample and keep `count` anchors for every prompt among `rows` that `cache` lacks; how many prompts that were.
 
     Called on all processes, each of which draws its share. The random streams outside are left as they were, so that
-    training goes on alike whether anchors were drawn or read.
+    training goes on alike whether anchors were sampled or read.
 
     Raises:
         DataError: the cache holds fewer than `count` anchors for a prompt.
@@ -190,7 +190,7 @@ class AnchorCache:
         """The first `count` anchors of a prompt.
 
         Raises:
-            DataError: none, or fewer than `count`, were drawn for it.
+            DataError: none, or fewer than `count`, were sampled for it.
         """
         group = self._groups.get(prompt_key(prompt_ids), [])
         if len(group) < count:

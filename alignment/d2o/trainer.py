@@ -55,7 +55,7 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
     r"""D²O on TRL's `GRPOTrainer`; `args` is a `D2OConfig`, rows are those of `fdiv.alignment.d2o.data`.
 
     Anchors come from a row's `anchors` column where there is one, else from the model: from the file of offline
-    anchors (drawn before the first step, for training and evaluation prompts), or from the policy in each step.
+    anchors (sampled before the first step, for training and evaluation prompts), or from the policy in each step.
     One forward with gradient scores the K anchors and the rejected answer of every row; log-probabilities are summed
     over tokens at temperature 1, under the bare prompt.
 
@@ -67,8 +67,8 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         ref_model_pos: π_r⁺, the denominator of the rejected answer; wins over `ref_pos` of `args`. None: the frozen
             start model (under PEFT the base with the adapter off, or a frozen copy of the adapter where training
             continues one or the reference is refreshed).
-        ref_model_neg: π_r⁻, the denominator of the anchors, likewise.
-        rollout_func: TRL's, to draw anchors by other means (`fdiv.training.rollouts`); one completion for
+        ref_model_neg: π_r⁻, the denominator of the anchors, made in the same way.
+        rollout_func: TRL's, to sample anchors by other means (`fdiv.training.rollouts`); one completion for
             each prompt it gets.
 
     Logged, over every group since the last log on all processes: `rewards/{anchors,rejected,margins,accuracies}` (the
@@ -300,7 +300,7 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
 
     # ---------------------------------------------------------------- evaluation and checkpoints
     def evaluate(self, eval_dataset=None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in TRL; rows that were not given at construction are tokenised, and need anchors drawn before step 1."""
+        """As in TRL; rows that are new since construction are tokenised, and need anchors sampled before step 1."""
         eval_dataset = _each(eval_dataset, self._prepare)
         given = eval_dataset if eval_dataset is not None else self.eval_dataset
         self.require_anchors(*(given.values() if isinstance(given, dict) else [given] if given is not None else ()))
@@ -329,7 +329,7 @@ def _each(dataset: Any, prepare: Any) -> Any:
 
 
 def _no_score(completions: Sequence[Any], **_: Any) -> list[None]:
-    """In the place of the reward function TRL insists on; never called."""
+    """In place of the reward function TRL insists on; never called."""
     return [None] * len(completions)
 
 

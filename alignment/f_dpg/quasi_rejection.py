@@ -132,7 +132,7 @@ def sample_target(
         score: `(prompts, completions) -> [B, S]`; None runs the target's own functions.
 
     Returns:
-        The texts and the statistics over every proposal drawn.
+        The texts and the statistics over every proposal sampled.
 
     Raises:
         ValueError: not exactly one of `acceptance_rate` and `log_beta`; no proposal in reach of the target.

@@ -85,7 +85,7 @@ def measure(size: HeadSize, device: str) -> dict[str, Any]:
     model.float()
     truth, true_gradients = backward("log_softmax_gather"), _taken_gradients(model)
     for dtype in (torch.float32, torch.bfloat16):
-        model.to(dtype)  # the weights were drawn in bfloat16, so nothing is lost on the way
+        model.to(dtype)  # the weights were made in bfloat16, so nothing is lost
         for variant in VARIANTS:
             values, gradients = backward(variant), _taken_gradients(model)
             results[variant][str(dtype).removeprefix("torch.")] = {

@@ -64,7 +64,7 @@ def min_k_plus_plus_score(
 ) -> float | None:
     """Min-K%++ (Zhang et al. 2025, arXiv:2404.02936): Min-K of (log p - mu) / sigma.
 
-    mu and sigma^2 are the mean and variance of log p(z) for z drawn from the model's own next-token distribution,
+    mu and sigma^2 are the mean and variance of log p(z) for z sampled from the model's own next-token distribution,
     [L] each; sigma^2 is clamped from below.
     """
     log_probs, mean, variance = (np.asarray(x, dtype=np.float64) for x in (log_probs, mean, variance))

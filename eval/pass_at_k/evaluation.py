@@ -176,7 +176,7 @@ class PassKEvalConfig:
         return LoadedTasks(cut, scorer, stop, self.chat_template or loaded.chat, databases)
 
     def settings(self, loaded: LoadedTasks, seed: int) -> SamplingSettings:
-        """How completions are drawn."""
+        """How completions are sampled."""
         return SamplingSettings(self.temperature, self.top_p, self.max_new_tokens, loaded.stop, seed)
 
     def samples(

@@ -1,7 +1,7 @@
 """Pass@k and its relatives, from the number of samples and the number of correct ones of every problem.
 
 Counts in, numbers out: no texts, no models. Problem i has n_i samples, c_i of them correct; every estimator is the
-average over all subsets of k of the n samples (drawn without replacement), hence unbiased for what k fresh samples
+average over all subsets of k of the n samples (sampled without replacement), hence unbiased for what k fresh samples
 would give, and defined for k ≤ n only. Values come per problem, `[N]` for one k and `[N, K]` for several; average
 them over problems, and give them to `bootstrap_standard_error`.
 """
@@ -226,7 +226,7 @@ def _check_k(samples: np.ndarray, wanted: np.ndarray) -> None:
     if len(short):
         raise ValueError(
             f"k={wanted.max()} is more than the {samples[short[0]]} samples of problem {short[0]}: k cannot be "
-            "drawn from fewer; sample more, or lower k"
+            "sampled from fewer; sample more, or lower k"
         )
 
 
@@ -246,7 +246,7 @@ def _majority(answers: Sequence[Hashable | None], correct: Sequence[bool | None]
 
 # ---------------------------------------------------------------- bootstrap
 def _resampled(problems: int, resamples: int, seed: int):
-    """How often each problem is drawn, `[some resamples, N]` at a time, so that memory stays bounded."""
+    """How often each problem is in a resample, `[some resamples, N]` at a time, so that memory stays bounded."""
     generator = np.random.default_rng(seed)
     step = max(1, _CHUNK // problems)
     for start in range(0, resamples, step):

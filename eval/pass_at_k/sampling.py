@@ -30,7 +30,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How completions are drawn.
+    """How completions are sampled.
 
     Args:
         temperature, top_p: of the distribution sampled from.
@@ -88,7 +88,7 @@ def sampling_requests(
 
 
 def completion_record(ids: Sequence[int], tokenizer: Any, stop_ids: set[int], stop: Sequence[str]) -> dict[str, Any]:
-    """`completion` (text without the end token, cut at the first stop text), `tokens` (drawn, end token included) and
+    """`completion` (text without the end token, cut at the first stop text), `tokens` (with the end token) and
     `finish_reason` (`stop`: an end token, `stop_text`, or `length`)."""
     ended = bool(ids) and ids[-1] in stop_ids
     text = tokenizer.decode(list(ids[:-1] if ended else ids), skip_special_tokens=True)

@@ -64,7 +64,7 @@ class Alpha(Divergence):
         if a <= 0.5:  # (t f' − (t−1))/(1−α): keeps its digits as α → 0
             low = x.clamp(min=-DEFAULT_MAX_EXPONENT / a)  # t f' is 0 to the last bit beyond
             return (torch.exp(x) * _power_score(low, a, DEFAULT_MAX_EXPONENT) - torch.expm1(x)) / rest
-        return (torch.expm1(x) + _power_score(-x, rest, LARGEST_MAX_EXPONENT)) / a  # likewise as α → 1
+        return (torch.expm1(x) + _power_score(-x, rest, LARGEST_MAX_EXPONENT)) / a  # the same as α → 1
 
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         return _power_score(log_t, self.alpha, cap)

@@ -1,4 +1,4 @@
-"""The sampling pass: completions drawn from a model, the same whatever the batch size and the number of processes."""
+"""The sampling pass: completions of a model, the same whatever the batch size and the number of processes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def sample_completions(
         title, progress: the progress bar.
 
     Returns:
-        By key: the token ids of the completion, end token included where it was drawn.
+        By key: the token ids of the completion, end token included where it was sampled.
 
     Raises:
         DataError: `temperature` ≤ 0, `top_p` outside (0, 1], or a prompt and its bound exceed the model's context.

@@ -101,7 +101,7 @@ class Panel:
 
     y: str = field(metadata={"help": "Metric; for `curve` with {k}, such as pass@{k}."})
     x: str | None = field(default=None, metadata={"help": "Metric; not for `curve`."})
-    kind: Literal["points", "means", "path", "curve"] = field(default="points", metadata={"help": "What is drawn."})
+    kind: Literal["points", "means", "path", "curve"] = field(default="points", metadata={"help": "What is plotted."})
     join: str | None = field(
         default=None, metadata={"help": "For `means`: the key along which a line joins the rows."}
     )

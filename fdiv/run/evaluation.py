@@ -23,7 +23,7 @@ __all__ = ["Evaluations", "preserved_random_state", "unmet_requirements"]
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Whatever is drawn inside, the random streams outside go on as if nothing had been: an evaluation must not change
+    """Whatever is sampled inside, the random streams outside go on unchanged: an evaluation must not change
     the training it looks at."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():

@@ -71,7 +71,7 @@ def run_sweep(plan: SweepPlan, command: str, minutes: float | None = None, resul
     records = [_record(plan, cell, failed) for cell in plan.cells()] + _waiting(plan)
     missing = [record["name"] for record in records if record["status"] == "not run"]
     if missing:
-        info(f"not run, for want of time: {', '.join(missing)}")
+        info(f"not run, the time was up: {', '.join(missing)}")
     if is_main_process():
         _write(plan, records, command, results or plan.root)
     unmet = [
@@ -167,7 +167,7 @@ def _record(plan: SweepPlan, cell: Cell, failed: Mapping[str, str]) -> dict[str,
 
 
 def _series(block: SweepBlock, log: Path) -> dict[str, list[float | None]]:
-    """The logged values that the block's paths are drawn from."""
+    """The logged values that the block's paths are plotted from."""
     series: dict[str, list[float | None]] = {}
     for panel in (panel for panels in block.plots.values() for panel in panels if panel.kind == "path"):
         if log.is_file():
@@ -186,7 +186,7 @@ def _waiting(plan: SweepPlan) -> list[dict[str, Any]]:
 
 
 def _write(plan: SweepPlan, records: list[dict[str, Any]], command: str, folder: Path) -> None:
-    """`results.json`, then everything that is drawn from it."""
+    """`results.json`, then everything that is plotted from it."""
     screen = plan.block.screen
     choices = [plan.choice(row) for row in plan.rows] if screen else []
     results = {

@@ -223,7 +223,7 @@ class _Recorded:
         self.pending: Tensor | None = None
 
     def observe(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook: the newest input token is the one drawn from the previous call's logits."""
+        """Forward hook: the newest input token is the one sampled from the previous call's logits."""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         if self.pending is not None:
             self.steps.append(self.pending.gather(-1, ids[:, -1:]).squeeze(-1))
@@ -241,7 +241,7 @@ class _Recorded:
         rows = []
         for row, ids in enumerate(completion_ids):
             seen = steps[row, : len(ids)].tolist()
-            # The token drawn last is never fed back; it belongs to the longest rows only.
+            # The token sampled last is never fed back; it belongs to the longest rows only.
             rows.append(seen if len(seen) == len(ids) else [*seen, last[row, ids[-1]].item()])
         return rows
 

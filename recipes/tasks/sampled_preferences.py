@@ -70,7 +70,7 @@ class SampledPreferencesConfig:
 
     def build(self, output_dir: Path) -> dict[str, Any]:
         """Write `data/train.jsonl` and `data/test.jsonl` (prompt, chosen, rejected), and `prepare.json`, which counts
-        the pairs that were made and those that were not for want of a gap.
+        the pairs that were made and those that were not, where the gap was too small.
 
         Returns:
             The recipe keys it settles: `model_name_or_path`, `dataset_name`, `dataset_train_split`,

@@ -74,24 +74,24 @@ def partition_prompts(
     *,
     scored: Sequence[int] | None = None,
 ) -> Partition:
-    """Split prompts by their counts: near-perfect where correct ≥ threshold · drawn, compared exactly.
+    """Split prompts by their counts: near-perfect where correct ≥ threshold · `drawn`, compared exactly.
 
     Args:
         correct: correct samples of each prompt.
-        drawn: samples drawn for it, n. A sample that could not be scored counts here, so it never helps a prompt.
+        drawn: samples taken for it, n. A sample that could not be scored counts here, so it never helps a prompt.
         threshold: see `parse_threshold`.
         scored: samples that were scored; None: all. Without a correct sample a prompt is `wrong` only when all were
             scored, else it is `explore`: nothing is called wrong that was not looked at.
 
     Raises:
-        ValueError: counts of different lengths, or not 0 ≤ correct ≤ scored ≤ drawn with drawn ≥ 1.
+        ValueError: counts of different lengths, or not 0 ≤ correct ≤ scored ≤ `drawn` with `drawn` ≥ 1.
     """
     share = parse_threshold(threshold)
     scored = drawn if scored is None else scored
     result = Partition([], [], [])
     for index, (right, seen, total) in enumerate(zip(correct, scored, drawn, strict=True)):
         if not (0 <= right <= seen <= total and total >= 1):
-            raise ValueError(f"prompt {index}: {right} correct of {seen} scored of {total} drawn cannot be")
+            raise ValueError(f"prompt {index}: {right} correct of {seen} scored of {total} sampled cannot be")
         if right >= share * total:
             result.near_perfect.append(index)
         elif right == 0 and seen == total:
@@ -108,7 +108,7 @@ class RehearsalRow(NamedTuple):
     Attributes:
         prompt: text, or a list of `{role, content}` messages.
         prompt_ids: its tokens, as they were fed to the model (chat template applied).
-        completion_ids: tokens of the completion, end token included where it was drawn.
+        completion_ids: tokens of the completion, end token included where it was sampled.
         reference_log_probs: log π_ref of each completion token at the training temperature, nats; as many.
         index: row of the prompt in the dataset that was pre-sampled.
     """
@@ -145,7 +145,7 @@ class RehearsalHeader:
         model: `weights_fingerprint` of the reference.
         temperature: the logits were divided by it before the log-softmax: the training temperature.
         model_name: path or hub name of the reference, for messages.
-        settings: how the rows were drawn and chosen, JSON-ready; recorded, not compared.
+        settings: how the rows were sampled and chosen, JSON-ready; recorded, not compared.
     """
 
     tokenizer: str

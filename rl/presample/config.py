@@ -12,7 +12,7 @@ from fdiv.training.config import Options, option
 __all__ = ["DECISIONS", "PresampleConfig"]
 
 DECISIONS = ("threshold", "wrong", "tries", "training_temperature", "reward_threshold", "allow_empty")
-"""Settings that say what becomes of the samples; the others say how they are drawn and scored."""
+"""Settings that say what becomes of the samples; the others say how they are sampled and scored."""
 _MACHINE = ("batch_size", "server_url", "vllm_memory")
 
 

@@ -1,7 +1,7 @@
 """Pre-sampling for DPH-RL: draw n completions per prompt from the reference, score them, split the prompts, keep one
 verified sample with its log-probabilities for each prompt that the reference masters. arXiv:2509.07430, section 4.
 
-What was drawn is kept in `OUTPUT/cache/` as it comes, so a run that was killed goes on where it stopped.
+What was sampled is kept in `OUTPUT/cache/` as it comes, so a run that was killed goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, rew
     stop_ids = _stop_ids(model.get_base_model() if hasattr(model, "get_base_model") else model, tokenizer)
     source = _source(config, model, tokenizer, sorted(stop_ids))
     if config.backend != "transformers":
-        model = None  # while samples are drawn, its memory is vLLM's
+        model = None  # while vLLM samples, its memory is vLLM's
     run = _Run(config, rows, prompt_ids, tokenizer, reward, source, stop_ids, output_dir / "cache", drawing)
     samples = run.draw(range(len(rows)), range(config.num_samples), "sampling")
     partition = run.partition(samples)
@@ -152,7 +152,7 @@ class _Run:
         return ItemCache(self.cache_dir, kind, self.digest, process_state().process_index)
 
     def draw(self, indices: Iterable[int], numbers: Iterable[int], title: str) -> dict[int, list[Sample]]:
-        """Samples `numbers` of the prompts `indices`, drawn and scored, by prompt."""
+        """Samples `numbers` of the prompts `indices`, sampled and scored, by prompt."""
         numbers = list(numbers)
         requests = [
             SamplingRequest(
@@ -224,8 +224,8 @@ class _Run:
         )
 
     def verify(self, partition: Partition) -> tuple[dict[int, Sample], list[Sample]]:
-        """One more sample for each near-perfect prompt, drawn with numbers of its own until it is correct or `tries`
-        are used up: (the correct one by prompt, all that were drawn)."""
+        """One more sample for each near-perfect prompt, sampled with numbers of its own until it is correct or `tries`
+        are used up: (the correct one by prompt, all that were sampled)."""
         kept: dict[int, Sample] = {}
         drawn: list[Sample] = []
         for attempt in range(self.config.tries):
@@ -244,7 +244,7 @@ class _Run:
     ) -> None:
         """DataError where there is nothing to rehearse, or nothing to explore, unless that is allowed.
 
-        What was drawn stays: another threshold in the same directory uses it again.
+        What was sampled stays: another threshold in the same directory uses it again.
         """
         if self.config.allow_empty:
             return
@@ -271,7 +271,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Completion:
-    """A drawn completion on its way to the reward."""
+    """A sampled completion on its way to the reward."""
 
     key: str
     stream: tuple[int, ...]

@@ -252,7 +252,7 @@ def test_one_boolean_moment_has_a_closed_form():
     fit = fit_moments(features, [0.5])
     assert fit.coefficients[0] == pytest.approx(math.log(4), abs=1e-4)
     assert fit.effective_samples == pytest.approx(1 / (20 * (0.5 / 20) ** 2 + 80 * (0.5 / 80) ** 2), rel=1e-3)
-    # Off-policy: the same samples drawn with the 1s twice too likely.
+    # Off-policy: the same samples with the 1s twice too likely.
     weight = np.where(features[:, 0] == 1, math.log(0.5), 0.0)
     assert fit_moments(features, [0.5], weight).coefficients[0] == pytest.approx(math.log(8), abs=1e-4)
 

@@ -52,7 +52,7 @@ def _world(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _population_loss(logits, reference, reward, divergence, beta):
-    """Σ over ordered pairs of the pair's weight (drawn from the reference, labelled by Bradley–Terry) times its loss."""
+    """Σ over ordered pairs of the pair's weight (sampled from the reference, labelled by Bradley–Terry) times its loss."""
     chosen, rejected = (~torch.eye(len(logits), dtype=torch.bool)).nonzero(as_tuple=True)
     weight = reference[chosen].exp() * reference[rejected].exp() * torch.sigmoid(reward[chosen] - reward[rejected])
     log_ratio = torch.log_softmax(logits, dim=0) - reference

@@ -169,7 +169,7 @@ def test_no_cell_starts_after_the_minutes(experiment, runs, capsys):
     assert runs.ran == []
     table = (Path("cells") / "table.md").read_text().splitlines()
     assert table[2:] == [f"| {row} | 0 | not run | not run |" for row in ("KL", "JS", "other")]
-    assert "not run, for want of time: KL_learning_rate-0.001_seed-0" in capsys.readouterr().err
+    assert "not run, the time was up: KL_learning_rate-0.001_seed-0" in capsys.readouterr().err
     run_sweep(plan, "x")
     results = json.loads((Path("cells") / "results.json").read_text())
     assert {cell["status"] for cell in results["cells"]} == {"finished"}

@@ -1,4 +1,4 @@
-"""The Pass@k curve of a report: which numbers are drawn, for one run and for the settings of a sweep."""
+"""The Pass@k curve of a report: which numbers are plotted, for one run and for the settings of a sweep."""
 
 from __future__ import annotations
 

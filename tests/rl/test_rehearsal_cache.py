@@ -41,7 +41,7 @@ def test_the_share_is_compared_exactly():
 
 
 def test_a_sample_without_a_score_neither_helps_nor_condemns():
-    # 7 correct of 7 scored of 8 drawn is 7/8; 6 of 6 is not; nothing correct is "wrong" only when all were scored.
+    # 7 correct of 7 scored of 8 sampled is 7/8; 6 of 6 is not; nothing correct is "wrong" only when all were scored.
     parts = partition_prompts([7, 6, 0, 0], [8] * 4, "7/8", scored=[7, 6, 7, 8])
     assert parts == ([0], [1, 2], [3])
 

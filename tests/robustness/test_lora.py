@@ -119,7 +119,7 @@ def test_the_reference_is_the_base_and_no_second_model_is_held(name, tiny_model_
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_only_the_adapter_is_trained(name, tiny_model_dir, tmp_path):
-    """As each is run: with rollouts of its own, Z, anchors drawn online, rehearsal rows."""
+    """As each is run: with rollouts of its own, Z, anchors sampled online, rehearsal rows."""
     gradients = Gradients()
     trainer = lora(name, tiny_model_dir, tmp_path, max_steps=3, callbacks=[gradients])
     adapter = {n for n, p in trainer.model.named_parameters() if "lora_" in n}

@@ -99,7 +99,7 @@ def build_forget_dataset(
 def _templates(
     answers: Sequence[Answer], args: TemplateConfig, tokenizer: PreTrainedTokenizerBase, model: Any, model_name: str
 ) -> Sequence[Sequence[str]]:
-    """Per forget row, the texts its template is drawn from."""
+    """Per forget row, the texts its template is sampled from."""
     if args.template_source == "fixed":
         return [(args.template_text,)] * len(answers)
     if args.template_source == "refusals":

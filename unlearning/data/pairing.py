@@ -31,7 +31,7 @@ def draw_index(seed: int, epoch: int, index: int, stream: Literal["retain", "tem
     Args:
         seed: ≥ 0, the run's `data_seed` (or `seed`). epoch: 0, 1, …
         index: the forget row's position in its set.
-        stream: what is drawn.
+        stream: what is sampled.
         count: how many there are to choose from.
 
     Raises:
@@ -88,7 +88,7 @@ class ForgetDataset(Dataset):
     Args:
         forget: encoded forget answers.
         retain: encoded retain answers to draw from; empty for none.
-        templates: per forget row, what its template is drawn from (`templates[i]` is asked for one draw only); None
+        templates: per forget row, what its template is sampled from (`templates[i]` is read for one choice only); None
             for methods without a template.
         answers: the rows before encoding, needed to put a template in the answer's place.
         tokenizer, max_length: for the templates.

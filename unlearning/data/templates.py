@@ -105,7 +105,7 @@ def column_templates(answers: Sequence[Answer], column: str) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How another model's answers are drawn.
+    """How another model's answers are sampled.
 
     Attributes:
         model: path or hub id of the model that answers.

@@ -45,7 +45,7 @@ class RMUConfig(UnlearningConfig):
 
 
 class RMUTrainer(UnlearningTrainer):
-    """Trains `rmu`; u is drawn from the seed once, uniform on [0, 1)^D and normed, the same on all processes."""
+    """Trains `rmu`; u is sampled from the seed once, uniform on [0, 1)^D and normed, the same on all processes."""
 
     config_class = RMUConfig
     title = "steer one layer's activations to a random vector"

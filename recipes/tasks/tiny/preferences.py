@@ -103,8 +103,8 @@ class TinyPreferencesConfig:
     Args:
         seed: of the reward, the base distribution, the weights, the held-out combinations and the pairs.
         held_out_per_tone: how many of a tone's six topics are held out, 1 to 5 (as many of a topic's tones).
-        train_pairs_per_prompt: preference pairs drawn for each training prompt.
-        test_pairs_per_prompt: preference pairs drawn for each held-out prompt.
+        train_pairs_per_prompt: preference pairs sampled for each training prompt.
+        test_pairs_per_prompt: preference pairs sampled for each held-out prompt.
         base_scale: standard deviation of each of the two summands of the base distribution's logits; small is broad.
         reward_scale: standard deviation of each of the two summands of the reward.
         malformed_share: share of malformed responses in what the reference learns and in the pairs, in (0, 1).

@@ -30,7 +30,7 @@ NAMESPACES = (
     "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-cgroup-try", "--unshare-uts", "--hostname", "inside",
 )  # fmt: skip
 
-# A child of a namespace that maps root and nobody alone: root's process sets the sandbox up, nobody's runs in it.
+# A child of a namespace that maps root and `nobody` alone: root's process sets the sandbox up, `nobody`'s runs in it.
 HOLDER = """
 import ctypes, sys
 if ctypes.CDLL(None).unshare(0x10000000):  # CLONE_NEWUSER
@@ -62,7 +62,7 @@ def _arguments() -> list[str]:
 
 @functools.cache
 def _user_namespace() -> int:
-    """Descriptor of a user namespace with root and nobody in it; made once, by root alone."""
+    """Descriptor of a user namespace with root and `nobody` in it; made once, by root alone."""
     holder = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={}
     )
@@ -104,7 +104,7 @@ class Bubblewrap:
         """
         passed = [control]
         if os.geteuid() == 0:
-            # Only to become nobody; both rights are those of the namespace, and gone before the program starts.
+            # Only to become `nobody`; both rights are those of the namespace, and gone before the program starts.
             user = ["--userns", str(_user_namespace()), "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
             passed.append(_user_namespace())
         else:

@@ -20,7 +20,7 @@ class Unconfined:
     """Starts Python without a sandbox: every file that its user may read is in reach.
 
     Raises:
-        SandboxError: the trainer is root's and its interpreter is readable to nobody else, so that the program could
+        SandboxError: the trainer is root's and its interpreter is readable to no other user, so that the program could
             not run as another user.
     """
 

@@ -23,7 +23,7 @@ coefficients of both signs, so it keeps fewer digits.
 def build(name: str, model_dir: Path, output: Path, **options: Any) -> Any:
     """Trainer `name` in float32 on the CPU, two optimizer steps an epoch or more; `options` go to its config or to itself.
 
-    Its settings are those in which the method has state of its own (Z history, anchors drawn online, rehearsal rows).
+    Its settings are those in which the method has state of its own (Z history, anchors sampled online, rehearsal rows).
     """
     options = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2, **options}
     return _BUILDERS[name](Path(model_dir), Path(output), options)
