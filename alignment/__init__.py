@@ -4,11 +4,11 @@ if __name__ != "fdiv.alignment":
     raise ImportError("this folder is installed as fdiv.alignment: use `import fdiv.alignment`")
 
 
+from fdiv import lazy
 from fdiv.alignment.d2o.loss import d2o_loss
 from fdiv.alignment.f_dpg.estimate import estimate_to_target
 from fdiv.alignment.f_dpg.loss import f_dpg_coefficient, f_dpg_loss
 from fdiv.alignment.f_dpo.loss import f_dpo_loss, f_dpo_rewards
-from fdiv.lazy import attach
 
 # The trainers import trl (seconds), so they are loaded on first use.
 _LAZY = {
@@ -36,4 +36,4 @@ __all__ = [
 ]
 
 
-__getattr__, __dir__ = attach(__name__, _LAZY)
+__getattr__, __dir__ = lazy.attach(__name__, _LAZY)

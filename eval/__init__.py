@@ -8,6 +8,7 @@ are imported on first use. `fdiv eval tofu`, `fdiv eval muse`, `fdiv eval lm_eva
 if __name__ != "fdiv.eval":
     raise ImportError("this folder is installed as fdiv.eval: use `import fdiv.eval`, not `import eval`")
 
+from fdiv import lazy
 from fdiv.eval.benchmark.presets import PRESETS, Preset, get_preset
 from fdiv.eval.metrics.membership import auc, gradnorm_score, min_k_plus_plus_score, min_k_score, privleak, zlib_score
 from fdiv.eval.metrics.memorization import exact_memorization, extraction_strength
@@ -32,7 +33,6 @@ from fdiv.eval.pass_at_k.metrics import (
     pass_at_k,
     pass_hat_k,
 )
-from fdiv.lazy import attach
 
 _LAZY = {
     "EvalContext": "fdiv.evaluation",
@@ -52,7 +52,7 @@ _LAZY = {
 """Where the names that need more than numpy are."""
 
 
-__getattr__, __dir__ = attach(__name__, _LAZY)
+__getattr__, __dir__ = lazy.attach(__name__, _LAZY)
 
 
 __all__ = [

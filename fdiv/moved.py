@@ -21,7 +21,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fdiv.alignment.d2o_metrics": ("fdiv.alignment.d2o.metrics",),
     "fdiv.alignment.f_dpg_batches": ("fdiv.alignment.f_dpg.data", "fdiv.training.rollouts"),
     "fdiv.alignment.f_dpg_config": ("fdiv.alignment.f_dpg.config",),
-    "fdiv.alignment.f_dpg_metrics": ("fdiv.alignment.f_dpg.metrics",),
+    "fdiv.alignment.f_dpg_metrics": ("fdiv.alignment.f_dpg.metrics", "fdiv.statistics.estimates"),
     "fdiv.alignment.f_dpg_objective": ("fdiv.alignment.f_dpg.loss",),
     "fdiv.alignment.f_dpg_proposal": ("fdiv.alignment.f_dpg.proposal",),
     "fdiv.alignment.hh_negatives": ("fdiv.recipes.tasks.negatives.hh",),
@@ -126,7 +126,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fdiv.rl.rehearsal": ("fdiv.rl.dph.rehearsal",),
     "fdiv.rl.rehearsal_recipe": ("fdiv.recipes.tasks.rehearsal",),
     "fdiv.rl.rewards.math_reward": ("fdiv.rl.rewards.math.reward",),
-    "fdiv.rl.rewards.math_verifier": ("fdiv.rl.rewards.math.verifier",),
+    "fdiv.rl.rewards.math_verifier": ("fdiv.rl.rewards.math.verifier", "fdiv.rl.rewards.math.reward"),
     "fdiv.rl.rewards.pool_template": ("fdiv.rl.rewards.pool.template",),
     "fdiv.rl.rewards.python_child": (
         "fdiv.rl.rewards.sandbox.inside.confine",

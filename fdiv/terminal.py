@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fdiv.lazy import attach
+from fdiv import lazy
 
 __all__ = ["binary_size", "error", "info", "is_main_process", "number", "print_table"]
 
@@ -94,4 +94,4 @@ def divergence_label(spec: Any) -> str:
 complain = error  # its name in release 0.1
 
 # Names of release 0.1 that live elsewhere now.
-__getattr__, __dir__ = attach(__name__, {"run_table": "fdiv.report.table"})
+__getattr__, __dir__ = lazy.attach(__name__, {"run_table": "fdiv.report.table"})

@@ -48,12 +48,11 @@ def with_submodules(packages: list[str]) -> list[str]:
 
     pdoc's own search leaves out the submodules of a package with an `__all__`.
     """
-    found = set(pdoc.extract.walk_specs(packages))
     names = list(packages)
     for package in packages:
         for module in pkgutil.iter_modules(import_module(package).__path__, f"{package}."):
             hidden = module.name.rpartition(".")[2].startswith("_")
-            if not (module.ispkg or hidden or module.name in found or module.name in names):
+            if not (module.ispkg or hidden or module.name in names):
                 names.append(module.name)
     return names
 
@@ -82,6 +81,8 @@ def build_api(packages: list[str], output_dir: Path) -> None:
     with warnings.catch_warnings():
         # Names that are imported for type checkers only stay as text.
         warnings.filterwarnings("ignore", message="Error parsing type annotation")
+        # Modules of a package without `__all__` are found by pdoc, too.
+        warnings.filterwarnings("ignore", message="The module specification")
         pdoc.pdoc(*names, output_directory=output_dir)
 
 

@@ -8,8 +8,8 @@ if __name__ != "fdiv.unlearning":
         "this folder is installed as fdiv.unlearning: use `import fdiv.unlearning`, not `import unlearning`"
     )
 
+from fdiv import lazy
 from fdiv.catalog import METHODS
-from fdiv.lazy import attach
 from fdiv.unlearning.losses import (
     answer_score,
     flat_loss,
@@ -33,7 +33,7 @@ _METHODS = dict(
     reversed(path.removesuffix("Trainer").split(":")) for path in METHODS.values() if path.startswith(f"{__name__}.")
 )
 _HOMES = {f"{stem}{kind}": home for stem, home in sorted(_METHODS.items()) for kind in ("Config", "Trainer")}
-__getattr__, __dir__ = attach(__name__, _HOMES)
+__getattr__, __dir__ = lazy.attach(__name__, _HOMES)
 
 __all__ = [
     *_HOMES,

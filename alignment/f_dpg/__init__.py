@@ -1,9 +1,9 @@
 """f-DPG: distributional policy gradient to a target density (arXiv:2302.08215)."""
 
-from fdiv.lazy import attach
+from fdiv import lazy
 
 __all__ = ["FDPGConfig", "FDPGTrainer"]
 
-__getattr__, __dir__ = attach(
+__getattr__, __dir__ = lazy.attach(
     __name__, {"FDPGConfig": "fdiv.alignment.f_dpg.trainer", "FDPGTrainer": "fdiv.alignment.f_dpg.trainer"}
 )

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from fdiv import lazy
 from fdiv.errors import RecipeError
-from fdiv.lazy import attach
 from fdiv.memory.accelerate import process_count, read_accelerate_config
 from fdiv.terminal import info
 
@@ -165,4 +165,4 @@ def _runs(process: psutil.Process) -> bool:
 
 
 # Names of release 0.1 that live elsewhere now.
-__getattr__, __dir__ = attach(__name__, {"accelerate_config": "fdiv.memory.accelerate"})
+__getattr__, __dir__ = lazy.attach(__name__, {"accelerate_config": "fdiv.memory.accelerate"})

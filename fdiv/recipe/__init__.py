@@ -1,10 +1,10 @@
 """Recipes: one YAML document read, overridden, checked against its schema, and printed as resolved."""
 
-from fdiv.lazy import attach
+from fdiv import lazy
 
 __all__ = ["Block", "Configs", "Recipe", "ReportKeys", "RunKeys", "find_recipe", "load_recipe", "packaged_recipes"]
 
-__getattr__, __dir__ = attach(
+__getattr__, __dir__ = lazy.attach(
     __name__,
     {
         "Block": "fdiv.recipe.model",

@@ -1,10 +1,10 @@
 """Running recipes: a recipe resolved, one run, its directory and records, and sweeps over runs."""
 
-from fdiv.lazy import attach
+from fdiv import lazy
 
 __all__ = ["RunPlan", "check_blocks", "plan_run", "prepare", "run_plan", "run_recipe"]
 
-__getattr__, __dir__ = attach(
+__getattr__, __dir__ = lazy.attach(
     __name__,
     {
         "RunPlan": "fdiv.run.plan",

@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fdiv.divergences import Divergence
 
-__all__ = ["clustered_mean", "divergence_estimate", "log_ratio_quantiles", "mean_and_error", "within_bounds"]
+__all__ = ["clustered_mean", "divergence_estimate", "log_ratio_quantiles", "mean_and_error", "weighted_mean", "within_bounds"]
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
@@ -89,3 +89,17 @@ def clustered_mean(values: Tensor, weight: Tensor, cluster_ids: Tensor) -> tuple
         return mean.item(), math.nan
     error = (residual.square().sum() * count / (count - 1)).sqrt() / total
     return mean.item(), error.item()
+
+
+def weighted_mean(values: Tensor, weight: Tensor) -> tuple[float, float]:
+    """The self-normalised mean Σ w v / Σ w under π of samples with weights w = π/q, and its standard error.
+
+    The standard error is the delta method's, √(Σ w² (v − mean)²) / Σ w; NaN for fewer than two samples.
+    """
+    total = weight.sum()
+    if len(values) == 0 or total == 0:
+        return math.nan, math.nan
+    mean = (weight * values).sum() / total
+    error = (weight * (values - mean)).square().sum().sqrt() / total
+    correction = math.sqrt(len(values) / (len(values) - 1)) if len(values) > 1 else math.nan
+    return mean.item(), error.item() * correction

@@ -1,10 +1,10 @@
 """What every trainer shares: recording and logging, rollouts, checkpoints, resuming, data checks."""
 
-from fdiv.lazy import attach
+from fdiv import lazy
 
 __all__ = ["ObjectiveTrainerMixin", "divergence_estimate", "frozen_copy", "log_ratio_quantiles"]
 
-__getattr__, __dir__ = attach(
+__getattr__, __dir__ = lazy.attach(
     __name__,
     {
         "ObjectiveTrainerMixin": "fdiv.training.trainer",

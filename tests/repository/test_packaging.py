@@ -61,7 +61,7 @@ def test_wheel_holds_every_file_of_the_package_folders_and_nothing_else(wheel, t
     missing, extra = sorted(expected - names), sorted(names - expected)
     assert not missing, f"not shipped: {missing}; name the package, or the kind of data file, in pyproject.toml"
     assert not extra, f"shipped, but not in the tree: {extra}"
-    assert {"fdiv/py.typed", "fdiv/divergences/__init__.py", "fdiv/alignment/losses.py"} <= names
+    assert {"fdiv/py.typed", "fdiv/divergences/__init__.py", "fdiv/alignment/f_dpo/loss.py"} <= names
 
 
 def test_wheel_ships_licence_and_command(wheel):

@@ -8,10 +8,9 @@ import socket
 
 from fdiv.errors import SandboxError
 from fdiv.rl.rewards.sandbox.bubblewrap import ALLOW_NAMESPACES
-from fdiv.rl.rewards.sandbox.inside.wire import Channel, ClosedError
+from fdiv.rl.rewards.sandbox import seccomp, server
+from fdiv.rl.rewards.sandbox.inside import wire
 from fdiv.rl.rewards.sandbox.judge import BACKENDS
-from fdiv.rl.rewards.sandbox.seccomp import filter_program
-from fdiv.rl.rewards.sandbox.server import CrashError, Server
 
 __all__ = ["SandboxError", "check_sandbox"]
 
@@ -37,21 +36,21 @@ def check_sandbox(name: str) -> None:
     if name == "none":
         log.warning(NO_PROTECTION)
         return
-    server = Server(sandbox, "survey")
+    process = server.Server(sandbox, "survey")
     ours, theirs = socket.socketpair()
     try:
         with ours, theirs:
-            server.begin(theirs.fileno())
+            process.begin(theirs.fileno())
             theirs.close()
             ours.settimeout(CHECK_SECONDS)
-            seen = Channel(ours).receive()
-    except (CrashError, ClosedError, TimeoutError) as error:
+            seen = wire.Channel(ours).receive()
+    except (server.CrashError, wire.ClosedError, TimeoutError) as error:
         reason = str(error) or type(error).__name__
         raise SandboxError(f"sandbox: {name}: it does not work here ({reason}); {ALLOW_NAMESPACES}") from error
     finally:
-        server.close()
+        process.close()
     held = {name: value for name, value in seen.items() if value}
     if held:
         raise SandboxError(f"sandbox: {name}: a process inside can still {', '.join(held)}; {ALLOW_NAMESPACES}")
-    if filter_program() is None:
+    if seccomp.filter_program() is None:
         log.warning("sandbox: %s: no filter of system calls for this processor; namespaces and limits hold", name)
