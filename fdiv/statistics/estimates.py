@@ -11,7 +11,14 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fdiv.divergences import Divergence
 
-__all__ = ["clustered_mean", "divergence_estimate", "log_ratio_quantiles", "mean_and_error", "weighted_mean", "within_bounds"]
+__all__ = [
+    "clustered_mean",
+    "divergence_estimate",
+    "log_ratio_quantiles",
+    "mean_and_error",
+    "weighted_mean",
+    "within_bounds",
+]
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

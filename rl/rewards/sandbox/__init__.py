@@ -7,8 +7,8 @@ import logging
 import socket
 
 from fdiv.errors import SandboxError
-from fdiv.rl.rewards.sandbox.bubblewrap import ALLOW_NAMESPACES
 from fdiv.rl.rewards.sandbox import seccomp, server
+from fdiv.rl.rewards.sandbox.bubblewrap import ALLOW_NAMESPACES
 from fdiv.rl.rewards.sandbox.inside import wire
 from fdiv.rl.rewards.sandbox.judge import BACKENDS
 

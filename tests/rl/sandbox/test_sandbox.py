@@ -74,7 +74,7 @@ def test_a_sandbox_that_holds_nothing_back_is_refused(monkeypatch):
 
     found = {"see other processes": True, "read /etc": True, "be root": False}
     monkeypatch.setattr("fdiv.rl.rewards.sandbox.BACKENDS", {"bubblewrap": Open, "none": Open})
-    monkeypatch.setattr("fdiv.rl.rewards.sandbox.Server", lambda *_: Surveyed(found))
+    monkeypatch.setattr("fdiv.rl.rewards.sandbox.server.Server", lambda *_: Surveyed(found))
     assert refusal().startswith(
         "sandbox: bubblewrap: a process inside can still see other processes, read /etc; allow"
     )
