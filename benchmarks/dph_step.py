@@ -65,7 +65,7 @@ def build(kind: str, model_dir: str, options: argparse.Namespace, folder: str) -
     """A trainer of `kind`, with optimizer and schedule, ready to step."""
     from datasets import Dataset
 
-    from fdiv.models.reference import FrozenReference
+    from fdiv.models.reference import Reference
     from fdiv.rl import DPHConfig, DPHTrainer
 
     class LiveReferenceTrainer(DPHTrainer):
@@ -90,7 +90,7 @@ def build(kind: str, model_dir: str, options: argparse.Namespace, folder: str) -
         rollout_func=FixedRollouts(count, options.length, _VOCABULARY),
     )  # fmt: skip
     if kind != "cached":
-        trainer.live_reference = trainer.reference or FrozenReference(trainer)
+        trainer.live_reference = trainer.reference or Reference(trainer)
     return ready(trainer)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fdiv.models.logprobs import token_scores
-from fdiv.models.reference import FrozenReference
+from fdiv.models.reference import Reference
 
 if TYPE_CHECKING:
     from fdiv.unlearning.data import EncodedAnswer, UnlearningCollator
@@ -100,7 +100,7 @@ def split_roles(scores: RoleScores, roles: Sequence[str], batch_size: int) -> di
 
 
 def score_reference(
-    reference: FrozenReference | PrecomputedReference,
+    reference: Reference | PrecomputedReference,
     inputs: dict[str, Tensor],
     *,
     logits: bool = False,
@@ -130,7 +130,7 @@ class PrecomputedReference:
         return (len(row.prompt_ids), *row.prompt_ids, *row.answer_ids)
 
     def fill(
-        self, reference: FrozenReference, rows: Sequence[EncodedAnswer], collator: UnlearningCollator, batch_size: int
+        self, reference: Reference, rows: Sequence[EncodedAnswer], collator: UnlearningCollator, batch_size: int
     ) -> None:
         """Score `rows` once, each process its share, and keep the answers' log-probabilities."""
         from accelerate.utils import gather_object

@@ -19,7 +19,7 @@ from fdiv.files import plain
 from fdiv.memory.step_shape import StepShape
 from fdiv.models.fingerprints import data_fingerprint
 from fdiv.models.loading import checked_tokenizer
-from fdiv.models.reference import FrozenReference
+from fdiv.models.reference import Reference
 from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
 from fdiv.training.config import DivergenceOptions
 from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
@@ -223,13 +223,13 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
         return EpochSampler(len(rows), seed=rows.seed, global_batch_size=batch)
 
     # ---------------------------------------------------------------- reference
-    def _make_reference(self, ref_model, starting_adapter: bool) -> FrozenReference | PrecomputedReference | None:
+    def _make_reference(self, ref_model, starting_adapter: bool) -> Reference | PrecomputedReference | None:
         args = self.args
         if not self._uses_reference(args):
             if ref_model is not None:
                 raise ValueError(f"ref_model is given, but {self._name} with this retain_term uses no reference")
             return None
-        reference = FrozenReference(self, ref_model, copy_adapter=starting_adapter)
+        reference = Reference(self, ref_model, copy_adapter=starting_adapter)
         if not args.precompute_reference:
             return reference
         if self.needs_logits or self.is_deepspeed_enabled or self.is_fsdp_enabled:

@@ -28,7 +28,7 @@ from fdiv.errors import DataError
 from fdiv.models.fingerprints import weights_fingerprint
 from fdiv.models.loading import checked_tokenizer
 from fdiv.models.logprobs import sequence_log_prob, token_scores
-from fdiv.models.reference import FrozenReference
+from fdiv.models.reference import Reference
 from fdiv.training.rollouts import RolloutMixin, without_trl_reference
 from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
 
@@ -178,9 +178,9 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         self.start_reference = None
         if pos is None or neg is None:
             copy = starting_adapter or args.refresh_every is not None
-            self.start_reference = FrozenReference(self, copy_adapter=copy)
-        self.reference_pos = self.start_reference if pos is None else FrozenReference(self, pos)
-        self.reference_neg = self.start_reference if neg is None else FrozenReference(self, neg)
+            self.start_reference = Reference(self, copy_adapter=copy)
+        self.reference_pos = self.start_reference if pos is None else Reference(self, pos)
+        self.reference_neg = self.start_reference if neg is None else Reference(self, neg)
         if self.reference_pos is not self.reference_neg:
             args.warn_if_experimental(one_reference=False)
         self.ref_model = self.reference_pos.model  # where evaluations look for it; None: the adapter switched off

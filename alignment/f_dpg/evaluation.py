@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -97,7 +95,7 @@ class TargetEvalConfig:
                 ]
             )
             log_policy = self._score(model, tokenizer, list(ids), rows)
-            with _base(trainer) as base:
+            with trainer.base_model() as base:
                 log_base = self._score(base, tokenizer, list(ids), rows)
             per_prompt.append(_prompt_metrics(target, scores, log_policy, log_base, len(completions[0])))
             texts += decoded[: len(completions[0])]
@@ -133,7 +131,7 @@ class TargetEvalConfig:
             return [list(drawn[request.key]) for request in requests]
 
         from_policy = draw(model, 0)
-        with _base(trainer) as base:
+        with trainer.base_model() as base:
             return from_policy, draw(base, 1)
 
     @torch.no_grad()
@@ -165,19 +163,6 @@ def _distinct_prompts(rows: Any, count: int) -> list:
 
 def _as_completions(prompt: Any, texts: list[str]) -> list:
     return texts if isinstance(prompt, str) else [[{"role": "assistant", "content": text}] for text in texts]
-
-
-@contextmanager
-def _base(trainer: Any) -> Iterator[Any]:
-    """The base model of the target: the trainer's reference, or the policy with its adapter off."""
-    if trainer.ref_model is not None:
-        yield trainer.accelerator.unwrap_model(trainer.ref_model)
-        return
-    from trl.trainer.utils import use_adapter
-
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
-        yield policy
 
 
 def _prompt_metrics(

@@ -9,7 +9,8 @@ import itertools
 import json
 import math
 from collections import deque
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from fdiv.alignment.f_dpg.targets import Target, build_target
 from fdiv.alignment.scorers import check_finite, checked_scorer, prepare_scorer
 from fdiv.divergences import get_divergence
 from fdiv.errors import ScorerError
-from fdiv.models.reference import FrozenReference
+from fdiv.models.reference import Reference, reference_of
 from fdiv.statistics.diversity import diversity
 from fdiv.training.rollouts import (
     RolloutMixin,
@@ -152,8 +153,16 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
 
             loading = {} if quantization is None else {"quantization_config": quantization}
             base = create_model_from_path(base, **(self.args.model_init_kwargs or {}), **loading)
-        self.ref_model = FrozenReference(self, base).model
+        self.ref_model = Reference(self, base).model
         self.beta = self.args.beta  # not 0: `GRPOTrainer` scores the base along with the rollouts
+
+    @contextmanager
+    def base_model(self) -> Iterator[nn.Module]:
+        """The base a of the target, to call: the reference, or the policy with its adapter off."""
+        unwrap = self.accelerator.unwrap_model
+        reference = None if self.ref_model is None else unwrap(self.ref_model)
+        with reference_of(unwrap(self.model), reference) as base:
+            yield base
 
     def _make_proposal(self) -> AdaptiveProposal:
         engine = self.use_vllm or self.args.rollout_server_url is not None

@@ -7,7 +7,6 @@
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from trl import DPOTrainer
 
@@ -17,7 +16,7 @@ from fdiv.divergences import get_divergence
 from fdiv.errors import DataError
 from fdiv.models.loading import check_fits, checked_tokenizer, context_length, keep_trainable_layout
 from fdiv.models.logprobs import with_position_ids
-from fdiv.models.reference import frozen_copy
+from fdiv.models.reference import reference_for_trl
 from fdiv.statistics.calibration import length_normalised_calibration, margin_calibration
 from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
 from fdiv.training.data_checks import check_preference_dataset
@@ -85,7 +84,7 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
         _check_data(train_dataset, eval_dataset, args)
         processing_class = _checked_processing_class(processing_class, model, args)
         if ref_model is None and peft_config is None and not isinstance(model, str):
-            ref_model = _reference_of_instance(model, args)
+            ref_model = reference_for_trl(model, args)
         super().__init__(
             model,
             ref_model=ref_model,
@@ -253,26 +252,6 @@ def _checked_processing_class(processing_class: Any, model: Any, args: FDPOConfi
             f"the tokenizer of {name!r} has no eos token, which ends every completion: set `tokenizer.eos_token`"
         )
     return made
-
-
-def _reference_of_instance(model: nn.Module, args: FDPOConfig) -> nn.Module | None:
-    """A frozen copy of a model object, so that π_ref is the policy as passed, wherever it came from.
-
-    None where TRL has a better way (an adapter to switch off, precomputed log-probabilities) or must load a second one
-    itself (weights spread by a device map, or sharded by ZeRO-3).
-    """
-    if is_peft_model(model) or args.precompute_ref_log_probs:
-        return None
-    spread = getattr(model, "hf_device_map", None) is not None
-    sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    if not spread and not sharded:
-        return frozen_copy(model)
-    if not getattr(model.config, "_name_or_path", ""):
-        raise DataError(
-            f"the {type(model).__name__} was built in memory and is spread over devices or sharded by ZeRO-3, so no "
-            "reference can be made from it: save it and pass its path, or pass ref_model"
-        )
-    return None
 
 
 def _check_lengths(dataset: Any, model: Any, max_length: int | None) -> None:

@@ -6,8 +6,7 @@ In a recipe: `eval: {name: preferences, …}`; alone: `fdiv eval preferences`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from fdiv.divergences import get_divergence
 from fdiv.errors import DataError
+from fdiv.models.reference import reference_of
 from fdiv.statistics.calibration import length_normalised_calibration, margin_calibration
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class PreferencesEvalConfig:
         rows = self._rows(tokenizer, datasets, context)
         prompts = _unique_prompts(rows)[: self.max_prompts]
         policy = {half: self._score(model, rows, half) for half in _HALVES}
-        with _reference(model, context) as reference:
+        with reference_of(model, context.reference_model, at_start=context.stage == "before") as reference:
             if reference is not None and "scores" not in self._reference:
                 self._reference["scores"] = {half: self._score(reference, rows, half) for half in _HALVES}
                 if self.num_samples:
@@ -228,7 +228,7 @@ class PreferencesEvalConfig:
             own = self._sample(model, tokenizer, prompts, context.seed, 1.0)
             own_log_prob, _ = self._score_samples(model, prompts, own)
         from_policy = None
-        with _reference(model, context) as reference:
+        with reference_of(model, context.reference_model, at_start=context.stage == "before") as reference:
             if reference is not None:
                 from_policy = own_log_prob - self._score_samples(reference, prompts, own)[0]
         from_reference = None
@@ -263,20 +263,6 @@ def _unique_prompts(rows: list[dict[str, Any]]) -> list[_Prompt]:
     """The different prompts in order of appearance; the index (among them) names the random stream."""
     unique = dict.fromkeys(tuple(row["prompt_ids"]) for row in rows)
     return [_Prompt(index, ids) for index, ids in enumerate(ids for ids in unique if ids)]
-
-
-@contextmanager
-def _reference(model: Any, context: EvalContext) -> Iterator[Any]:
-    """The frozen reference: the context's; the policy with its adapter off; at the start the policy. Else None."""
-    if context.reference_model is not None:
-        yield context.reference_model
-    elif hasattr(model, "peft_config"):
-        from trl.trainer.utils import use_adapter
-
-        with use_adapter(model, "ref" if "ref" in model.peft_config else None):
-            yield model
-    else:
-        yield model if context.stage == "before" else None
 
 
 def _accuracy(margin: Tensor) -> float:

@@ -1,6 +1,9 @@
-"""A frozen reference model for trainers: a copy, a model of its own, or the policy with its adapter off.
+"""The frozen reference π_ref: a copy, a model of its own, or the policy with its adapter off.
 
-`FrozenReference` hides which of them it is, how it is placed under DDP, DeepSpeed and FSDP, and scores batches.
+* `Reference`: for a trainer. It hides which of them it is and how it is placed under DDP, DeepSpeed and FSDP, and
+  scores batches.
+* `reference_of`: for code that is passed a policy and perhaps a reference (evaluations).
+* `reference_for_trl`: what a TRL trainer that makes its own reference is to be passed.
 """
 
 from __future__ import annotations
@@ -22,12 +25,12 @@ from fdiv.models.logprobs import TokenScores, enable_fused_head, token_scores
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["FrozenReference", "frozen_copy"]
+__all__ = ["FrozenReference", "Reference", "frozen_copy", "reference_for_trl", "reference_of"]
 
 _ADAPTER = "ref"  # the name TRL uses, so that its own tools find it
 
 
-class FrozenReference:
+class Reference:
     """The policy as it was when this object was made, or another model.
 
     Make it when the trainer's model exists and no step was taken. Without `model`: for a PEFT policy the base with the
@@ -183,3 +186,54 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     # A patched forward is an instance attribute whose closure still calls the original model's forward.
     vars(reference).pop("forward", None)
     return reference.requires_grad_(False).eval()
+
+
+FrozenReference = Reference  # its name in release 0.1
+
+
+@contextmanager
+def reference_of(
+    policy: nn.Module, reference: nn.Module | None = None, *, at_start: bool = False
+) -> Iterator[nn.Module | None]:
+    """The reference to call: `reference` where there is one, else what the policy itself holds of it.
+
+    Args:
+        policy: a PEFT policy is its own reference with the adapter off, or with the frozen copy of its adapter on.
+        reference: a model of its own.
+        at_start: no step was taken yet, so any policy is its own reference.
+
+    Yields:
+        The model, or None where there is no reference.
+    """
+    if reference is not None:
+        yield reference
+    elif hasattr(policy, "peft_config"):
+        from trl.trainer.utils import use_adapter
+
+        with use_adapter(policy, _ADAPTER if _ADAPTER in policy.peft_config else None):
+            yield policy
+    else:
+        yield policy if at_start else None
+
+
+def reference_for_trl(model: nn.Module, args: Any) -> nn.Module | None:
+    """A frozen copy of a model object, so that π_ref is the policy as passed, wherever it came from.
+
+    None where TRL has a better way (an adapter to switch off, precomputed log-probabilities) or must load a second one
+    itself (weights spread by a device map, or sharded by ZeRO-3).
+
+    Raises:
+        DataError: TRL must load it again, and there is no path to load it from.
+    """
+    if is_peft_model(model) or args.precompute_ref_log_probs:
+        return None
+    spread = getattr(model, "hf_device_map", None) is not None
+    sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    if not spread and not sharded:
+        return frozen_copy(model)
+    if not getattr(model.config, "_name_or_path", ""):
+        raise DataError(
+            f"the {type(model).__name__} was built in memory and is spread over devices or sharded by ZeRO-3, so no "
+            "reference can be made from it: save it and pass its path, or pass ref_model"
+        )
+    return None

@@ -18,7 +18,7 @@ from trl import GRPOTrainer
 from fdiv.divergences import Divergence
 from fdiv.errors import DataError, FdivError
 from fdiv.models.fingerprints import data_fingerprint
-from fdiv.models.reference import FrozenReference
+from fdiv.models.reference import Reference
 from fdiv.rl.dph.batches import explore_mean, group_advantages, join, rows_of_slot, rows_of_step
 from fdiv.rl.dph.config import DPHConfig
 from fdiv.rl.dph.loss import (
@@ -110,9 +110,9 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         )
         if self.rehearsal is not None:
             self.rehearsal.check(tokenizer=self._tokenizer, model=self.model, temperature=self.temperature)
-        self.reference: FrozenReference | None = None
+        self.reference: Reference | None = None
         if self.kl is not None or (args.rehearsal_form == "definition" and self.rehearsal is not None):
-            self.reference = FrozenReference(self, copy_adapter=starting_adapter, temperature=self.temperature)
+            self.reference = Reference(self, copy_adapter=starting_adapter, temperature=self.temperature)
             self.ref_model = self.reference.model
         self._joining: RehearsalBatch | None = None
         self._scored: tuple[Tensor, Tensor | None] | None = None

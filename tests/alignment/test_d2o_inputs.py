@@ -17,7 +17,7 @@ from fdiv.alignment.d2o.anchors import Anchor, AnchorCache, instructed_prompt, p
 from fdiv.alignment.d2o.metrics import divergence_terms, reduce_groups
 from fdiv.divergences import get_divergence
 from fdiv.errors import DataError, RolloutError, ScorerError
-from fdiv.models.reference import FrozenReference
+from fdiv.models.reference import Reference
 from tests.support.processes import run_well
 from tests.support.runs.d2o import history, make_trainer, negative_rows
 from tests.support.scripts import d2o as run_d2o
@@ -251,7 +251,7 @@ def test_sharded_references_are_not_refreshed(tiny_model_dir, tmp_path):
         trainer.start_reference.refresh()
     with pytest.raises(DataError, match="holds no reference"):
         trainer.start_reference.load(tmp_path)
-    assert isinstance(trainer.start_reference, FrozenReference)
+    assert isinstance(trainer.start_reference, Reference)
 
 
 def test_refusals_of_the_instruction():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fdiv.models.reference import FrozenReference
+from fdiv.models.reference import Reference
 
 ADAPTERS = {
     "lora": peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"]),
@@ -53,7 +53,7 @@ def test_the_reference_of_a_continued_adapter_is_that_adapter(kind, tiny_model_d
         args=SimpleNamespace(gradient_checkpointing_kwargs=None),
         accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped, autocast=torch.no_grad),
     )
-    reference = FrozenReference(trainer, copy_adapter=True)
+    reference = Reference(trainer, copy_adapter=True)
     with reference.active() as frozen:
         assert torch.equal(log_probs(frozen, ids), trained)
     with torch.no_grad():  # training goes on; the reference stays
