@@ -25,6 +25,7 @@ class SampledPreferencesConfig:
         prompts: the beginnings to continue, as plain text.
         scorer: what rates a continuation, as in `fdiv.alignment.scorers.build_scorer`.
         test_prompts: how many prompts, evenly spaced, are held out with their pairs.
+        validation_prompts: how many of the others, evenly spaced, make a split of their own to choose settings on.
         samples_per_prompt: continuations per prompt. pairs_per_prompt: pairs made of them at most.
         min_gap: a pair is made only where the scores differ by at least so much.
         max_new_tokens: longest continuation. temperature: it is sampled at.
@@ -36,6 +37,7 @@ class SampledPreferencesConfig:
     prompts: list[str] = field(default_factory=list)
     scorer: Any = "vader"
     test_prompts: int = 10
+    validation_prompts: int = 0
     samples_per_prompt: int = 6
     pairs_per_prompt: int = 2
     min_gap: float = 0.2
@@ -52,10 +54,12 @@ class SampledPreferencesConfig:
         for name in ("test_prompts", "pairs_per_prompt", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"prepare.{name}={getattr(self, name)}: must be at least 1")
-        if len(set(self.prompts)) <= self.test_prompts:
+        if self.validation_prompts < 0:
+            raise ValueError(f"prepare.validation_prompts={self.validation_prompts}: must be at least 0")
+        if len(set(self.prompts)) <= self.test_prompts + self.validation_prompts:
             raise ValueError(
                 f"prepare.prompts has {len(set(self.prompts))} different prompts, of which test_prompts="
-                f"{self.test_prompts} are held out: give more"
+                f"{self.test_prompts} and validation_prompts={self.validation_prompts} are held out: give more"
             )
         if self.samples_per_prompt < 2 * self.pairs_per_prompt:
             raise ValueError(
@@ -69,8 +73,8 @@ class SampledPreferencesConfig:
         build_scorer(self.scorer)
 
     def build(self, output_dir: Path) -> dict[str, Any]:
-        """Write `data/train.jsonl` and `data/test.jsonl` (prompt, chosen, rejected), and `prepare.json`, which counts
-        the pairs that were made and those that were not, where the gap was too small.
+        """Write `data/train.jsonl` and `data/test.jsonl` (prompt, chosen, rejected), `data/validation.jsonl` with
+        `validation_prompts`, and `prepare.json`, which counts the pairs made and those not made, where the gap was too small.
 
         Returns:
             The recipe keys it settles: `model_name_or_path`, `dataset_name`, `dataset_train_split`,
@@ -85,10 +89,9 @@ class SampledPreferencesConfig:
         data.mkdir(parents=True, exist_ok=True)
         prompts = list(dict.fromkeys(self.prompts))
         samples = self._sample(prompts)
-        held_out = {index * len(prompts) // self.test_prompts for index in range(self.test_prompts)}
+        parts = self._parts(len(prompts))
         counts: dict[str, Any] = {}
-        for part in ("train", "test"):
-            chosen = [index for index in range(len(prompts)) if (index in held_out) == (part == "test")]
+        for part, chosen in parts.items():
             pairs = [pair for index in chosen for pair in self._pairs(prompts[index], samples[index])]
             if not pairs:
                 raise ValueError(
@@ -105,6 +108,14 @@ class SampledPreferencesConfig:
             "dataset_train_split": "train",
             "dataset_test_split": "test",
         }
+
+    def _parts(self, count: int) -> dict[str, list[int]]:
+        """The places of the prompts of each split."""
+        test = [index * count // self.test_prompts for index in range(self.test_prompts)]
+        others = [index for index in range(count) if index not in test]
+        held = [others[i * len(others) // self.validation_prompts] for i in range(self.validation_prompts)]
+        parts = {"train": [index for index in others if index not in held], "test": test}
+        return {**parts, "validation": held} if held else parts
 
     def _sample(self, prompts: Sequence[str]) -> list[list[str]]:
         """`samples_per_prompt` continuations of each prompt."""

@@ -42,6 +42,14 @@ def test_the_best_is_preferred_to_the_worst(config, tmp_path):
     assert [(row["chosen"], row["rejected"]) for row in test] == 2 * [("4", "1"), ("3", "2")]
 
 
+def test_prompts_to_choose_settings_on_are_neither_trained_on_nor_tested(config, tmp_path):
+    """Of prompts 1, 2, 4 and 5, which are not for the test, the first and the third."""
+    config(validation_prompts=2).build(tmp_path)
+    found = {part: {row["prompt"] for row in _rows(tmp_path, part)} for part in ("train", "validation", "test")}
+    places = {"train": (2, 5), "validation": (1, 4), "test": (0, 3)}
+    assert found == {part: {PROMPTS[place] for place in places[part]} for part in places}
+
+
 def test_pairs_without_a_gap_are_left_out_and_counted(config, tmp_path):
     """3 over 2 is a gap of 1, below 2."""
     config(min_gap=2.0).build(tmp_path)
@@ -56,6 +64,8 @@ def test_pairs_without_a_gap_are_left_out_and_counted(config, tmp_path):
     ("settings", "message"),
     [
         ({"test_prompts": 6}, "6 different prompts, of which test_prompts=6"),
+        ({"validation_prompts": 4}, "test_prompts=2 and validation_prompts=4 are held out"),
+        ({"validation_prompts": -1}, "validation_prompts=-1: must be at least 0"),
         ({"pairs_per_prompt": 3}, "samples_per_prompt=4 cannot make pairs_per_prompt=3"),
         ({"min_gap": 0.0}, "min_gap=0.0: must be above 0"),
         ({"temperature": 0.0}, "temperature=0.0: must be above 0"),
