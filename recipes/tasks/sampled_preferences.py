@@ -74,7 +74,7 @@ class SampledPreferencesConfig:
 
     def build(self, output_dir: Path) -> dict[str, Any]:
         """Write `data/train.jsonl` and `data/test.jsonl` (prompt, chosen, rejected), `data/validation.jsonl` with
-        `validation_prompts`, and `prepare.json`, which counts the pairs made and those not made, where the gap was too small.
+        `validation_prompts`, and `prepare.json`, which counts the pairs made and those whose gap was too small.
 
         Returns:
             The recipe keys it settles: `model_name_or_path`, `dataset_name`, `dataset_train_split`,
