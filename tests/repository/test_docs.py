@@ -122,6 +122,11 @@ def test_index_has_a_row_for_every_method(repository):
         assert trainer in index, f"docs/index.md does not name the trainer of {name} ({trainer})"
 
 
+def test_index_links_every_page(repository):
+    linked = set(re.findall(r"\]\(([a-z_0-9]+\.md)", (repository / "docs" / "index.md").read_text()))
+    assert linked == {page.name for page in (repository / "docs").glob("*.md")} - {"index.md"}
+
+
 def test_index_names_things_that_exist(repository):
     index = (repository / "docs" / "index.md").read_text()
     names = re.findall(r"`(fdiv\.[a-z_.]+\.[A-Za-z_]+)`", index)

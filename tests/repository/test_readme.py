@@ -38,3 +38,24 @@ def test_make_targets_and_commands_exist(repository, readme):
     makefile = (repository / "Makefile").read_text(encoding="utf-8")
     assert {"demo", "test"} <= targets
     assert all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_the_first_screen_has_a_picture_an_installation_and_its_use(repository, readme):
+    screen = readme.partition("## Three ways in")[0]
+    (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", screen)
+    assert (repository / picture).stat().st_size < 100_000
+    for line in ("fdiv sweep", "f_dpo_loss(", "pip install", "make demo", "make test"):
+        assert line in screen, line
+    assert "<!-- table: " not in screen and "|---" not in screen
+
+
+def test_trainer_snippets_name_what_exists(readme):
+    """The blocks marked `py` need a model of the reader's: they are not run, but their names are ours."""
+    import fdiv.alignment
+
+    blocks = re.findall(r"```py\n(.*?)```", readme, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        compile(block, "README.md", "exec")
+        names = re.findall(r"\b(FDPO\w+)", block)
+        assert names and set(names) <= set(fdiv.alignment.__all__)
