@@ -191,7 +191,7 @@ def _draw(args: argparse.Namespace, config: Any, loaded: Any, folder: Path) -> t
     """Rows of `samples.jsonl`, and the settings they were made with."""
     from fdiv.eval.pass_at_k.evaluation import draw_with_transformers
     from fdiv.eval.pass_at_k.sampling import sample_with_vllm
-    from fdiv.inference.greedy import VLLMSource, _stop_ids
+    from fdiv.inference.greedy import VLLMSource, stop_token_ids
     from fdiv.models.fingerprints import files_fingerprint, weights_fingerprint
     from fdiv.models.loading import load_model, load_tokenizer
 
@@ -201,16 +201,16 @@ def _draw(args: argparse.Namespace, config: Any, loaded: Any, folder: Path) -> t
     if args.backend == "vllm":
         source = VLLMSource(args.model, args.adapter, args.dtype, args.vllm_memory)
         settings["weights"] = files_fingerprint(args.model, args.adapter)
-        stop_ids = _end_tokens(args.model) | _stop_ids(None, tokenizer)
+        stop_ids = _end_tokens(args.model) | stop_token_ids(None, tokenizer)
 
         def draw(requests: Any, how: Any, cache: Any) -> Any:
-            return sample_with_vllm(source, requests, how, cache=cache)
+            return sample_with_vllm(source, requests, how, cache=cache, stop_token_ids=stop_ids)
 
     else:
         model = load_model(args.model, args.adapter, args.dtype)
         settings["weights"] = f"{weights_fingerprint(model)}, {str(model.dtype).removeprefix('torch.')}"
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        stop_ids = _stop_ids(base, tokenizer)
+        stop_ids = stop_token_ids(base, tokenizer)
         draw = draw_with_transformers(model, tokenizer, config.batch_size)
     _open_folder(folder, settings)
     identity = [args.backend, args.dtype, settings["weights"]]

@@ -127,11 +127,11 @@ class PassKEvalConfig:
         Raises:
             DataError: data, scorer or prompts cannot be used; a task with fewer scored samples than max(k).
         """
-        from fdiv.inference.greedy import _stop_ids
+        from fdiv.inference.greedy import stop_token_ids
 
         loaded = self.load(datasets)
         inner = model.module if hasattr(model, "module") else model
-        stop_ids = _stop_ids(inner.get_base_model() if hasattr(inner, "get_base_model") else inner, tokenizer)
+        stop_ids = stop_token_ids(inner.get_base_model() if hasattr(inner, "get_base_model") else inner, tokenizer)
         draw = draw_with_transformers(model, tokenizer, self.batch_size)
         rows = self.samples(loaded, tokenizer, draw, stop_ids, seed=context.seed)
         name = f"{self.label.replace('/', '_')}_samples.jsonl" if self.label else "passk_samples.jsonl"

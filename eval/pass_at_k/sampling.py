@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError
 from fdiv.eval.pass_at_k.data import EvalTask
 from fdiv.inference.cache import ItemCache
-from fdiv.inference.processes import process_state
 from fdiv.inference.prompting import PromptFormat
 
 if TYPE_CHECKING:
@@ -104,6 +102,7 @@ def sample_with_vllm(
     *,
     cache: ItemCache,
     chunk: int = 4096,
+    stop_token_ids: Collection[int] = (),
 ) -> dict[str, tuple[int, ...]]:
     """Completions by key from one vLLM engine, on one process; each finished chunk is stored.
 
@@ -113,59 +112,15 @@ def sample_with_vllm(
     Raises:
         DataError: vLLM is not installed, or several processes run.
     """
-    if process_state().num_processes > 1:
-        raise DataError(
-            "--backend vllm runs in one process (vLLM uses the other GPUs by itself): start without accelerate"
-        )
-    pending = [request for request in requests if request.key not in cache.items]
-    if pending:
-        from rich.progress import Progress
+    from fdiv.inference.backends import EngineSource
 
-        engine, sampling_params, lora_request = _vllm_engine(source)
-        adapter = lora_request("adapter", 1, source.adapter) if source.adapter else None
-        with Progress(transient=True) as bar:
-            task = bar.add_task("sampling", total=len(requests), completed=len(requests) - len(pending))
-            for start in range(0, len(pending), chunk):
-                part = pending[start : start + chunk]
-                outputs = engine.generate(
-                    [{"prompt_token_ids": list(request.prompt_ids)} for request in part],
-                    [_vllm_params(sampling_params, request, settings) for request in part],
-                    lora_request=adapter,
-                    use_tqdm=False,
-                )
-                cache.add(
-                    {"key": request.key, "ids": list(output.outputs[0].token_ids)}
-                    for request, output in zip(part, outputs, strict=True)
-                )
-                bar.advance(task, len(part))
-    return {request.key: tuple(cache.items[request.key]["ids"]) for request in requests}
-
-
-@functools.cache
-def _vllm_engine(source: VLLMSource) -> tuple[Any, Any, Any]:
-    """The engine and the two classes its calls need; one engine for all calls, as its start takes minutes."""
-    try:
-        from vllm import LLM, SamplingParams
-        from vllm.lora.request import LoRARequest
-    except ImportError as error:
-        raise DataError(
-            f"--backend vllm: {error}; install it with `make setup-vllm`, or use --backend transformers"
-        ) from None
-    engine = LLM(
-        model=source.model,
-        dtype=source.dtype,
-        enable_lora=source.adapter is not None,
-        gpu_memory_utilization=source.memory,
-    )
-    return engine, SamplingParams, LoRARequest
-
-
-def _vllm_params(params: Any, request: SamplingRequest, settings: SamplingSettings) -> Any:
-    digest = hashlib.sha256(repr((settings.seed, request.stream)).encode()).digest()
-    return params(
+    engine = EngineSource(
+        source,
+        stop_token_ids=sorted(stop_token_ids),
+        stop=settings.stop,
         temperature=settings.temperature,
         top_p=settings.top_p,
-        max_tokens=request.max_new_tokens,
-        stop=list(settings.stop) or None,
-        seed=int.from_bytes(digest[:4], "big") >> 1,
+        seed=settings.seed,
+        batch_size=chunk,
     )
+    return engine.draw(requests, cache, "sampling")

@@ -6,6 +6,7 @@ exactly so with transformers, up to vLLM's own floating-point batching elsewhere
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from fdiv.inference.sampling import SamplingRequest, sample_completions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["SAMPLING_BACKENDS", "EngineSource", "ServerSource", "TransformersSource"]
+__all__ = ["SAMPLING_BACKENDS", "EngineSource", "ServerSource", "TransformersSource", "vllm_engine"]
 
 SAMPLING_BACKENDS = ("transformers", "vllm", "server")
 
@@ -137,6 +138,32 @@ class ServerSource:
         return {"key": request.key, "ids": _checked_ids(ids, request, self.server.base_url)}
 
 
+@functools.cache
+def vllm_engine(source: VLLMSource) -> Any:
+    """The engine of this process for `source`, one for all calls, as its start takes minutes.
+
+    Raises:
+        DataError: vLLM is not installed, or several processes run.
+    """
+    if process_state().num_processes > 1:
+        raise DataError(
+            "backend vllm runs in one process (vLLM uses the other GPUs by itself): start without accelerate"
+        )
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise DataError(
+            f"backend vllm: {error}; install it with `make setup-vllm`, or use backend transformers or server"
+        ) from None
+    return LLM(
+        model=source.model,
+        dtype=source.dtype,
+        enable_lora=source.adapter is not None,
+        gpu_memory_utilization=source.memory,
+        generation_config="vllm",  # no penalties or truncation from the model's own file
+    )
+
+
 class EngineSource:
     """vLLM inside this process, which then must be the only one (vLLM spreads over GPUs by itself)."""
 
@@ -149,39 +176,28 @@ class EngineSource:
         top_p: float,
         seed: int,
         batch_size: int,
+        stop: Sequence[str] = (),
     ) -> None:
-        self.source, self.stop_token_ids = source, list(stop_token_ids)
+        self.source, self.stop_token_ids, self.stop = source, list(stop_token_ids), list(stop)
         self.temperature, self.top_p, self.seed, self.batch_size = temperature, top_p, seed, batch_size
-        self.engine: Any = None
-
-    def _start(self) -> None:
-        if process_state().num_processes > 1:
-            raise DataError("backend vllm runs in one process (vLLM uses the other GPUs by itself): start only one")
-        try:
-            from vllm import LLM
-        except ImportError as error:
-            raise DataError(
-                f"backend vllm: {error}; install it with `make setup-vllm`, or use backend transformers or server"
-            ) from None
-        self.engine = LLM(
-            model=self.source.model,
-            dtype=self.source.dtype,
-            enable_lora=self.source.adapter is not None,
-            gpu_memory_utilization=self.source.memory,
-            generation_config="vllm",  # no penalties or truncation from the model's own file
-        )
 
     def draw(self, requests: Sequence[SamplingRequest], cache: ItemCache, title: str) -> Drawn:
         """Token ids of one completion per request, by key."""
         pending = [request for request in requests if request.key not in cache.items]
-        if pending and self.engine is None:
-            self._start()
-        for start in range(0, len(pending), self.batch_size):
-            part = pending[start : start + self.batch_size]
-            cache.add(self._answers(part))
+        if pending:
+            from rich.progress import Progress
+
+            with Progress(transient=True) as bar:
+                task = bar.add_task(title, total=len(requests), completed=len(requests) - len(pending))
+                for start in range(0, len(pending), self.batch_size):
+                    part = pending[start : start + self.batch_size]
+                    cache.add(self._answers(part))
+                    bar.advance(task, len(part))
         return {request.key: tuple(cache.items[request.key]["ids"]) for request in requests}
 
     def _answers(self, part: Sequence[SamplingRequest]) -> list[dict[str, Any]]:
+        engine = vllm_engine(self.source)
+
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
@@ -192,13 +208,15 @@ class EngineSource:
                 max_tokens=request.max_new_tokens,
                 seed=request_seed(self.seed, request.stream),
                 stop_token_ids=self.stop_token_ids,
+                stop=self.stop or None,
             )
             for request in part
         ]
-        outputs = self.engine.generate(
+        outputs = engine.generate(
             [{"prompt_token_ids": list(request.prompt_ids)} for request in part],
             settings,
             lora_request=LoRARequest("adapter", 1, self.source.adapter) if self.source.adapter else None,
+            use_tqdm=False,
         )
         return [
             {"key": request.key, "ids": _checked_ids(output.outputs[0].token_ids, request, "vLLM")}

@@ -27,6 +27,7 @@ __all__ = [
     "generate_texts",
     "generate_with_vllm",
     "generates_plain_argmax",
+    "stop_token_ids",
 ]
 
 BACKENDS = ("transformers", "vllm")
@@ -121,7 +122,7 @@ def _record(
     return {"key": request.key, "generation": tokenizer.decode(kept, skip_special_tokens=True), "tokens": len(kept)}
 
 
-def _stop_ids(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def stop_token_ids(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """End tokens: the tokenizer's and every one the model's generation config names (chat models have several)."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = set(named if isinstance(named, list) else [] if named is None else [named])
@@ -154,7 +155,7 @@ def generate_texts(
 
     model = extract_model_from_parallel(model)
     _check_context(requests, getattr(model.config, "max_position_embeddings", None))
-    stop_ids = _stop_ids(model, tokenizer)
+    stop_ids = stop_token_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(sorted(stop_ids)), 0)
     device = next(model.parameters()).device
 
@@ -229,7 +230,7 @@ def generate_with_vllm(
             gpu_memory_utilization=source.memory,
         )
         adapter = LoRARequest("adapter", 1, source.adapter) if source.adapter else None
-        stop_ids = _stop_ids(None, tokenizer)
+        stop_ids = stop_token_ids(None, tokenizer)
         for start in range(0, len(pending), chunk):
             part = pending[start : start + chunk]
             outputs = engine.generate(

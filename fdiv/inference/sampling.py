@@ -13,7 +13,7 @@ from torch import Tensor
 from fdiv.errors import DataError
 from fdiv.inference.batches import run_batches
 from fdiv.inference.cache import ItemCache
-from fdiv.inference.greedy import GenerationRequest, _stop_ids
+from fdiv.inference.greedy import GenerationRequest, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,7 +109,7 @@ def sample_completions(
                 f"{request.key}: a prompt of {prompt} tokens and max_new_tokens={request.max_new_tokens} exceed the "
                 f"model's context of {limit}: lower max_new_tokens, or leave such prompts out"
             )
-    stop_ids = _stop_ids(base, tokenizer)
+    stop_ids = stop_token_ids(base, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(sorted(stop_ids)), 0)
     device = next(model.parameters()).device
 

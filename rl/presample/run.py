@@ -19,7 +19,7 @@ from fdiv.errors import DataError
 from fdiv.inference.backends import EngineSource, ServerSource, TransformersSource
 from fdiv.inference.batches import run_batches
 from fdiv.inference.cache import ItemCache, fingerprint
-from fdiv.inference.greedy import VLLMSource, _stop_ids
+from fdiv.inference.greedy import VLLMSource, stop_token_ids
 from fdiv.inference.processes import process_state
 from fdiv.inference.sampling import SamplingRequest
 from fdiv.models.fingerprints import data_fingerprint, tokenizer_fingerprint, weights_fingerprint
@@ -72,7 +72,7 @@ def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, rew
     finished = enter_directory(output_dir, drawing, config.decisions(), repartition)
     if finished is not None:
         return finished
-    stop_ids = _stop_ids(model.get_base_model() if hasattr(model, "get_base_model") else model, tokenizer)
+    stop_ids = stop_token_ids(model.get_base_model() if hasattr(model, "get_base_model") else model, tokenizer)
     source = _source(config, model, tokenizer, sorted(stop_ids))
     if config.backend != "transformers":
         model = None  # while vLLM samples, its memory is vLLM's

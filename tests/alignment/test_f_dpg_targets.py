@@ -197,7 +197,9 @@ def test_classifier(tmp_path, tiny_model_dir):
 
 
 def test_scorers_are_trl_rewards_and_keep_their_names():
-    assert {"classifier", "compiles", "contains_words", "sentiment", "math", "sql", "code", "exact"} == set(SCORERS)
+    assert {"classifier", "compiles", "contains_words", "sentiment", "math", "sql", "code", "exact", "vader"} == set(
+        SCORERS
+    )
     assert build_scorer("compiles").__name__ == "compiles"
     checked = checked_scorer(build_scorer("compiles"))
     assert checked.__name__ == "compiles"
