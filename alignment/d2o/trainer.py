@@ -203,7 +203,7 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         self._signature_columns = ["prompt", "rejected", "anchors", "prompt_ids", "rejected_ids", "anchor_ids"]
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        # Not GRPO's: its order depends on how often it was walked, so a run resumed after the first epoch would see
+        # Not GRPO's: its order depends on how often it was read, so a run resumed after the first epoch would see
         # other rows than the uninterrupted one. Transformers' order is a function of (seed, epoch).
         if not self.args.shuffle_dataset:
             return SequentialSampler(self.train_dataset if dataset is None else dataset)

@@ -58,7 +58,7 @@ class FDPGConfig(CappedDivergenceOptions, RolloutConfig, GRPOConfig):
     `divergence`, `normalized`, `max_exponent`, and those below. Keys of GRPO's own objective (clipping, advantages, KL
     penalty) are refused.
 
-    `alpha_dpg: α` is the preset of α-DPG (arXiv:2512.05962): it settles `divergence` (`alpha` at 1 − α), the factor
+    `alpha_dpg: α` is the preset of α-DPG (arXiv:2512.05962): it sets `divergence` (`alpha` at 1 − α), the factor
     1 − α that its reward leaves out, `pseudo_reward_clip` 10, `z_estimate` group, `z_max` 1, `z_floor` 1e-4 and
     `baseline` loo.
 
@@ -78,7 +78,7 @@ class FDPGConfig(CappedDivergenceOptions, RolloutConfig, GRPOConfig):
     divergence_scale: float = option(1.0, "Deprecated: D_f is multiplied by it", above=0)
     alpha_dpg: float | None = option(
         None,
-        "α of the preset α-DPG, from forward_kl (0) to reverse_kl (1): settles divergence, its scale, clip, Z and "
+        "α of the preset α-DPG, from forward_kl (0) to reverse_kl (1): sets divergence, its scale, clip, Z and "
         "baseline",
         above=0,
         below=1,

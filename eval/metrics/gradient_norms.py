@@ -56,7 +56,7 @@ def gradient_norms(
     Returns:
         By key: `score`, or None for a text without labels.
     """
-    parameters = list(model.parameters())  # walked once, not for every text
+    parameters = list(model.parameters())  # listed once, not for every text
 
     def clear() -> None:
         for parameter in parameters:

@@ -67,7 +67,7 @@ def resolved_yaml(recipe: Recipe, settled: Collection[str] = ()) -> str:
 def _line(recipe: Recipe, settled: Collection[str], name: str, default: Any) -> str:
     """One top-level key with the origin of its value."""
     if name in settled and name not in recipe.stated:
-        return f"# {name}: settled by prepare"
+        return f"# {name}: set by prepare"
     if name in _ONCE:
         return _dump({name: default})
     if name == "output_dir" and name not in recipe.stated:

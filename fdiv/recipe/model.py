@@ -107,7 +107,7 @@ class Recipe:
         evaluations: The `eval:` blocks.
         report: The `report:` block.
         sweep: The `sweep:` block.
-        machine: Top-level keys that this machine settles: no bf16 where there is no accelerator.
+        machine: Top-level keys that this machine sets: no bf16 where there is no accelerator.
     """
 
     name: str

@@ -52,7 +52,7 @@ class RunPlan:
         return RunDirectory(self.output_dir)
 
     def value(self, key: str, default: Any = None) -> Any:
-        """A top-level key as stated, else as `prepare:` settled it, else `default`."""
+        """A top-level key as stated, else as `prepare:` set it, else `default`."""
         return self.recipe.stated.get(key, self.settled.get(key, default))
 
     def with_keys(self, **keys: Any) -> RunPlan:
@@ -92,7 +92,7 @@ def prepare(plan: RunPlan, root: Path) -> RunPlan:
     """Build what the `prepare:` block describes, unless the same block was built under `root` before.
 
     Returns:
-        The plan with the keys that the builder settled, and with `${prepare}` known.
+        The plan with the keys that the builder set, and with `${prepare}` known.
     """
     block = plan.recipe.prepare
     if block is None:

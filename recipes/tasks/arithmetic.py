@@ -218,7 +218,7 @@ class ArithmeticTaskConfig:
         num_solutions, answer: one of them).
 
         Returns:
-            The recipe keys it settles: `model_name_or_path`, `dataset_name`, `dataset_train_split`,
+            The recipe keys it sets: `model_name_or_path`, `dataset_name`, `dataset_train_split`,
             `dataset_test_split`, `reward`.
 
         Raises:

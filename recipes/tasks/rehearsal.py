@@ -29,7 +29,7 @@ class RehearsalConfig(PresampleConfig):
     """`prepare: {name: rehearsal}`: the keys of `fdiv presample`, and `task`.
 
     The model, the dataset, its split and the reward may come from `task`: the recipe keys `model_name_or_path`,
-    `dataset_name`, `dataset_train_split` and `reward` that its builder settles. What stands here wins.
+    `dataset_name`, `dataset_train_split` and `reward` that its builder sets. What stands here wins.
 
     It runs on the main process alone while the others of a launcher wait; for a large model run `fdiv presample` on
     all of them first, and give the recipe its files.
@@ -55,12 +55,12 @@ class RehearsalConfig(PresampleConfig):
         """Build `task/`, pre-sample into `rehearsal/`.
 
         Returns:
-            The recipe keys it settles: those of the task; `dataset_name`, the explore set as split `train` and, where
+            The recipe keys it sets: those of the task; `dataset_name`, the explore set as split `train` and, where
             the data has a test split, that as `test`; `rehearsal_cache`; `temperature`, that of its
             log-probabilities; and `reward`.
 
         Raises:
-            ValueError: the task settles no model or dataset, and none is given; there is no reward.
+            ValueError: the task sets no model or dataset, and none is given; there is no reward.
             DataError, RolloutError: see `fdiv.rl.presample.run.presample`.
         """
         from fdiv.inference.processes import alone
@@ -88,14 +88,14 @@ class RehearsalConfig(PresampleConfig):
         }
 
     def _settled(self, keys: dict[str, Any]) -> PresampleConfig:
-        """The settings of the pass, with what the task settled."""
+        """The settings of the pass, with what the task set."""
         settings = {entry.name: getattr(self, entry.name) for entry in fields(PresampleConfig)}
         if not settings["dataset"] and "dataset_train_split" in keys:
             settings["split"] = keys["dataset_train_split"]
         for name, key in (("model", "model_name_or_path"), ("dataset", "dataset_name"), ("reward", "reward")):
             settings[name] = settings[name] or keys.get(key)
             if not settings[name]:
-                raise ValueError(f"the task {self.task} settles no {key}: give prepare.{name}")
+                raise ValueError(f"the task {self.task} sets no {key}: give prepare.{name}")
         return PresampleConfig(**settings)
 
     def _builder(self) -> Any:

@@ -77,7 +77,7 @@ class SampledPreferencesConfig:
         `validation_prompts`, and `prepare.json`, which counts the pairs made and those whose gap was too small.
 
         Returns:
-            The recipe keys it settles: `model_name_or_path`, `dataset_name`, `dataset_train_split`,
+            The recipe keys it sets: `model_name_or_path`, `dataset_name`, `dataset_train_split`,
             `dataset_test_split`.
 
         Raises:

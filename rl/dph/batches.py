@@ -20,14 +20,14 @@ __all__ = ["JointBatch", "explore_mean", "group_advantages", "join", "rows_of_sl
 def rows_of_step(available: int, count: int, step: int, seed: int) -> list[int]:
     """Numbers of the `count` rows that optimizer step `step` rehearses, of `available` cached ones.
 
-    The steps walk through the cache in an order shuffled again for each pass; it follows from (seed, walk) alone,
+    The steps read the cache in an order shuffled again for each pass; it follows from (seed, pass) alone,
     so that a resumed run goes on where it was and processes agree without talking.
     """
     rows: list[int] = []
     position = step * count
     while len(rows) < count:
-        walk, offset = divmod(position + len(rows), available)
-        order = np.random.default_rng([seed, walk]).permutation(available)
+        number, offset = divmod(position + len(rows), available)
+        order = np.random.default_rng([seed, number]).permutation(available)
         rows += order[offset : offset + count - len(rows)].tolist()
     return rows
 

@@ -160,7 +160,7 @@ def test_z_is_unbiased_and_its_plug_in_is_not():
     for name in ("forward_kl", "jensen_shannon"):
         assert bias[name, 2] > 1e-2
         assert bias[name, 6] < bias[name, 4] < bias[name, 2]
-        # first order in 1/n: n·bias settles
+        # first order in 1/n: n·bias converges
         assert 4 * bias[name, 4] / (6 * bias[name, 6]) == pytest.approx(1.0, abs=0.25)
     assert all(bias["reverse_kl", count] < 1e-9 for count in (2, 4, 6))
 

@@ -355,7 +355,7 @@ def test_prepare_is_built_once_per_configuration(write_recipe, tmp_path, monkeyp
     assert builds == [8, 6]
     assert result["before/rows"] == 6.0
     resolved = (tmp_path / "out" / "recipe_resolved.yaml").read_text()
-    assert "# dataset_name: settled by prepare" in resolved
+    assert "# dataset_name: set by prepare" in resolved
     assert "per_device_train_batch_size: 2  # recipe" in resolved  # stated: wins over the builder
     for marker in (tmp_path / "out" / "prepared").glob("*/recipe_keys.json"):
         marker.unlink()  # as a build that was cut off leaves it

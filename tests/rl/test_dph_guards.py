@@ -29,7 +29,7 @@ def config(output, **settings):
 
 # ---------------------------------------------------------------- which rows, in which batch
 def test_rows_of_a_step():
-    """Every row once per walk through the cache; the same for every caller; steps that span two walks."""
+    """Every row once per pass over the cache; the same for every caller; steps that span two passes."""
     steps = [rows_of_step(7, 3, step, seed=5) for step in range(7)]
     assert steps == [rows_of_step(7, 3, step, seed=5) for step in range(7)]
     assert all(len(rows) == 3 for rows in steps)

@@ -348,7 +348,7 @@ def test_a_task_gives_model_and_data(tmp_path, monkeypatch):
         "reward": "r",
     }
     assert (tmp_path / "data" / "train.parquet").read_bytes() == b"rows"
-    with pytest.raises(ValueError, match="settles no model_name_or_path: give prepare.model"):
+    with pytest.raises(ValueError, match="sets no model_name_or_path: give prepare.model"):
         RehearsalConfig(task={"name": "empty_prompts"}, reward="r").build(tmp_path / "again")
 
 

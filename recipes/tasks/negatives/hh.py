@@ -90,7 +90,7 @@ class HHNegativesConfig:
         what was left out and gives the model's size and held-out perplexity.
 
         Returns:
-            The recipe keys it settles: `model_name_or_path`, `dataset_name`, `dataset_train_split`.
+            The recipe keys it sets: `model_name_or_path`, `dataset_name`, `dataset_train_split`.
 
         Raises:
             FileNotFoundError, ValueError: no such file, or rows that are no HH dialogues.

@@ -40,7 +40,7 @@ class SafeRLHFNegativesConfig:
         """Write `train.jsonl` with the columns prompt and rejected.
 
         Returns:
-            The recipe keys it settles: `dataset_name`, `dataset_train_split`.
+            The recipe keys it sets: `dataset_name`, `dataset_train_split`.
 
         Raises:
             FileNotFoundError: a local file that is not there.

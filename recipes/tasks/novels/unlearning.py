@@ -83,7 +83,7 @@ class NovelsUnlearningConfig:
         `retain_log/MUSE_EVAL.json`, which serves evaluations of a part of the rows (`max_items`) too.
 
         Returns:
-            The recipe keys it settles: `model_name_or_path`, `dataset_name`, `retain_dataset_name`.
+            The recipe keys it sets: `model_name_or_path`, `dataset_name`, `retain_dataset_name`.
 
         Raises:
             FileNotFoundError: a novel is missing.

@@ -174,7 +174,7 @@ class ChinookTaskConfig:
         """Write `model/`, `data/train.jsonl` and `data/test.jsonl` (prompt, template, entity, answer: the gold query).
 
         Returns:
-            The recipe keys it settles: `model_name_or_path`, `dataset_name`, `dataset_train_split`,
+            The recipe keys it sets: `model_name_or_path`, `dataset_name`, `dataset_train_split`,
             `dataset_test_split`, `reward`.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer

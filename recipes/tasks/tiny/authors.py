@@ -88,7 +88,7 @@ class TinyAuthorsConfig:
         """Write `data/` (TOFU's file names, split `forget`), `model/`, `retain_model/`, `retain_log/TOFU_EVAL.json`.
 
         Returns:
-            The recipe keys it settles: `model_name_or_path`, `dataset_name`, `retain_dataset_name`.
+            The recipe keys it sets: `model_name_or_path`, `dataset_name`, `retain_dataset_name`.
         """
         from fdiv.eval.tofu.evaluation import TofuEvalConfig
         from fdiv.recipes.tasks.tofu.unlearning import write_retain_log

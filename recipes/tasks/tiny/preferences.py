@@ -139,7 +139,7 @@ class TinyPreferencesConfig:
         """Write `model/`, `data/train.jsonl`, `data/test.jsonl` (prompt, chosen, rejected) and `world.json`.
 
         Returns:
-            The recipe keys it settles: `model_name_or_path`, `dataset_name`, `dataset_train_split`,
+            The recipe keys it sets: `model_name_or_path`, `dataset_name`, `dataset_train_split`,
             `dataset_test_split`.
         """
         output_dir = Path(output_dir)

@@ -94,7 +94,7 @@ class TinyTextsConfig:
         """Write `model/`, and `data/train.jsonl` with 64 rows of prompts.
 
         Returns:
-            The recipe keys it settles: `model_name_or_path`, `dataset_name`, `dataset_train_split`.
+            The recipe keys it sets: `model_name_or_path`, `dataset_name`, `dataset_train_split`.
         """
         output_dir = Path(output_dir)
         model_dir, data_dir = output_dir / "model", output_dir / "data"
@@ -128,7 +128,7 @@ class EmptyPromptsConfig:
         """Write `data/train.jsonl`.
 
         Returns:
-            The recipe keys it settles: `dataset_name`, `dataset_train_split`.
+            The recipe keys it sets: `dataset_name`, `dataset_train_split`.
         """
         return _write_prompts(Path(output_dir) / "data", [""] * self.rows)
 

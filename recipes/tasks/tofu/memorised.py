@@ -74,7 +74,7 @@ class TofuMemorisedConfig:
         `retain_log/validation/TOFU_EVAL.json` and `retain_log/test/TOFU_EVAL.json`.
 
         Returns:
-            The recipe keys it settles: `model_name_or_path`, `dataset_name`, `retain_dataset_name`.
+            The recipe keys it sets: `model_name_or_path`, `dataset_name`, `retain_dataset_name`.
 
         Raises:
             FileNotFoundError: the data folder lacks one of the files.

@@ -61,7 +61,7 @@ class TofuPreferencesConfig:
         """Write `data/{train,validation,test}.jsonl` with the columns prompt, chosen, rejected.
 
         Returns:
-            The recipe keys it settles: `dataset_name`, `dataset_train_split`, `dataset_test_split`.
+            The recipe keys it sets: `dataset_name`, `dataset_train_split`, `dataset_test_split`.
 
         Raises:
             FileNotFoundError: the directory or one of the files is missing.

@@ -71,7 +71,7 @@ class TofuUnlearningConfig:
         """Write `full/TOFU_EVAL.json` and `subset/TOFU_EVAL.json` of the retain model.
 
         Returns:
-            The recipe keys it settles: the forget rows as `dataset_name` and the retain rows as `retain_dataset_name`.
+            The recipe keys it sets: the forget rows as `dataset_name` and the retain rows as `retain_dataset_name`.
 
         Raises:
             FileNotFoundError: the local folder lacks one of the files.
