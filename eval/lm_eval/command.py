@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
-    from fdiv.models.loading import load_tokenizer
+    from fdiv.models.loading import check_causal, load_tokenizer
 
     try:
         from lm_eval import simple_evaluate
@@ -79,6 +79,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     if unknown:
         raise DataError(f"--tasks: lm-eval knows no {', '.join(unknown)}; `lm_eval ls tasks` lists what there is")
     load_tokenizer(args.model, args.adapter)  # a wrong path is one clear line here
+    check_causal(args.model)
     device = process_state().device
     dtype = "float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
     size = args.batch_size if args.batch_size == "auto" else int(args.batch_size)

@@ -217,14 +217,18 @@ def _read_config(model: Any) -> Any:
     """The model's config, from its directory or the hub."""
     from transformers import AutoConfig
 
+    from fdiv.models.loading import check_causal
+
     name = model.model_name_or_path
     if not name:
         raise FdivError("no model: model_name_or_path is not set")
     try:
-        return AutoConfig.from_pretrained(find_model(name), revision=model.model_revision)
+        config = AutoConfig.from_pretrained(find_model(name), revision=model.model_revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()
         raise FdivError(f"the config of {name!r} cannot be read: {reason[0] if reason else error!r}") from error
+    check_causal(config)
+    return config
 
 
 def _within_context(shape: StepShape, config: Any) -> tuple[StepShape, str]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
+    "check_causal",
     "check_fits",
     "check_pad_token",
     "checked_tokenizer",
@@ -82,6 +83,35 @@ def check_pad_token(tokenizer: PreTrainedTokenizerBase, model_name: str, pad_tok
         )
 
 
+def check_causal(model: Any, revision: str | None = None) -> None:
+    """Refuse an encoder-decoder model (T5, BART, …): its decoder alone would be trained or scored, as another model.
+
+    Args:
+        model: a config, a model (plain or PEFT), or its path or hub name; a name whose config cannot be read passes,
+            for the loader that follows gives the reason.
+        revision: of a hub name.
+
+    Raises:
+        DataError: (a ValueError) the config says `is_encoder_decoder`.
+    """
+    name, config = model, model
+    if isinstance(model, str):
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(find_model(model), revision=revision)
+        except (OSError, ValueError, KeyError):
+            return
+    else:
+        config = getattr(model, "config", model)
+        name = getattr(config, "_name_or_path", "") or type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise DataError(
+            f"{name} is an encoder-decoder model ({getattr(config, 'model_type', '?')}): fdiv trains and scores causal "
+            "(decoder-only) language models; name one of those"
+        )
+
+
 def load_model(model: str, adapter: str | None = None, dtype: str = "auto") -> PreTrainedModel:
     """A causal LM in eval mode on this process's device, with a PEFT adapter on it if one is given.
 
@@ -90,10 +120,11 @@ def load_model(model: str, adapter: str | None = None, dtype: str = "auto") -> P
         adapter: path or hub name of a PEFT adapter.
         dtype: `auto` is float32 on a CPU and the checkpoint's own type elsewhere.
     Raises:
-        DataError: the model or the adapter cannot be loaded.
+        DataError: the model or the adapter cannot be loaded, or it is an encoder-decoder model.
     """
     from transformers import AutoModelForCausalLM
 
+    check_causal(model)
     model, device = find_model(model), process_state().device
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"

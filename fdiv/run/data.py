@@ -160,16 +160,19 @@ def model_arguments(configs: Configs) -> dict[str, Any]:
     """`model_init_kwargs` as TRL's own scripts put them together, with its keys checked against the model's config.
 
     Raises:
-        DataError: the model's config cannot be read.
+        DataError: the model's config cannot be read, or is that of an encoder-decoder model.
         RecipeError: a key of `model_init_kwargs` is neither an argument of `from_pretrained` nor an attribute of it.
     """
     from transformers import AutoConfig, PreTrainedModel
+
+    from fdiv.models.loading import check_causal
 
     model = configs.model
     try:
         config = AutoConfig.from_pretrained(find_model(model.model_name_or_path), revision=model.model_revision)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot load the model {model.model_name_or_path!r}: {one_line(error)}") from error
+    check_causal(config)
     stated = configs.training.model_init_kwargs or {}
     known = {*inspect.signature(PreTrainedModel.from_pretrained).parameters, *config.to_dict(), *_MODEL_ARGUMENTS}
     for key in stated:

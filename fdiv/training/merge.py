@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from fdiv.errors import DataError, FdivError
 from fdiv.files import flush_tree
 from fdiv.models.fetch import find_model
-from fdiv.models.loading import load_tokenizer
+from fdiv.models.loading import check_causal, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,6 +139,7 @@ def _load_base(base: str, dtype: str, quantization: dict[str, Any] | None) -> Pr
     if dtype not in DTYPES:
         raise DataError(f"--dtype {dtype}: there are {', '.join(DTYPES)}")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    check_causal(base)
     options = {} if quantization is None else {"quantization_config": BitsAndBytesConfig(**quantization)}
     try:
         return AutoModelForCausalLM.from_pretrained(base, dtype=wanted, **options)

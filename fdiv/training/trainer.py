@@ -19,7 +19,7 @@ from torch import Tensor
 from fdiv.divergences import Divergence, get_divergence
 from fdiv.divergences.saturation import TRAINING_MAX_EXPONENT, check_max_exponent
 from fdiv.errors import FdivError, NonFiniteLossError
-from fdiv.models.loading import keep_trainable_layout
+from fdiv.models.loading import check_causal, keep_trainable_layout
 from fdiv.terminal import info
 from fdiv.training.resume import ResumableMixin
 
@@ -60,8 +60,10 @@ def own_options(trainer: type[ObjectiveTrainerMixin], args: Any, model: Any) -> 
 
     Raises:
         TypeError: `args` is something else.
-        ValueError: the defaults leave out what the method needs (a reward, a target); the message names it.
+        ValueError: the defaults leave out what the method needs (a reward, a target); the message names it. A
+            DataError for an encoder-decoder model.
     """
+    check_causal(model, ((getattr(args, "model_init_kwargs", None) or {}).get("revision")))
     config = trainer.config_class
     if args is None:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
