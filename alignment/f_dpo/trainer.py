@@ -121,6 +121,7 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         keep_trainable_layout(self.model)  # TRL does this while it sets up, before our own turn comes
+        self.check_heads()
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -107,8 +107,8 @@ def check_causal(model: Any, revision: str | None = None) -> None:
         name = getattr(config, "_name_or_path", "") or type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise DataError(
-            f"{name} is an encoder-decoder model ({getattr(config, 'model_type', '?')}): fdiv trains and scores causal "
-            "(decoder-only) language models; name one of those"
+            f"{name} is an encoder-decoder model ({getattr(config, 'model_type', '?')}): fdiv trains and scores "
+            "causal (decoder-only) language models; name one of those"
         )
 
 

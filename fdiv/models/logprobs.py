@@ -6,6 +6,9 @@ Two paths with the same values (to 1e-5, in value and gradient):
   private that we rely on in it (the `fused_lm_head` argument, the name of the patched forward) stands in this file.
 * *plain torch*: the model's own logits, reduced chunk by chunk. It keeps float64, and works on any causal model.
 
+`check_fused_head` compares the two on a few tokens, once per run, and puts the plain path in the place of a fused head
+that fails or gives other values (heads with a soft cap or layers that TRL's does not know).
+
 Everywhere, `log_probs[b, t]` scores `input_ids[b, t + 1]` given the tokens before it, so the second dimension is T−1,
 and every per-token value is exactly 0 outside `completion_mask[:, 1:]`.
 """
@@ -15,14 +18,16 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fdiv.models.loading import check_fits, context_length
+from fdiv.models.loading import check_fits, context_length, keep_trainable_layout
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +36,8 @@ __all__ = [
     "OUTPUTS",
     "FusedHead",
     "TokenScores",
+    "aux_loss_fault",
+    "check_fused_head",
     "enable_fused_head",
     "fused_head",
     "mean_log_prob",
@@ -114,6 +121,8 @@ def enable_fused_head(model: nn.Module, outputs: Sequence[str] = ("log_probs",),
         outputs: the per-token values of `OUTPUTS` the head shall be able to give; each costs a little on every call.
         temperature: the logits are divided by it.
 
+    The head is compared with the plain path and left where they differ; see `check_fused_head`.
+
     Raises:
         ValueError: an unknown output; `temperature` ≤ 0; the model is already patched at another temperature; an
             adapter sits on the LM head, which the fused path would ignore.
@@ -140,6 +149,178 @@ def enable_fused_head(model: nn.Module, outputs: Sequence[str] = ("log_probs",),
             "be ignored: take `lm_head` out of `target_modules`"
         )
     add_fused_lm_head(base, temperature=temperature, outputs=outputs)
+    check_fused_head(base)
+
+
+_CHECKED: dict[tuple[type, type, str], str | None] = {}  # model class, head class, config: why the fused head is left
+
+
+def check_fused_head(model: nn.Module) -> str | None:
+    """Compare the fused head of `model` with the model's own logits on a few tokens; leave it where they differ.
+
+    A head that fails, or is off by more than the rounding of its type, is replaced in place: the patched forward keeps
+    its interface and computes the same values from the model's own logits (which then take memory). Said in one note
+    per run and architecture. Not checked, and kept: weights on the meta device or sharded by ZeRO-3 or FSDP, and a
+    model whose own forward does not run where it lies (kernels for GPUs only).
+
+    Args:
+        model: patched by `enable_fused_head` or by a TRL trainer, plain or wrapped.
+
+    Returns:
+        Why the fused head was left; None where it is kept.
+    """
+    from fdiv.terminal import info
+
+    base = _causal_lm(model)
+    head = fused_head(base)
+    if head is not None:
+        _name_experts(base.config)
+    if head is None or _is_spread(base):
+        return None
+    key = (type(base), type(base.get_output_embeddings()), base.config.to_json_string())
+    if key not in _CHECKED:
+        _CHECKED[key] = _fused_fault(base, head.temperature)
+        if _CHECKED[key] is not None:
+            info(
+                f"the fused LM head does not fit {type(base).__name__} ({_CHECKED[key]}): log-probabilities come from "
+                "the model's own logits, which need more memory"
+            )
+    if _CHECKED[key] is not None:
+        _add_plain_head(base, head)
+    return _CHECKED[key]
+
+
+def _is_spread(base: nn.Module) -> bool:
+    """Whether a single forward of `base` cannot be run here: no weights, or parts of them on each process."""
+    from fdiv.inference.batches import collective_forward
+
+    return collective_forward() or any(p.is_meta or hasattr(p, "ds_id") for p in base.parameters())
+
+
+def _name_experts(config: Any) -> None:
+    """Let `num_experts` of a mixture be read under the name that TRL's head asks for (Granite-MoE, Phi-3.5-MoE)."""
+    config = config.get_text_config()
+    if hasattr(config, "num_experts"):
+        return
+    for name in ("num_local_experts", "n_routed_experts", "moe_num_experts"):
+        if hasattr(config, name):
+            # An alias of the class, as transformers has it for Mixtral: nothing is added to a saved config.
+            type(config).attribute_map = {**type(config).attribute_map, "num_experts": name}
+            return
+
+
+@torch.no_grad()
+def aux_loss_fault(model: nn.Module) -> str | None:
+    """Why the fused head of `model` gives no load-balancing loss; None where it gives the model's own.
+
+    Not checked where `check_fused_head` does not check.
+    """
+    base = _causal_lm(model)
+    if _is_spread(base):
+        return None
+    _name_experts(base.config)
+    inputs = {**_few_tokens(base), "output_router_logits": True}
+    with _evaluating(base):
+        try:
+            result = base(**inputs, labels=inputs["input_ids"], fused_lm_head=True)
+        except Exception as error:  # any, from a forward that was written for other models
+            return _named(error)
+        own = getattr(base(**inputs), "aux_loss", None)
+    if not isinstance(result.aux_loss, Tensor):
+        return "the model returns no router logits"
+    if isinstance(own, Tensor) and not torch.allclose(own.float(), result.aux_loss.float(), rtol=0.02, atol=1e-3):
+        return f"it is {result.aux_loss.item():.4g} where the model's own is {own.item():.4g}"
+    return None
+
+
+def _few_tokens(base: nn.Module) -> dict[str, Any]:
+    # 64: xLSTM's kernels for training want whole chunks
+    length = min(64, context_length(base) or 64)
+    ids = (torch.arange(length) * 37 + 5).remainder(base.get_input_embeddings().weight.size(0))
+    ids = ids.unsqueeze(0).to(next(base.parameters()).device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+
+
+@contextmanager
+def _evaluating(base: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; modes and random numbers afterwards are those of before."""
+    keep_trainable_layout(base)
+    device = next(base.parameters()).device
+    modes = {module: module.training for module in base.modules()}
+    base.eval()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+
+
+@torch.no_grad()
+def _fused_fault(base: nn.Module, temperature: float) -> str | None:
+    """What is wrong with the fused head of `base`, in a few words; None when it agrees with the logits."""
+    device, dtype = next(base.parameters()).device, next(base.parameters()).dtype
+    inputs = _few_tokens(base)
+    ids = inputs["input_ids"]
+    with _evaluating(base):
+        try:
+            logits = base(**inputs).logits[:, :-1].float() / temperature
+        except Exception:  # not to be judged here: a model that does not run is reported by whoever runs it
+            return None
+        plain = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        try:
+            fused = base(**inputs, labels=ids, fused_lm_head=True).log_probs.float()
+        except Exception as error:  # any, from a forward that was written for other models
+            return _named(error)
+    reduced = device.type == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    epsilon = 2.0**-10 if reduced else torch.finfo(dtype if dtype.is_floating_point else torch.bfloat16).eps
+    difference = (fused - plain).abs().max().item()
+    if difference > 1e-5 + 4 * epsilon * logits.abs().max().clamp(min=1).item():
+        return f"it is off by {difference:.2g} nats"
+    return None
+
+
+def _add_plain_head(base: nn.Module, head: FusedHead) -> None:
+    """Patch `base` as TRL's fused head does, with the values computed from the model's own logits."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    patched = getattr(base.forward, "__func__", base.forward)
+    original_forward = inspect.getclosurevars(patched).nonlocals.get("original_forward", base.forward)
+    outputs, temperature = head.outputs, head.temperature
+
+    # The name is what `fused_head` recognises; `generate` checks its keywords against the signature.
+    @functools.wraps(type(base).forward)
+    def _fused_forward(
+        self: nn.Module,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        if not fused_lm_head:
+            return original_forward(*args, **kwargs, **{k: v for k, v in given.items() if v is not None})
+        kwargs["use_cache"] = False
+        result = original_forward(*args, **kwargs)
+        logits = result.logits if shift_labels is not None else result.logits[:, :-1]
+        targets = shift_labels if shift_labels is not None else labels[:, 1:]
+        targets = targets.to(logits.device)
+        mask = targets != -100
+        values = _reduce_logits(logits, targets.clamp(min=0), mask, outputs, temperature)
+        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss, aux_loss = -values["log_probs"].sum() / count, getattr(result, "aux_loss", None)
+        if aux_loss is not None:
+            loss = loss + getattr(base.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
+        every = {name: values.get(name) for name in OUTPUTS}
+        return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **every)
+
+    base.forward = types.MethodType(_fused_forward, base)
 
 
 @functools.lru_cache(maxsize=32)

@@ -20,6 +20,7 @@ from fdiv.divergences import Divergence, get_divergence
 from fdiv.divergences.saturation import TRAINING_MAX_EXPONENT, check_max_exponent
 from fdiv.errors import FdivError, NonFiniteLossError
 from fdiv.models.loading import check_causal, keep_trainable_layout
+from fdiv.models.logprobs import aux_loss_fault, check_fused_head
 from fdiv.terminal import info
 from fdiv.training.resume import ResumableMixin
 
@@ -124,6 +125,16 @@ class ObjectiveTrainerMixin(ResumableMixin):
         self._example_columns: tuple[str, ...] = ()
         super().__init__(*args, **kwargs)
         keep_trainable_layout(self.model)
+        self.check_heads()
+
+    def check_heads(self) -> None:
+        """Compare the fused heads that TRL put on the models with their own logits, and the load-balancing loss."""
+        for model in (self.model, getattr(self, "ref_model", None)):
+            if isinstance(model, torch.nn.Module):
+                check_fused_head(model)
+        if getattr(self, "aux_loss_enabled", False) and (fault := aux_loss_fault(self.model)) is not None:
+            info(f"the load-balancing loss of {type(self.model).__name__} is left out ({fault})")
+            self.aux_loss_enabled = False
 
     # ---------------------------------------------------------------- to be overridden
     def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:

@@ -17,7 +17,7 @@ SIZES = {
     "pegasus": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
                 "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
 }  # fmt: skip
-REFUSAL = r"is an encoder-decoder model \({}\): fdiv trains and scores causal"
+REFUSAL = r"is an encoder-decoder model \({}\): fdiv trains and scores"
 
 
 def build(kind):
