@@ -256,3 +256,44 @@ def test_the_catalog_holds_paths_only():
             if attribute:
                 defined = {node.name for node in tree(modules()[module]).body if hasattr(node, "name")}
                 assert attribute in defined, path
+
+
+def test_results_hold_no_code():
+    assert sorted(str(file.relative_to(ROOT)) for file in (ROOT / "results").rglob("*.py")) == []
+
+
+# Tables of options and loops over pages: longer, and not harder to read.
+LONG = {
+    "fdiv.cli.command.build_parser",
+    "fdiv.alignment.f_dpg.moments.fit_moments",
+    "fdiv.inference.sampling.sample_completions",
+}
+
+
+def test_a_function_fits_on_a_screen():
+    """At most 60 lines without the docstring."""
+    long = set()
+    for name, file in modules().items():
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                document = node.body[0] if ast.get_docstring(node) is not None else None
+                lines = node.end_lineno - node.lineno + 1
+                lines -= 0 if document is None else document.end_lineno - document.lineno + 1
+                if lines > 60:
+                    long.add(f"{name}.{node.name}")
+    assert long <= LONG, sorted(long - LONG)
+
+
+def test_no_one_assigns_to_options():
+    """The options are the caller's: a trainer works on `own_options`, and nothing writes to them after that."""
+    found = []
+    for name, file in modules().items():
+        if name.startswith("fdiv.cli"):  # args of argparse, made here
+            continue
+        for node in ast.walk(tree(file)):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            targets = [node.target] if isinstance(node, ast.AugAssign | ast.AnnAssign) else targets
+            for target in targets:
+                if isinstance(target, ast.Attribute) and ast.unparse(target.value) in ("args", "self.args"):
+                    found.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert not found, "\n".join(found)
