@@ -179,7 +179,7 @@ def main() -> int:
         parser.add_argument(f"--{name}")
     parser.add_argument("--peer_python", default=sys.executable)
     parser.add_argument("--split", default="forget10")
-    parser.add_argument("--rows", type=int, help="the first so many rows of every set")
+    parser.add_argument("--rows", type=int, help="the first N rows of every set")
     parser.add_argument("--question_start", default="<bos>Question: ", help="before the question")
     parser.add_argument("--question_end", default="\nAnswer:", help="after it")
     parser.add_argument("--answer_start", default=" ", help="before every answer")

@@ -13,7 +13,7 @@ __all__ = ["binary_size", "error", "info", "is_main_process", "number", "print_t
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that talks and writes, of those a launcher started."""
+    """Whether this is the process that prints and writes, of those a launcher started."""
     return os.environ.get("RANK", "0") == "0"
 
 

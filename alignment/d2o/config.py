@@ -65,7 +65,7 @@ class D2OConfig(CappedDivergenceOptions, RolloutConfig, GRPOConfig):
     online_start_step: int = option(0, "First optimizer step with online anchors", least=0)
     refresh_every: int | None = option(
         None,
-        "After every so many optimizer steps the default reference becomes the current policy; a reference that is "
+        "Every N optimizer steps the default reference becomes the current policy; a reference that is "
         "another model stays. Not set: never",
         least=1,
     )

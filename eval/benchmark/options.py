@@ -44,7 +44,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, config: type[Evaluatio
     size = config.generation_batch_size
     how.add_argument("--generation_batch_size", type=int, default=size, help=f"of generating ({size})")
     how.add_argument("--padding_side", choices=("right", "left"), default="right", help="of scoring (right)")
-    how.add_argument("--max_items", type=int, help="only so many evenly spaced rows of every set")
+    how.add_argument("--max_items", type=int, help="only this many evenly spaced rows of every set")
     how.add_argument("--no_generate", dest="generate", action="store_false", help="skip generation: no ROUGE")
     how.add_argument("--no_gradnorm", dest="gradnorm", action="store_false", help="skip the GradNorm attack")
     how.add_argument("--fluency_classifier", default="auto", help="auto (if in the hub cache), none, a path or name")

@@ -33,7 +33,7 @@ class Preset:
         drop_last_label: leave the final label (end of text) out of ES, EM, Min-K, Min-K++ and GradNorm.
         at_least_one_token: Min-K uses max(1, int(k L)) tokens.
         verbatim_space: a space between a MUSE prompt and its true continuation when that is cut for ROUGE.
-        verbatim_truth_tokens: MUSE's truth is cut to so many tokens, begin-of-text included (None: whole).
+        verbatim_truth_tokens: MUSE's truth is cut to this many tokens, begin-of-text included (None: whole).
         assumed_retain_auc: AUC taken for PrivLeak when no retain log is given, by corpus ("" = any); the result says
             so.
     """

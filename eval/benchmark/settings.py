@@ -26,7 +26,7 @@ class EvaluationSettings:
         batch_size: rows of a scoring forward.
         generation_batch_size: prompts generated at once.
         padding_side: of the scoring batches; the numbers do not depend on it.
-        max_items: keep so many evenly spaced rows of every set (None: all): a cheap subset to select epochs by.
+        max_items: keep this many evenly spaced rows of every set (None: all): a cheap subset to select epochs by.
         generate: False skips the generation pass, and with it every ROUGE.
         gradnorm: False skips the GradNorm attack, which needs one backward per text.
         fluency_classifier: `auto`, a path or hub name, or `none` (see `fdiv.eval.metrics.gibberish`).

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", help="PEFT adapter on it")
     parser.add_argument("--tasks", nargs="+", required=True, help="task or group names, or task files (*.yaml)")
     parser.add_argument("--num_fewshot", type=int, help="examples in the prompt (the task's own)")
-    parser.add_argument("--limit", type=int, help="only the first so many items of every task")
+    parser.add_argument("--limit", type=int, help="only the first N items of every task")
     parser.add_argument("--batch_size", default="8", help="rows of a forward, or auto (8)")
     parser.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")
     parser.add_argument("--apply_chat_template", action="store_true", help="ask through the chat template")

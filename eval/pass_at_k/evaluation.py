@@ -55,7 +55,7 @@ class PassKEvalConfig:
         max_new_tokens: Longest completion.
         stop: Texts that end a completion. None: the benchmark's own.
         batch_size: Completions sampled at once.
-        max_tasks: Use the first so many tasks. None: all.
+        max_tasks: Use the first N tasks. None: all.
         chat_template: auto, always or never. None: auto for a benchmark, never for text prompts of one's own.
         question_format: Prompt without a chat template, with {question}. None: the question as it stands.
         system_prompt: System turn of the chat template.

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_exponent", type=float, default=TRAINING_MAX_EXPONENT, help="overflow cap of the score, as in training"
     )
     parser.add_argument("--normalized", action="store_true", help="divide f by f''(1), as in training")
-    parser.add_argument("--max_length", type=int, help="cut prompt + completion to so many tokens")
+    parser.add_argument("--max_length", type=int, help="cut prompt + completion to this many tokens")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, …")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
     parser.add_argument("--output", required=True, metavar="DIR", help="where preferences_eval.json is written")

@@ -67,8 +67,8 @@ class PreferencesEvalConfig:
     Args:
         split: Which split of the data; the recipe's test split is `test`.
         batch_size: Rows of a forward. No influence on the numbers but for rounding.
-        max_rows: Use the first so many pairs. None: all.
-        max_prompts: Sample for the first so many different prompts. None: all.
+        max_rows: Use the first N pairs. None: all.
+        max_prompts: Sample for the first N different prompts. None: all.
         num_samples: Completions per prompt and model; 0 leaves the sampled numbers out.
         max_new_tokens: Longest completion sampled.
         temperature: Of the own samples behind `entropy`. The divergences are always of the models at temperature 1.

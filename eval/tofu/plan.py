@@ -73,7 +73,7 @@ def plan_tofu(
 ) -> TofuPlan:
     """Encode everything the metrics need, each text once.
 
-    `max_items` keeps so many evenly spaced rows of every set, a cheap look at a model during training; indices stay
+    `max_items` keeps that many evenly spaced rows of every set, a cheap look at a model during training; indices stay
     those of the full set.
     """
     plan = TofuPlan(preset, rows)

@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--methods", nargs="+", metavar="M", help="rows of `sweep.method` to run; else method names")
     sweep.add_argument("--divergences", nargs="+", metavar="D", help="names, or '{name: alpha, alpha: 0.3}'")
     sweep.add_argument("--seeds", nargs="+", type=int, metavar="N", help="training seeds")
-    sweep.add_argument("--minutes", type=float, metavar="N", help="start no further cell after so many minutes")
+    sweep.add_argument("--minutes", type=float, metavar="N", help="start no further cell after this many minutes")
     sweep.add_argument(
         "--results", metavar="DIR", help="where results.json, table.md and the plots are; else output_dir"
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["check_options", "descendants", "launch", "launch_command", "wait_until_gone"]
 
 _OWN_OPTIONS = ("--accelerate", "--num_processes")
-# torchrun, which accelerate uses too, kills its workers so many seconds after SIGTERM; its default is 30, in which a
+# torchrun, which accelerate uses too, kills its workers this long after SIGTERM; its default is 30, in which a
 # long step or a large save does not end.
 _SHUTDOWN_VARIABLE, _SHUTDOWN_SECONDS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 3600
 

@@ -143,7 +143,7 @@ STRUCTURE = {
         ("table", dict | list, "Metric → {title, better, format}: the columns; or a list of metrics."),
         ("plots", dict, "File → a panel {kind, x, y, …} or a list of panels."),
         ("metrics", dict, "Axes of the frontier plot: {reward: NAME, divergence: NAME}."),
-        ("minutes", float | None, "Start no further run after so many minutes."),
+        ("minutes", float | None, "Start no further run after this many minutes."),
     )
 }
 """The keys of `sweep:` that are no axes."""

@@ -42,7 +42,7 @@ def run_sweep(plan: SweepPlan, command: str, minutes: float | None = None, resul
     Args:
         plan: From `plan_sweep`.
         command: The command line to record.
-        minutes: Start no further cell after so many; None: the block's `minutes`, without limit when it has none.
+        minutes: Start no further cell after this many; None: the block's `minutes`, without limit when it has none.
         results: Where the results go; None: beside the cells.
 
     Returns:

@@ -94,7 +94,7 @@ def diversity(texts: Sequence[str], *, max_texts: int | None = None) -> dict[str
     Args:
         texts: the texts.
         max_texts: self-BLEU grows with the number of texts it sees, so fix it when numbers are compared: only the
-            first so many texts enter (GDC: 500). None: all.
+            first N texts enter (GDC: 500). None: all.
     """
     kept = list(texts)[:max_texts]
     words = [words_of(text) for text in kept]

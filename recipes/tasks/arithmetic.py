@@ -179,7 +179,7 @@ class ArithmeticTaskConfig:
             easy, four are hard.
         largest_number: numbers are 1 to it.
         largest_target: targets are 1 to it.
-        multisets: at most so many different sets of numbers for each count.
+        multisets: at most this many different sets of numbers for each count.
         train_problems, test_problems: problems kept for reinforcement learning and for the test; the base model is
             trained on all others, each time with one solution picked at random and the numbers in random order.
         steps, batch_size, learning_rate: of the base model.

@@ -21,7 +21,7 @@ def rows_of_step(available: int, count: int, step: int, seed: int) -> list[int]:
     """Numbers of the `count` rows that optimizer step `step` rehearses, of `available` cached ones.
 
     The steps read the cache in an order shuffled again for each pass; it follows from (seed, pass) alone,
-    so that a resumed run goes on where it was and processes agree without talking.
+    so that a resumed run goes on where it was and processes agree without communication.
     """
     rows: list[int] = []
     position = step * count

@@ -21,7 +21,7 @@ class SafeRLHFNegativesConfig:
         split: the hub's split.
         prompt_format: the model's prompt, with `{prompt}` for the question.
         answer_prefix: put before every answer (a space, where the prompt ends without one).
-        max_rows: keep the first so many. None: all.
+        max_rows: keep the first N. None: all.
     """
 
     data: str = "PKU-Alignment/PKU-SafeRLHF"

@@ -74,7 +74,7 @@ def cut_passages(title: str, text: str, count: int, words: int) -> list[Passage]
     They do not overlap. The first and the last twentieth of the novel are left out (title pages, notes).
 
     Raises:
-        ValueError: the novel is too short for so many.
+        ValueError: the novel is too short for that many.
     """
     whole = sentences(text)
     whole = whole[len(whole) // 20 : len(whole) - len(whole) // 20]

@@ -1,4 +1,4 @@
-"""Run by test_presample_resume.py in processes of its own: pre-sampling that is killed after so many stored batches, in the
+"""Run by test_presample_resume.py in processes of its own: pre-sampling that is killed after a number of stored batches, in the
 middle of writing the next."""
 
 from __future__ import annotations
