@@ -42,13 +42,16 @@ def selection_score(
 
     Forget quality (in [0, 1]) where model utility is at least `utility_floor` times what it was before training;
     elsewhere utility's ratio to that floor minus 1, which is negative, so that no epoch below the floor beats one
-    above it, and among those below the most useful wins. Between equals, the earlier epoch.
+    above it, and among those below the most useful wins. Between equals, the earlier epoch. A model without any
+    utility scores -1, also where there was none at the start and the floor is 0.
 
     On TOFU the two are its forget quality (a p-value) and model utility. On MUSE they are 1 − `memory_gap` and
     KnowMem of the retain set: 1 where neither VerbMem nor KnowMem of the forget set is above the retrained model's, so
     that the first such epoch wins, at which MUSE's own runs stop.
     """
     floor = utility_floor * utility_at_start
+    if model_utility <= 0:
+        return -1.0
     return forget_quality if model_utility >= floor else model_utility / floor - 1.0
 
 

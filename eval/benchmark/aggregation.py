@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from fdiv.errors import DataError
 from fdiv.eval.benchmark.log import EvalLog
 from fdiv.eval.benchmark.presets import Preset
 from fdiv.eval.metrics.membership import ATTACKS, auc, privleak
-from fdiv.eval.metrics.text_overlap import ngram_entropy, rouge_scores
+from fdiv.eval.metrics.text_overlap import needs_unicode_words, ngram_entropy, rouge_scores
 
 __all__ = ["REQUIRED_KEYS", "Aggregates", "check_retain_log"]
 
@@ -70,18 +71,36 @@ class Aggregates:
             self.missing(name)
             return
         made_with = self.log.stamp.get("use_stemmer", get_preset(self.log.preset).use_stemmer)
+        with_text = {i: row for i, row in rows.items() if "generation" in row and "ground_truth" in row}
+        # Other tools' logs hold 0 for an answer of another script, or without a word: computed again from the text.
+        other_script = [i for i, row in with_text.items() if needs_unicode_words(row["ground_truth"])]
         if made_with == self.preset.use_stemmer:
             column = self.log.column(name, field_name, max_rows=max_rows)
-        elif all("generation" in row and "ground_truth" in row for row in rows.values()):
-            column = {
-                i: rouge_scores(r["ground_truth"], r["generation"], use_stemmer=self.preset.use_stemmer)[field_name]
-                for i, r in rows.items()
-            }
+            wordless = [i for i, row in with_text.items() if not re.search(r"[^\W_]", row["ground_truth"])]
+            again = [*other_script, *wordless]
+        elif len(with_text) == len(rows):
+            column, again = {}, list(rows)
         else:
             word = "with" if made_with else "without"
             self.put(name, None, f"the log's ROUGE was made {word} stemming and its text is not kept to redo it")
             return
-        self.put(name, float(np.mean(list(column.values()))) * self.preset.rouge_scale)
+        for i in again:
+            row = with_text[i]
+            scores = rouge_scores(row["ground_truth"], row["generation"], use_stemmer=self.preset.use_stemmer)
+            column[i] = scores[field_name]
+        defined = {i: column[i] for i in sorted(column) if column[i] is not None}
+        if not defined:
+            self.put(name, None, "no true answer has a word that ROUGE could count")
+            return
+        notes = []
+        if other_script:
+            notes.append(
+                f"{len(other_script)} of {len(rows)} true answers are not in Latin letters: their ROUGE counts the "
+                "words of Unicode, single characters where a script puts no spaces"
+            )
+        if len(defined) < len(rows):
+            notes.append(f"{len(rows) - len(defined)} rows without a value are left out")
+        self.put(name, float(np.mean(list(defined.values()))) * self.preset.rouge_scale, "; ".join(notes) or None)
 
     def fluency(self, name: str, rouge_name: str) -> None:
         """Mean n-gram entropy of a metric's generations."""
@@ -152,7 +171,10 @@ class Aggregates:
                 f"no retain log was given: the retain model's Min-K AUC is ASSUMED to be {reference} (preset "
                 f"{self.preset.name}); give --retain_logs or --retain_model for a measured one{few}"
             )
-        self.put("privleak", privleak(own, reference, epsilon=self.preset.epsilon), note)
+        try:
+            self.put("privleak", privleak(own, reference, epsilon=self.preset.epsilon), note)
+        except ValueError as error:
+            self.put("privleak", None, str(error))
         self.values["privleak_retain_auc"] = reference
         if retain is None:
             self.notes["privleak_retain_auc"] = "assumed, see privleak"

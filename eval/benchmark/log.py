@@ -85,6 +85,7 @@ class EvalLog:
                 if not math.isfinite(number):
                     word = "NaN" if math.isnan(number) else "infinite"
                     raise DataError(f"{self.source}: {metric}, row {index}: {name} is {word}")
+                _check_range(f"{self.source}: {metric}, row {index}", metric, name, number)
             column[index] = value
         return column
 
@@ -116,6 +117,23 @@ class EvalLog:
         """True answers of the forget rows where the log keeps text, white space collapsed; else an empty list."""
         rows = self.items("forget_Q_A_ROUGE") or self.items("forget_knowmem_ROUGE")
         return [" ".join(row["ground_truth"].split()) for row in rows.values() if "ground_truth" in row]
+
+
+_ROUNDING = 1e-4  # a probability of 1 may be a little more in a log that was made in bfloat16
+
+
+def _check_range(where: str, metric: str, name: str, number: float) -> None:
+    """Refuse a value that its metric cannot have.
+
+    Raises:
+        DataError: a probability or share outside [0, 1], a loss below 0.
+    """
+    share = name == "prob" or name.startswith("rouge") or metric in ("extraction_strength", "exact_memorization")
+    if share and not -_ROUNDING <= number <= 1 + _ROUNDING:
+        what = "a probability" if name == "prob" else "a share"
+        raise DataError(f"{where}: {name} is {number!r}, {what} outside [0, 1]; make the log again")
+    if name == "avg_loss" and number < -_ROUNDING:
+        raise DataError(f"{where}: avg_loss is {number!r}, below 0: a probability above 1; make the log again")
 
 
 def _from_authors(parts: Mapping[str, Mapping[str, Any]], source: str) -> EvalLog:

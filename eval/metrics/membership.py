@@ -95,10 +95,10 @@ def privleak(model_auc: float, retain_auc: float, *, epsilon: float = 1e-10) -> 
     arXiv:2407.06460).
 
     0 is the retain model's level, -100 a model that still knows every forget row. MUSE's own code has epsilon = 0 and
-    writes A for 1-AUC. Raises ValueError when the denominator is 0.
+    writes A for 1-AUC. Raises ValueError for a retain AUC of 1, where epsilon alone would be the denominator.
     """
     score, reference = 1.0 - model_auc, 1.0 - retain_auc
-    if reference + epsilon == 0:
+    if reference == 0:
         raise ValueError("PrivLeak: the retain model's AUC is 1, so the ratio has no finite value")
     return (score - reference) / (reference + epsilon) * 100.0
 

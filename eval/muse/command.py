@@ -59,6 +59,8 @@ def _put_curves(args: argparse.Namespace, evaluation: Any, model: Any, result: A
         if not before:
             raise DataError(f"--{curve} compares with --model's retain KnowMem, which is {before}")
         values = [evaluation.retain_knowmem(load_model(name, dtype=args.dtype), name) for name in models]
+        if None in values:
+            raise DataError(f"--{curve} {models[values.index(None)]}: its retain KnowMem is not defined")
         for name, value in utility_curve(values, before).items():
             result.put(curve if name == "kept" else f"{curve}_{name}", value)
 
