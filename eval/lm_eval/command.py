@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
+    from fdiv.models.fetch import find_model
     from fdiv.models.loading import check_causal, load_tokenizer
 
     try:
@@ -84,7 +85,9 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     dtype = "float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
     size = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
     return simple_evaluate(
-        model=HFLM(pretrained=args.model, peft=args.adapter, dtype=dtype, device=str(device), batch_size=size),
+        model=HFLM(
+            pretrained=find_model(args.model), peft=args.adapter, dtype=dtype, device=str(device), batch_size=size
+        ),
         tasks=tasks,
         num_fewshot=args.num_fewshot,
         limit=args.limit,

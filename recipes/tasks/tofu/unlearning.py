@@ -30,7 +30,9 @@ def write_retain_log(
 
     from fdiv.eval.benchmark.log import write_eval_log
     from fdiv.eval.tofu.evaluation import TofuEvaluation
+    from fdiv.models.fetch import find_model
 
+    model_path = find_model(model_path)
     run = (evaluation or TofuEvaluation)(config, AutoTokenizer.from_pretrained(model_path))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
