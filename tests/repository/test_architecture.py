@@ -118,6 +118,15 @@ def test_every_package_has_a_floor():
     assert {package_of(name) for name in modules()} <= set(FLOOR)
 
 
+def test_contributing_shows_the_floors():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\d) \| ([^|]+) \|", text.partition("\n## The layout\n")[2], re.MULTILINE))
+    shown = {name: int(number) - 1 for number, cell in rows.items() for name in re.findall(r"`(?:fdiv/)?(\w+)", cell)}
+    packages = {package_of(name) for name, file in modules().items() if file.name == "__init__.py"} - {"fdiv"}
+    assert packages - set(shown) == set()
+    assert {name: FLOOR[name] for name in shown} == shown
+
+
 def test_no_import_goes_up():
     up = [
         f"{modules()[name].relative_to(ROOT)}:{line} imports {other}"
