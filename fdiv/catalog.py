@@ -115,7 +115,8 @@ EVALUATIONS = Table(
 """`eval: {name: …}`: a dataclass with `evaluate(model, tokenizer, datasets, context) -> dict[str, float | None]`.
 
 Class attributes it may carry: `summary_metrics` (names for the end-of-run table, in order; all when absent),
-`lower_is_better` (names for which smaller is an improvement), `frontier` ((divergence metric, reward metric)).
+`lower_is_better` (names that the glossary does not know, `fdiv.report.metrics`, for which smaller is an improvement),
+`frontier` ((divergence metric, reward metric)).
 """
 
 

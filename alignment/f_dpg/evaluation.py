@@ -47,9 +47,6 @@ class TargetEvalConfig:
         "score", "forward_kl", "reverse_kl", "total_variation", "jensen_shannon", "kl_to_base", "sequence_entropy",
         "distinct_2", "self_bleu_5",
     )  # fmt: skip
-    lower_is_better: ClassVar[tuple[str, ...]] = (
-        *_DIVERGENCES, "moment_gap", "self_bleu_3", "self_bleu_4", "self_bleu_5",
-    )  # fmt: skip
     frontier: ClassVar[tuple[str, str]] = ("self_bleu_5", "score")
 
     def __post_init__(self) -> None:

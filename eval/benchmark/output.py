@@ -88,10 +88,11 @@ def write_evaluation(
 
 def show_table(title: str, result: Aggregates, first: Sequence[str] = ()) -> None:
     """The values as a table on the terminal, headline metrics first, then every note."""
+    from fdiv.report.metrics import marked, meanings
     from fdiv.terminal import number, print_table
 
     names = [name for name in first if name in result.values]
     names += [name for name in result.values if name not in names]
-    rows = [(name, number(result.values[name])) for name in names]
-    notes = [f"{name}: {reason}" for name, reason in result.notes.items()]
+    rows = [(marked(name), number(result.values[name])) for name in names]
+    notes = meanings(names) + [f"{name}: {reason}" for name, reason in result.notes.items()]
     print_table(f"{title} · preset {result.preset.name}", ("metric", "value"), rows, notes)

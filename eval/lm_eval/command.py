@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from fdiv.eval.benchmark.output import output_paths
     from fdiv.files import write_json
     from fdiv.provenance import command_line, environment
+    from fdiv.report.metrics import marked, meanings
     from fdiv.terminal import info, is_main_process, number, print_table
 
     folder, path = output_paths(args.output)
@@ -52,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     content |= {"settings": {k: v for k, v in vars(args).items() if k != "debug"}}
     write_json(path, content | {"environment": environment(command_line(), args.seed)})
     _write_samples(folder / "samples.jsonl", results.get("samples", {}))
-    rows = [(name, number(value), number(errors.get(name))) for name, value in values.items()]
-    print_table(f"lm-eval · {args.model}", ("task/metric", "value", "s.e."), rows)
+    rows = [(marked(name), number(value), number(errors.get(name))) for name, value in values.items()]
+    print_table(f"lm-eval · {args.model}", ("task/metric", "value", "s.e."), rows, meanings(values))
     info(f"written: {path}")
     return 0
 

@@ -46,9 +46,6 @@ class MuseEvalConfig(EvaluationSettings):
     summary_metrics: ClassVar[tuple[str, ...]] = (
         *("forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE", "privleak", "extraction_strength"),
     )
-    lower_is_better: ClassVar[tuple[str, ...]] = (
-        *("forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "extraction_strength", "exact_memorization"),
-    )
 
     corpus: str = "News"
     max_length: int = 2048

@@ -270,6 +270,7 @@ def _write(
     from fdiv.eval.pass_at_k.records import read_counts
     from fdiv.files import write_json
     from fdiv.provenance import command_line, environment
+    from fdiv.report.metrics import marked, meanings
     from fdiv.terminal import info, number, print_table
 
     folder, path = output_paths(args.output)
@@ -287,8 +288,8 @@ def _write(
     write_json(path, content)
     if folder is not None:
         plot_pass_at_k(folder / "pass_at_k.png", curves, resamples=args.resamples, seed=args.seed)
-    rows = [(name, number(entry["value"]), number(entry["se"])) for name, entry in found.items()]
-    notes = [f"{described['tasks']} tasks; samples per task {described['samples_per_task']}"]
+    rows = [(marked(name), number(entry["value"]), number(entry["se"])) for name, entry in found.items()]
+    notes = [*meanings(found), f"{described['tasks']} tasks; samples per task {described['samples_per_task']}"]
     if described["unscored_samples"]:
         notes.append(
             f"{described['unscored_samples']} samples of {described['tasks_with_unscored_samples']} tasks could not "

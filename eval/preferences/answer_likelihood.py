@@ -70,7 +70,6 @@ class AnswerLikelihoodConfig:
         "test_preference_accuracy",
         "sample_start_log_prob",
     )
-    lower_is_better: ClassVar[tuple[str, ...]] = ("test_rejected_log_prob", "sample_harmful_share")
 
     def __post_init__(self) -> None:
         for name, smallest in (("batch_size", 1), ("num_prompts", 0), ("num_samples", 1), ("max_new_tokens", 1)):

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from fdiv.inference.processes import process_state
     from fdiv.models.loading import load_model, load_tokenizer
     from fdiv.provenance import command_line, environment
+    from fdiv.report.metrics import marked, meanings
     from fdiv.terminal import info, number, print_table
 
     state = process_state()
@@ -77,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
         stated = {key: value for key, value in vars(args).items() if key != "debug"}
         result = {"metrics": metrics, "arguments": stated, "environment": environment(command_line(), args.seed)}
         write_json(output / "preferences_eval.json", result)
-        shown = [(name, "–" if value is None else number(value)) for name, value in metrics.items()]
-        print_table(f"preferences of {args.model}", ("metric", "value"), shown)
+        shown = [(marked(name), number(value)) for name, value in metrics.items()]
+        print_table(f"preferences of {args.model}", ("metric", "value"), shown, meanings(metrics))
         info(f"written: {output / 'preferences_eval.json'}")
     return 0
 

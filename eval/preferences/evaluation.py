@@ -94,7 +94,6 @@ class PreferencesEvalConfig:
         "ece_length_normalised",
         "ece_margin",
     )
-    lower_is_better: ClassVar[tuple[str, ...]] = ("ece_length_normalised", "ece_margin")
     frontier: ClassVar[tuple[str, str]] = ("reverse_kl", "preference_accuracy")
 
     def __post_init__(self) -> None:

@@ -43,10 +43,6 @@ class TofuEvalConfig(EvaluationSettings):
         *("forget_quality", "model_utility", "forget_truth_ratio", "forget_Q_A_ROUGE", "retain_Q_A_ROUGE"),
         *("extraction_strength", "privleak", "forget_ngram_entropy"),
     )
-    lower_is_better: ClassVar[tuple[str, ...]] = (
-        *("forget_Q_A_ROUGE", "forget_Q_A_Prob", "extraction_strength", "exact_memorization"),
-        "retrained_distance",
-    )
 
     data: str | None = HUB_DATASET
     split: str = "forget10"

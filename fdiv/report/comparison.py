@@ -7,8 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fdiv.report.metrics import marked
 from fdiv.report.records import RunRecord
 from fdiv.report.style import COLOURS, GREY, figure_grid, tidy
+from fdiv.report.table import method_of
 from fdiv.terminal import divergence_label, number
 
 if TYPE_CHECKING:
@@ -39,7 +41,12 @@ def frontier(results: Mapping[str, Any]) -> Figure | None:
         _draw_family(axis, members, x_name, y_name, colour)
     _draw_seeds(axis, results, x_name, y_name, families)
     _draw_start(axis, results, axes)
-    tidy(axis, f"{axes['reward']} against {axes['divergence']}", axes["divergence"], axes["reward"])
+    method = method_of(results)
+    tidy(
+        axis,
+        f"{axes['reward']} against {axes['divergence']}",
+        *(marked(axes[name], method) for name in ("divergence", "reward")),
+    )
     axis.margins(0.12)
     axis.legend(fontsize=8, frameon=False, loc="best")
     return figure
@@ -107,7 +114,7 @@ def before_after_run(run: RunRecord) -> Figure | None:
         values = [value for value in values if value is not None]
         colours = ["#9ca3af", COLOURS[0]][-len(values) :]
         _bars(axis, labels, values, [0.0] * len(values), colours)
-        tidy(axis, name)
+        tidy(axis, marked(name, run.result.get("method")))
         axis.grid(False, axis="x")
     return figure
 
@@ -134,7 +141,7 @@ def before_after_sweep(results: Mapping[str, Any]) -> Figure | None:
         for position, start in zip(positions, starts, strict=True):
             if start is not None:
                 axis.plot([start, start], [position - 0.42, position + 0.42], color="black", linewidth=1.4)
-        tidy(axis, name)
+        tidy(axis, marked(name, method_of(results)))
         axis.grid(False, axis="y")
     explanation = "bars: after training, mean ± s.e. over seeds; black marks: before training"
     figure.supxlabel(explanation, fontsize=8, color=GREY)

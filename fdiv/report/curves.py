@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from fdiv.report.metrics import marked, plain_name
 from fdiv.report.records import RunRecord
-from fdiv.report.style import COLOURS, figure_grid, tidy
+from fdiv.report.style import COLOURS, TITLE, figure_grid, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,8 +131,13 @@ def training_curves(runs: Sequence[RunRecord]) -> Figure | None:
     figure, axes = figure_grid(len(found), columns=3)
     colours = _colours(found)
     several = len({run.setting for run in runs}) > 1
+    methods = {run.result.get("method") for run in runs}
+    method = methods.pop() if len(methods) == 1 else None
+    logged = {plain_name(name).removesuffix("_p50") for run in runs for entry in run.history for name in entry}
     for axis, (title, curves) in zip(axes, found.items(), strict=True):
         _draw(axis, title, curves, colours, legend=not several)
+        if title in logged:  # one metric, and no group of them
+            axis.set_title(marked(title, method), **TITLE)
     if several:  # every panel has the same lines: one legend above them all
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=8, frameon=False)

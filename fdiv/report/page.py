@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdiv.files import read_json
 from fdiv.report.comparison import before_after_run, before_after_sweep, frontier
 from fdiv.report.curves import training_curves
+from fdiv.report.metrics import hover, marked
+from fdiv.report.metrics.glossary import Better
 from fdiv.report.pass_at_k_curves import pass_at_k_curves
 from fdiv.report.records import RunRecord, SweepRecord, read_records
 from fdiv.terminal import divergence_label, number
@@ -30,7 +32,8 @@ p.sub { color: #6b7280; margin-top: 0; } img { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: .88rem; margin: .6rem 0; display: block; overflow-x: auto; }
 th, td { padding: .28rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right;
          font-variant-numeric: tabular-nums; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #9ca3af; }
+th:first-child, td:first-child { text-align: left; } [title] { cursor: help; }
+thead th { border-bottom: 2px solid #9ca3af; }
 code, pre { font: 12.5px/1.45 ui-monospace, Menlo, Consolas, monospace; }
 pre { background: #f6f7f9; padding: .8rem; overflow-x: auto; border-radius: 4px; }
 summary { cursor: pointer; color: #374151; } .note { color: #92400e; font-size: .88rem; }
@@ -97,10 +100,17 @@ class _Page:
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
         self.add(f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">')
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table; the first column is text."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>\n" for row in rows)
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], hovers: Mapping[str, str]) -> None:
+        """A table; the first column is text. A heading or a first cell in `hovers` shows that text on hover."""
+
+        def cell(kind: str, text: str) -> str:
+            title = f' title="{html.escape(hovers[text])}"' if hovers.get(text) else ""
+            return f"<{kind}{title}>{html.escape(text)}</{kind}>"
+
+        head = "".join(cell("th", text) for text in header)
+        body = ""
+        for first, *others in rows:
+            body += f"<tr>{cell('td', first)}{''.join(f'<td>{html.escape(text)}</td>' for text in others)}</tr>\n"
         self.add(f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>")
 
     def notes(self, notes: Mapping[str, str]) -> None:
@@ -116,19 +126,23 @@ class _Page:
     def sweep(self, sweep: SweepRecord, prefix: str) -> None:
         """Everything about one sweep."""
         from fdiv.recipe.sweep import Column
-        from fdiv.report.table import rows_table, table
+        from fdiv.report.table import method_of, rows_table, table
 
         results = sweep.results
+        method = method_of(results)
         seeds = ", ".join(map(str, results["seeds"])) or "the recipe's"
         self.add(f'<p class="sub">{len(results["cells"])} runs, seeds {html.escape(seeds)}</p>')
         self.add("<h2>Results</h2>")
         columns = {name: Column(**column) for name, column in results.get("table", {}).items()}
         if columns:
             keep_all = (results.get("screen") or {}).get("keep") == "all"
-            self.table(*rows_table(results, columns, results["screen"]["key"] if keep_all else None))
+            found = rows_table(results, columns, results["screen"]["key"] if keep_all else None)
+            titles = {name: (column.title, column.better) for name, column in columns.items()}
+            self.table(*found, _hovers(columns, method, titles))
             self.add('<p class="sub">Mean ± standard error over seeds.</p>')
         else:
-            self.table(*table(results["aggregate"], results["columns"], wide=False))
+            found = table(results["aggregate"], results["columns"], wide=False, method=method)
+            self.table(*found, _hovers(results["columns"], method))
             self.add('<p class="sub">before → after training, mean ± standard error over seeds.</p>')
         for cell in results["cells"]:
             if cell["status"] != "finished":
@@ -168,14 +182,14 @@ class _Page:
         """Every metric that was evaluated, the summary ones first."""
         result = run.result
         measured = [name.partition("/")[2] for name in result if name.startswith(("before/", "after/"))]
-        names = dict.fromkeys([*result.get("summary_metrics", ()), *measured])
+        names, method = dict.fromkeys([*result.get("summary_metrics", ()), *measured]), result.get("method")
         rows = []
         for name in names:
             before, after = result.get(f"before/{name}"), result.get(f"after/{name}")
             change = "–" if before is None or after is None else f"{after - before:+.4g}"
-            rows.append((name, number(before), number(after), change))
+            rows.append((marked(name, method), number(before), number(after), change))
         if rows:
-            self.table(("metric", "before", "after", "change"), rows)
+            self.table(("metric", "before", "after", "change"), rows, _hovers(names, method))
         self.notes(result.get("notes", {}))
         for line in result.get("unmet_requirements", ()):
             self.add(f'<p class="failed">required, but {html.escape(line)}</p>')
@@ -185,6 +199,13 @@ class _Page:
         self.add(f"<h2>Reproduce{' ' + html.escape(name) if name else ''}</h2>")
         self.add(f"<pre>{html.escape(command)}</pre><p>{html.escape(versions)}</p>")
         self.details("resolved recipe" if not name else f"resolved recipe of {name}", recipe)
+
+
+def _hovers(
+    names: Iterable[str], method: str | None, titles: Mapping[str, tuple[str | None, Better | None]] | None = None
+) -> dict[str, str]:
+    """What a table calls each metric → its meaning, range and direction."""
+    return {marked(name, method, *(titles or {}).get(name, (None, None))): hover(name, method) for name in names}
 
 
 def _file(name: str, run: RunRecord, runs: Sequence[RunRecord]) -> str:

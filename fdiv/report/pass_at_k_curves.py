@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fdiv.report.metrics import marked
 from fdiv.report.records import RunRecord
 from fdiv.report.style import COLOURS, GREY, figure_grid, tidy
 
@@ -53,5 +54,5 @@ def pass_at_k_curves(runs: Sequence[RunRecord]) -> Figure | None:
                 bounds = [[m + sign * members[0][k][1] for m, k in zip(mean, ks, strict=True)] for sign in (-1, 1)]
                 axis.fill_between(ks, *bounds, color=colour, alpha=0.15, linewidth=0)
         axis.set_xscale("log", base=2)
-        tidy(axis, label or "Pass@k", "k", "pass@k", legend=True)
+        tidy(axis, label or "Pass@k", "k", marked("pass@1", title="pass@k"), legend=True)
     return figure

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdiv.recipe.sweep import Panel
+from fdiv.report.metrics import marked
 from fdiv.report.style import COLOURS, GREY, tidy
-from fdiv.report.table import cell_label, measured, short, staged, values_of
+from fdiv.report.table import cell_label, measured, method_of, short, staged, values_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -184,8 +185,8 @@ def _curve(axis: Axes, results: Mapping[str, Any], panel: Panel, _: Any) -> bool
 
 def _finish(axis: Axes, results: Mapping[str, Any], panel: Panel) -> None:
     """Scales, labels, the dashed level."""
-    x_label = panel.x_label or ("k" if panel.kind == "curve" else _words(panel.x or ""))
-    tidy(axis, panel.title or "", x_label, panel.y_label or _words(panel.y))
+    x_label = panel.x_label or ("k" if panel.kind == "curve" else _label(results, panel.x or ""))
+    tidy(axis, panel.title or "", x_label, panel.y_label or _label(results, panel.y))
     for name, scale in (("x", panel.x_scale), ("y", panel.y_scale)):
         set_scale: Callable[..., None] = getattr(axis, f"set_{name}scale")
         if scale == "log2":
@@ -199,8 +200,10 @@ def _finish(axis: Axes, results: Mapping[str, Any], panel: Panel) -> None:
         axis.axhline(level, color=GREY, linewidth=0.8, linestyle="--")
 
 
-def _words(metric: str) -> str:
-    return metric.rpartition("/")[2].removeprefix("eval_").replace("{k}", "k").replace("_", " ")
+def _label(results: Mapping[str, Any], metric: str) -> str:
+    """`forget quality ↑`: the last part of a metric's name in words, and which way is better."""
+    words = metric.rpartition("/")[2].removeprefix("eval_").replace("{k}", "k").replace("_", " ")
+    return marked(metric.replace("{k}", "1"), method_of(results), words)
 
 
 _DRAW: dict[str, Callable[[Axes, Mapping[str, Any], Panel, Any], bool]] = {

@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "GREY", "figure_grid", "tidy"]
+__all__ = ["COLOURS", "GREY", "TITLE", "figure_grid", "tidy"]
 
 # Okabe and Ito's palette, without the yellow that is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C564B", "#7F7F7F")
 GREY = "#6b7280"
+TITLE = {"fontsize": 9, "loc": "left", "fontweight": "bold"}
+"""The keywords of a panel's title."""
 
 
 def figure_grid(count: int, columns: int, width: float = 4.0, height: float = 2.7) -> tuple[Figure, list[Axes]]:
@@ -29,7 +31,7 @@ def figure_grid(count: int, columns: int, width: float = 4.0, height: float = 2.
 
 def tidy(axis: Axes, title: str, x_label: str = "", y_label: str = "", legend: bool = False) -> None:
     """Title, labels, a light grid, two spines."""
-    axis.set_title(title, fontsize=9, loc="left", fontweight="bold")
+    axis.set_title(title, **TITLE)
     axis.set_xlabel(x_label, fontsize=8, color=GREY)
     axis.set_ylabel(y_label, fontsize=8, color=GREY)
     axis.tick_params(labelsize=7.5, colors=GREY)

@@ -8,11 +8,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fdiv.recipe.sweep import Column
+from fdiv.report.metrics import marked, meanings
 from fdiv.terminal import divergence_label, number, print_table
 
-__all__ = ["aggregate", "cell_label", "entry", "markdown", "rows_table", "run_table", "short", "staged", "table"]
+__all__ = [
+    "aggregate",
+    "cell_label",
+    "entry",
+    "markdown",
+    "method_of",
+    "rows_table",
+    "run_table",
+    "short",
+    "staged",
+    "table",
+]
 
-ARROWS = {"higher": " ↑", "lower": " ↓", "zero": " → 0"}
 # Numbers of a run that belong to neither stage.
 _PLAIN = ("train_seconds", "wall_seconds", "steps", "peak_mib", "cpu_seconds")
 
@@ -65,10 +76,10 @@ def _mean(values: Sequence[float | None]) -> dict[str, float | int | None]:
 
 
 def table(
-    groups: Sequence[Mapping[str, Any]], columns: Sequence[str], wide: bool = True
+    groups: Sequence[Mapping[str, Any]], columns: Sequence[str], wide: bool = True, method: str | None = None
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the comparison: a row per setting; a row per metric where that is narrower and not `wide`."""
-    header = ["setting", "n", *columns]
+    header = ["setting", "n", *(marked(name, method) for name in columns)]
     rows = [[group["label"], str(group["n"]), *(entry(group, name) for name in columns)] for group in groups]
     if wide or len(columns) <= len(groups):
         return header, rows
@@ -97,7 +108,8 @@ def rows_table(
     """
     groups = results["aggregate"]
     keys = [key for key in dict.fromkeys(key for group in groups for key in group["settings"]) if key != "method"]
-    titles = [(column.title or name) + ARROWS.get(column.better or "", "") for name, column in columns.items()]
+    method = method_of(results)
+    titles = [marked(name, method, column.title, column.better) for name, column in columns.items()]
     rows = []
     for label, values in measured(results).items():
         texts = [_text([values.get(staged(name))], column) for name, column in columns.items()]
@@ -113,6 +125,12 @@ def rows_table(
         else:
             rows.append([_row_name(settings), *shown, "0", *["not run"] * len(columns)])
     return ["method", *keys, "seeds", *titles], rows
+
+
+def method_of(results: Mapping[str, Any]) -> str | None:
+    """The method of every run of a sweep; None where there are several."""
+    found = {(record.get("values") or {}).get("method") for record in results["cells"]} - {None}
+    return found.pop() if len(found) == 1 else None
 
 
 def measured(results: Mapping[str, Any]) -> dict[str, Mapping[str, float | None]]:
@@ -182,14 +200,17 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def run_table(result: Mapping[str, Any], output_dir: Any) -> None:
     """The end-of-run table: every summary metric before and after training, and the change."""
     rows = []
-    for name in result["summary_metrics"]:
+    method, names = result.get("method"), result["summary_metrics"]
+    for name in names:
         before, after = result.get(f"before/{name}"), result.get(f"after/{name}")
         change = None if before is None or after is None else after - before
-        rows.append((name, number(before), number(after), "–" if change is None else f"{change:+.4g}"))
+        change_text = "–" if change is None else f"{change:+.4g}"
+        rows.append((marked(name, method), number(before), number(after), change_text))
     if not rows:
-        trained = {name: value for name, value in result.items() if name.startswith("train/")}
-        rows = [(name.removeprefix("train/"), "–", number(value), "–") for name, value in trained.items()]
+        trained = {name.removeprefix("train/"): v for name, v in result.items() if name.startswith("train/")}
+        rows = [(marked(name, method), "–", number(value), "–") for name, value in trained.items()]
+        names = list(trained)
     title = f"{result['recipe']} · {divergence_label(result['divergence'])} · seed {result['seed']}"
-    notes = [f"{name}: {reason}" for name, reason in result["notes"].items()]
+    notes = meanings(names, method) + [f"{name}: {reason}" for name, reason in result["notes"].items()]
     notes.append(f"{result['steps']} steps in {result['train_seconds']:.1f} s; everything is in {output_dir}")
     print_table(title, ("metric", "before", "after", "change"), rows, notes)

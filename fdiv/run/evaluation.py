@@ -17,6 +17,7 @@ from fdiv.errors import FdivError
 from fdiv.evaluation import EvalContext
 from fdiv.files import read_json, write_json
 from fdiv.recipe.model import Block
+from fdiv.report.metrics import better
 
 __all__ = ["Evaluations", "preserved_random_state", "unmet_requirements"]
 
@@ -104,9 +105,12 @@ class Evaluations(TrainerCallback):
 
 
 def unmet_requirements(
-    evaluations: Sequence[tuple[Block, Any]], before: Mapping[str, Any], after: Mapping[str, Any]
+    evaluations: Sequence[tuple[Block, Any]], before: Mapping[str, Any], after: Mapping[str, Any], method: str
 ) -> list[str]:
     """One line for every `require:` entry that does not hold.
+
+    `improved` goes the way that `lower_is_better` of the evaluation, else the glossary of metrics, says is better:
+    down, or towards 0; up where neither says anything.
 
     Raises:
         FdivError: a required metric was not measured.
@@ -119,7 +123,9 @@ def unmet_requirements(
             if start is None or end is None:
                 known = ", ".join(sorted(after)) or "none"
                 raise FdivError(f"eval.require: {metric!r} was not measured before and after; metrics are: {known}")
-            down = direction == "decreased" or (direction == "improved" and metric in lower)
-            if not (end < start if down else end > start):
+            way = "lower" if metric in lower else better(metric, method)
+            falls = direction == "decreased" or (direction == "improved" and way == "lower")
+            nears = direction == "improved" and way == "zero"
+            if not (abs(end) < abs(start) if nears else end < start if falls else end > start):
                 unmet.append(f"{metric} has not {direction}: {start:.6g} before training, {end:.6g} after")
     return unmet

@@ -185,7 +185,7 @@ def _result(plan: RunPlan, trainer: Any, evaluations: Any) -> dict[str, Any]:
         "beta": trainer.objective_settings().get("beta"),  # None for a method without one
         "seed": args.seed,
         "steps": trainer.state.global_step,
-        "unmet_requirements": unmet_requirements(evaluations.evaluations, before, after),
+        "unmet_requirements": unmet_requirements(evaluations.evaluations, before, after, plan.recipe.method_name),
         "summary_metrics": _summary_metrics(evaluations.evaluations, after),
         "notes": evaluations.notes,
     }

@@ -24,7 +24,8 @@ from fdiv.provenance import git_revision, package_versions
 from fdiv.recipe.dump import resolved_yaml
 from fdiv.recipe.load import find_recipe, read_sweep
 from fdiv.recipe.sweep import SweepBlock
-from fdiv.report.table import aggregate, cell_label, markdown, rows_table, table
+from fdiv.report.metrics import meanings
+from fdiv.report.table import aggregate, cell_label, markdown, method_of, rows_table, table
 from fdiv.run.cells import Cell, SweepPlan, plan_sweep
 from fdiv.run.directory import RunDirectory
 from fdiv.terminal import info, is_main_process, print_table
@@ -261,17 +262,19 @@ def _show(block: SweepBlock, results: Mapping[str, Any], folder: Path) -> None:
     from fdiv.report.page import write_frontier
     from fdiv.report.plots import write_plots
 
-    groups, columns = results["aggregate"], results["columns"]
+    groups, columns, method = results["aggregate"], results["columns"], method_of(results)
     if block.table:
         marked = block.screen.key if block.screen and block.screen.keep == "all" else None
         header, rows = wide = rows_table(results, block.table, marked)
         note = "mean ± standard error over seeds" + (f"; *: the {marked} that was chosen" if marked else "")
     else:
-        wide, (header, rows) = table(groups, columns), table(groups, columns, wide=False)
+        wide = table(groups, columns, method=method)
+        header, rows = table(groups, columns, wide=False, method=method)
         note = "before → after training, mean ± standard error over seeds"
     write_text(folder / "table.md", markdown(*wide))
     title = f"{results['recipe']}: {len(results['cells'])} cells"
-    print_table(title, header, rows, [note, f"everything is in {folder}"])
+    shown = meanings(block.table or columns, method, {name: column.title for name, column in block.table.items()})
+    print_table(title, header, rows, [note, *shown, f"everything is in {folder}"])
     write_frontier(folder)
     write_plots(results, block.plots, folder)
 

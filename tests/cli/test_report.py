@@ -185,7 +185,7 @@ def test_the_frontier_draws_means_with_errors_and_the_start():
     assert lines[(0.0,)] == (0.5,)
     assert {text.get_text() for text in axis.texts} == {"beta 1.0", "beta 2.0"}  # the legend has the names
     assert axis.get_title(loc="left") == "reward against kl"
-    assert (axis.get_xlabel(), axis.get_ylabel()) == ("kl", "reward")
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("kl", "reward ↑")
 
 
 def test_runs_that_are_no_seeds_of_each_other_keep_their_names(run_folder, tmp_path):

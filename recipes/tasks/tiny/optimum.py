@@ -40,11 +40,6 @@ class TinyWorldEvalConfig:
         "held_out_optimum_tv",
         "held_out_objective_gap",
     )
-    lower_is_better: ClassVar[tuple[str, ...]] = tuple(
-        f"{split}_{name}"
-        for split in ("train", "held_out")
-        for name in ("malformed_mass", "optimum_tv", "optimum_divergence", "objective_gap")
-    )
     frontier: ClassVar[tuple[str, str]] = ("held_out_reverse_kl", "held_out_expected_reward")
 
     def evaluate(
