@@ -166,25 +166,37 @@ class VLLMServerRollouts(VLLMServer):
 def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`state` of `model` with its active LoRA adapters added to the base weights, under the base model's names.
 
+    Modules of `modules_to_save` (a head trained whole) take the place of the base's.
+
     The model itself is not touched: merging and unmerging would change its weights by rounding. A model without
     adapters gives `state` unchanged.
 
     Raises:
         RolloutError: an adapter that is not plain LoRA (DoRA, prompt learning, …), whose merged weight is not a sum; a
-            base in 4 or 8 bits.
+            base in 4 or 8 bits; an adapter on the embeddings or the head of a model that ties them.
     """
     if not hasattr(model, "peft_config"):
         return state
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    from fdiv.models.loading import adapter_on_tied_weights
+
+    tied = adapter_on_tied_weights(model)
+    if tied is not None:
+        raise RolloutError(
+            f"the adapter changes {tied} of a model that shares one matrix between embeddings and head, so it "
+            "cannot be passed to a server as weights: leave that module out of lora_target_modules and lora_modules_to_save, "
+            "or let transformers sample (leave rollout_server_url out)"
+        )
     prefix = "base_model.model."
     # What PEFT added, it keeps outside `base_layer`: lora_A, lora_B, …
     merged = {
         name.removeprefix(prefix).replace(".base_layer.", "."): tensor
         for name, tensor in state.items()
-        if name.startswith(prefix) and ".lora_" not in name
+        if name.startswith(prefix) and ".lora_" not in name and ".modules_to_save." not in name
     }
+    _put_saved_modules(model, state, prefix, merged)
     found = False
     for name, module in model.get_base_model().named_modules():
         if not isinstance(module, BaseTunerLayer):
@@ -211,3 +223,19 @@ def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[
     if not found:
         raise RolloutError("the PEFT method adds no LoRA layer, so it cannot be passed as weights: use plain LoRA")
     return merged
+
+
+def _put_saved_modules(
+    model: nn.Module, state: dict[str, torch.Tensor], prefix: str, merged: dict[str, torch.Tensor]
+) -> None:
+    """In `merged`, the trained copies of `modules_to_save` under the names of the modules they stand for."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in model.get_base_model().named_modules():
+        if not isinstance(module, ModulesToSaveWrapper):
+            continue
+        for key in [key for key in merged if key.startswith(f"{name}.original_module.")]:
+            plain = key.replace(".original_module.", ".", 1)
+            merged[plain] = merged.pop(key)
+            for adapter in module.active_adapters:
+                merged[plain] = state[prefix + key.replace(".original_module.", f".modules_to_save.{adapter}.", 1)]

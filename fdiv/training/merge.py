@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from fdiv.errors import DataError, FdivError
 from fdiv.files import flush_tree
 from fdiv.models.fetch import find_model
-from fdiv.models.loading import check_causal, load_tokenizer
+from fdiv.models.loading import adapter_on_tied_weights, check_causal, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ def merge_adapter(
 
     Raises:
         DataError: no adapter at `adapter`, one that is not made of weights (prompt tuning and the like), no base, or a
-            base it does not fit.
+            base it does not fit; one on the embeddings or the head of a model that ties them.
         FdivError: `output` holds something or cannot be written.
     """
     output = Path(output)
@@ -69,6 +69,13 @@ def merge_adapter(
     if was_quantised:
         loaded = loaded.dequantize(dtype=loaded.dtype)
     model = _with_adapter(loaded, str(adapter), base)
+    tied = adapter_on_tied_weights(model)
+    if tied is not None:
+        raise DataError(
+            f"the adapter {adapter} changes {tied}, and {base} shares one matrix between embeddings and head, so no "
+            "merged model is the trained one: use it with --adapter, or train without that module in "
+            "lora_target_modules and lora_modules_to_save"
+        )
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # safe_merge: weights that are not finite

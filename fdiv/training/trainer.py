@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fdiv.divergences import Divergence, get_divergence
 from fdiv.divergences.saturation import TRAINING_MAX_EXPONENT, check_max_exponent
-from fdiv.errors import FdivError, NonFiniteLossError
+from fdiv.errors import DataError, FdivError, NonFiniteLossError
 from fdiv.models.loading import check_causal, keep_trainable_layout
 from fdiv.models.logprobs import aux_loss_fault, check_fused_head
 from fdiv.terminal import info
@@ -123,7 +123,17 @@ class ObjectiveTrainerMixin(ResumableMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._examples: dict[str, list[Tensor]] = {"train": [], "eval": []}
         self._example_columns: tuple[str, ...] = ()
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except ValueError as error:
+            if "Please specify `target_modules`" not in str(error):
+                raise
+            model = kwargs.get("model", args[0] if args else None)
+            name = model if isinstance(model, str) else type(model).__name__
+            raise DataError(
+                f"PEFT has no default layers for an adapter on {name}: set `lora_target_modules` (`target_modules` of "
+                "a peft_config) to `all-linear`, or to names of its layers"
+            ) from error
         keep_trainable_layout(self.model)
         self.check_heads()
 
