@@ -186,8 +186,8 @@ def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[
     if tied is not None:
         raise RolloutError(
             f"the adapter changes {tied} of a model that shares one matrix between embeddings and head, so it "
-            "cannot be passed to a server as weights: leave that module out of lora_target_modules and lora_modules_to_save, "
-            "or let transformers sample (leave rollout_server_url out)"
+            "cannot be passed to a server as weights: leave that module out of lora_target_modules and "
+            "lora_modules_to_save, or let transformers sample (leave rollout_server_url out)"
         )
     prefix = "base_model.model."
     # What PEFT added, it keeps outside `base_layer`: lora_A, lora_B, …
