@@ -180,7 +180,7 @@ def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from fdiv.models.loading import adapter_on_tied_weights
+    from fdiv.inference.tied_weights import adapter_on_tied_weights
 
     tied = adapter_on_tied_weights(model)
     if tied is not None:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
-    "adapter_on_tied_weights",
     "check_causal",
     "check_fits",
     "check_pad_token",
@@ -160,25 +159,6 @@ def check_fits(tokens: int, model: nn.Module, what: str, remedy: str) -> None:
     limit = context_length(model)
     if limit is not None and tokens > limit:
         raise DataError(f"{what} has {tokens} tokens, more than the model's context of {limit}: {remedy}")
-
-
-def adapter_on_tied_weights(model: nn.Module) -> str | None:
-    """The module of a `PeftModel` whose adapter parts input embeddings and head that the base model shares.
-
-    Such an adapter (LoRA on `embed_tokens`, a head in `modules_to_save`) cannot be written as weights of the base: one
-    matrix would have to hold two values. None where there is no such module; trainable tokens change both alike.
-    """
-    from peft.tuners.lora import LoraLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
-    if None in ends or not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
-        return None
-    for name, module in base.named_modules():
-        if any(module is end for end in ends) and isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
-            return name
-    return None
 
 
 def keep_trainable_layout(model: nn.Module) -> None:

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 
 from fdiv.errors import DataError, FdivError
 from fdiv.files import flush_tree
+from fdiv.inference.tied_weights import adapter_on_tied_weights
 from fdiv.models.fetch import find_model
-from fdiv.models.loading import adapter_on_tied_weights, check_causal, load_tokenizer
+from fdiv.models.loading import check_causal, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
