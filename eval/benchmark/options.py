@@ -15,6 +15,7 @@ from fdiv.eval.benchmark.aggregation import Aggregates
 from fdiv.eval.benchmark.settings import EvaluationSettings
 from fdiv.inference.greedy import BACKENDS
 from fdiv.inference.processes import process_state
+from fdiv.models.dtypes import add_dtype
 
 __all__ = ["add_shared_arguments", "evaluate_model", "reaggregate", "settings_from"]
 
@@ -26,7 +27,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, config: type[Evaluatio
     model = parser.add_argument_group("the model")
     model.add_argument("--model", help="directory or hub name")
     model.add_argument("--adapter", help="PEFT adapter on it")
-    model.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")
+    add_dtype(model)
     model.add_argument("--backend", choices=BACKENDS, default="transformers", help="what generates (transformers)")
     model.add_argument("--vllm_memory", type=float, default=0.5, help="share of GPU memory vLLM takes (0.5)")
     compare = parser.add_argument_group("what it is compared with")
@@ -149,8 +150,9 @@ def evaluate_model(
 def _vllm_generator(args: argparse.Namespace, tokenizer: Any, model: Any, folder: Path) -> Any:
     from fdiv.inference.greedy import VLLMSource, generate_with_vllm
     from fdiv.models.fingerprints import weights_fingerprint
+    from fdiv.models.loading import base_and_adapter
 
-    source = VLLMSource(args.model, args.adapter, args.dtype, args.vllm_memory)
+    source = VLLMSource(*base_and_adapter(args.model, args.adapter), args.dtype, args.vllm_memory)
     digest = weights_fingerprint(model)
     return partial(_generate, generate_with_vllm, source, tokenizer, folder / "cache", digest)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fdiv.errors import DataError
 from fdiv.inference.processes import process_state
+from fdiv.models.dtypes import add_dtype
 
 __all__ = ["add_arguments", "run"]
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_fewshot", type=int, help="examples in the prompt (the task's own)")
     parser.add_argument("--limit", type=int, help="only the first N items of every task")
     parser.add_argument("--batch_size", default="8", help="rows of a forward, or auto (8)")
-    parser.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")
+    add_dtype(parser)
     parser.add_argument("--apply_chat_template", action="store_true", help="ask through the chat template")
     parser.add_argument("--seed", type=int, default=0, help="of few-shot choices and bootstrap (0)")
     parser.add_argument("--output", required=True, metavar="DIR", help="where out.json and samples.jsonl go")
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     from fdiv.models.fetch import find_model
-    from fdiv.models.loading import check_causal, load_tokenizer
+    from fdiv.models.loading import base_and_adapter, check_causal, load_tokenizer
 
     try:
         from lm_eval import simple_evaluate
@@ -80,15 +81,14 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise DataError(f"--tasks: lm-eval knows no {', '.join(unknown)}; `lm_eval ls tasks` lists what there is")
-    load_tokenizer(args.model, args.adapter)  # a wrong path is one clear line here
-    check_causal(args.model)
+    model, adapter = base_and_adapter(args.model, args.adapter)
+    load_tokenizer(model, adapter)  # a wrong path is one clear line here
+    check_causal(model)
     device = process_state().device
     dtype = "float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
     size = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
     return simple_evaluate(
-        model=HFLM(
-            pretrained=find_model(args.model), peft=args.adapter, dtype=dtype, device=str(device), batch_size=size
-        ),
+        model=HFLM(pretrained=find_model(model), peft=adapter, dtype=dtype, device=str(device), batch_size=size),
         tasks=tasks,
         num_fewshot=args.num_fewshot,
         limit=args.limit,

@@ -11,6 +11,7 @@ from typing import Any
 
 from fdiv.errors import DataError
 from fdiv.inference.greedy import BACKENDS
+from fdiv.models.dtypes import add_dtype
 
 __all__ = ["add_arguments", "run"]
 
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("the model")
     model.add_argument("--model", help="directory or hub name")
     model.add_argument("--adapter", help="PEFT adapter on it")
-    model.add_argument("--dtype", default="auto", help="auto (float32 on a CPU), float32, bfloat16, float16")
+    add_dtype(model)
     model.add_argument("--backend", choices=BACKENDS, default="transformers", help="what samples (transformers)")
     model.add_argument("--vllm_memory", type=float, default=0.5, help="share of GPU memory vLLM takes (0.5)")
     how = parser.add_argument_group("tasks and sampling")
@@ -193,15 +194,16 @@ def _draw(args: argparse.Namespace, config: Any, loaded: Any, folder: Path) -> t
     from fdiv.eval.pass_at_k.sampling import sample_with_vllm
     from fdiv.inference.greedy import VLLMSource, stop_token_ids
     from fdiv.models.fingerprints import files_fingerprint, weights_fingerprint
-    from fdiv.models.loading import load_model, load_tokenizer
+    from fdiv.models.loading import base_and_adapter, load_model, load_tokenizer
 
     tokenizer = load_tokenizer(args.model, args.adapter)
     settings = dataclasses.asdict(config) | {"stop": list(loaded.stop), "scorer": loaded.scorer}
     settings |= {name: getattr(args, name) for name in ("model", "adapter", "dtype", "backend", "seed")}
     if args.backend == "vllm":
-        source = VLLMSource(args.model, args.adapter, args.dtype, args.vllm_memory)
+        base, adapter = base_and_adapter(args.model, args.adapter)
+        source = VLLMSource(base, adapter, args.dtype, args.vllm_memory)
         settings["weights"] = files_fingerprint(args.model, args.adapter)
-        stop_ids = _end_tokens(args.model) | stop_token_ids(None, tokenizer)
+        stop_ids = _end_tokens(base) | stop_token_ids(None, tokenizer)
 
         def draw(requests: Any, how: Any, cache: Any) -> Any:
             return sample_with_vllm(source, requests, how, cache=cache, stop_token_ids=stop_ids)

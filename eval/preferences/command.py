@@ -12,6 +12,7 @@ from typing import Any
 from fdiv.divergences.saturation import TRAINING_MAX_EXPONENT
 from fdiv.errors import DataError
 from fdiv.files import DATA_FORMATS
+from fdiv.models.dtypes import add_dtype
 
 __all__ = ["add_arguments", "run"]
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--normalized", action="store_true", help="divide f by f''(1), as in training")
     parser.add_argument("--max_length", type=int, help="cut prompt + completion to this many tokens")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, …")
+    add_dtype(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
     parser.add_argument("--output", required=True, metavar="DIR", help="where preferences_eval.json is written")
     for field in dataclasses.fields(PreferencesEvalConfig):

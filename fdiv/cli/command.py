@@ -15,6 +15,7 @@ import fdiv
 from fdiv import terminal
 from fdiv.catalog import EVAL_COMMANDS
 from fdiv.errors import FdivError, RecipeError
+from fdiv.models.dtypes import add_dtype
 
 __all__ = ["main"]
 
@@ -106,9 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="as_trained",
         help="after QLoRA: the base rounded to 4 bits as in training (default), or as stored",
     )
-    merge.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the merged weights"
-    )
+    add_dtype(merge)
     merge.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
 
     models = verbs.add_parser("models", help="list and fetch pretrained models that need no hub", epilog=_MODELS)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fdiv.errors import DataError
+from fdiv.files import read_json
 from fdiv.inference.processes import process_state
+from fdiv.models.dtypes import dtype_name
 from fdiv.models.fetch import find_model
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
+    "base_and_adapter",
     "check_causal",
     "check_fits",
     "check_pad_token",
@@ -27,10 +30,28 @@ __all__ = [
 ]
 
 
+def base_and_adapter(model: str, adapter: str | None = None) -> tuple[str, str | None]:
+    """The model, and the adapter on it; where `model` is itself the folder of an adapter, its base and the folder.
+
+    Raises:
+        DataError: an adapter folder as `model` beside another adapter, or one that does not name its base.
+    """
+    settings = Path(model) / "adapter_config.json"
+    if not settings.is_file():
+        return model, adapter
+    if adapter is not None:
+        raise DataError(f"{model} is an adapter, and --adapter {adapter} another: name the base as the model")
+    base = read_json(settings).get("base_model_name_or_path")
+    if not base:
+        raise DataError(f"the adapter {model} does not name its base: give the base as the model, it as --adapter")
+    return base, model
+
+
 def load_tokenizer(model: str, adapter: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer beside the adapter where there is one, else the model's."""
     from transformers import AutoTokenizer
 
+    model, adapter = base_and_adapter(model, adapter)
     model = find_model(model)
     if adapter is not None and (Path(adapter) / "tokenizer_config.json").exists():
         model = adapter
@@ -118,14 +139,15 @@ def load_model(model: str, adapter: str | None = None, dtype: str = "auto") -> P
     Args:
         model: local path or hub name; an adapter folder works too (its base model is loaded).
         adapter: path or hub name of a PEFT adapter.
-        dtype: `auto` is float32 on a CPU and the checkpoint's own type elsewhere.
+        dtype: see `dtype_name`; `auto` is float32 on a CPU and the checkpoint's own type elsewhere.
     Raises:
-        DataError: the model or the adapter cannot be loaded, or it is an encoder-decoder model.
+        DataError: another `dtype`; the model or the adapter cannot be loaded, or it is an encoder-decoder model.
     """
     from transformers import AutoModelForCausalLM
 
+    model, adapter = base_and_adapter(model, adapter)
     check_causal(model)
-    model, device = find_model(model), process_state().device
+    model, device, dtype = find_model(model), process_state().device, dtype_name(dtype)
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     try:
@@ -136,11 +158,28 @@ def load_model(model: str, adapter: str | None = None, dtype: str = "auto") -> P
     if adapter is not None:
         from peft import PeftModel
 
+        _add_rows(loaded, adapter)
         try:
             loaded = PeftModel.from_pretrained(loaded, adapter)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes
             raise DataError(f"no PEFT adapter can be loaded from {adapter}: {str(error).splitlines()[0]}") from None
     return loaded.to(device).eval()
+
+
+def _add_rows(model: PreTrainedModel, adapter: str) -> None:
+    """Give `model` the rows of the tokens that were added for the adapter: those of its saved embedding."""
+    from safetensors import safe_open
+
+    file = Path(adapter) / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    with safe_open(file, framework="pt") as saved:
+        keys = [key for key in saved.keys() if f".{name}." in key and key.endswith("weight") and "lora_" not in key]
+        rows = {saved.get_slice(key).get_shape()[0] for key in keys}
+    if len(rows) == 1 and (wanted := rows.pop()) > embedding.weight.shape[0]:
+        model.resize_token_embeddings(wanted, mean_resizing=False)
 
 
 def context_length(model: nn.Module) -> int | None:

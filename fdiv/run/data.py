@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError, RecipeError
 from fdiv.files import DATA_FORMATS, one_line
+from fdiv.models.dtypes import dtype_name
 from fdiv.models.fetch import find_model
 from fdiv.named import nearest
 from fdiv.recipe.model import Configs, Recipe
@@ -183,7 +184,7 @@ def model_arguments(configs: Configs) -> dict[str, Any]:
     arguments = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
+        "dtype": None if model.dtype is None else dtype_name(model.dtype),
     }
     return {**arguments, **stated}
 

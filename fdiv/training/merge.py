@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from fdiv.errors import DataError, FdivError
 from fdiv.files import flush_tree
 from fdiv.inference.tied_weights import adapter_on_tied_weights
+from fdiv.models.dtypes import DTYPES, dtype_name
 from fdiv.models.fetch import find_model
 from fdiv.models.loading import check_causal, load_tokenizer
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["DTYPES", "merge_adapter", "trained_rounding"]
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def merge_adapter(
@@ -144,8 +143,7 @@ def _load_base(base: str, dtype: str, quantization: dict[str, Any] | None) -> Pr
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    if dtype not in DTYPES:
-        raise DataError(f"--dtype {dtype}: there are {', '.join(DTYPES)}")
+    dtype = dtype_name(dtype)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     check_causal(base)
     options = {} if quantization is None else {"quantization_config": BitsAndBytesConfig(**quantization)}

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fdiv.inference.backends import SAMPLING_BACKENDS
+from fdiv.models.dtypes import dtype_name
 from fdiv.rl.dph.rehearsal import parse_threshold
 from fdiv.training.config import Options, option
 
@@ -81,6 +82,7 @@ class PresampleConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.dtype = dtype_name(self.dtype)
         if (self.backend == "server") != (self.server_url is not None):
             raise ValueError(
                 f"server_url belongs to backend: server, and only to it (backend={self.backend}, "

@@ -23,7 +23,7 @@ from fdiv.inference.greedy import VLLMSource, stop_token_ids
 from fdiv.inference.processes import process_state
 from fdiv.inference.sampling import SamplingRequest
 from fdiv.models.fingerprints import data_fingerprint, tokenizer_fingerprint, weights_fingerprint
-from fdiv.models.loading import load_model, load_tokenizer
+from fdiv.models.loading import base_and_adapter, load_model, load_tokenizer
 from fdiv.models.logprobs import token_scores
 from fdiv.rl.dph.rehearsal import Partition, RehearsalCache, RehearsalHeader, RehearsalRow, partition_prompts
 from fdiv.rl.presample.config import PresampleConfig
@@ -124,7 +124,7 @@ def _source(
         return TransformersSource(model, tokenizer, **settings)
     if config.backend == "server":
         return ServerSource(config.server_url, config.model, config.server_model, stop_token_ids=stop_ids, **settings)
-    place = VLLMSource(config.model, config.adapter, config.dtype, config.vllm_memory)
+    place = VLLMSource(*base_and_adapter(config.model, config.adapter), config.dtype, config.vllm_memory)
     return EngineSource(place, stop_token_ids=stop_ids, **settings)
 
 
