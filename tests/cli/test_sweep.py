@@ -86,7 +86,7 @@ def test_a_sweep_runs_resumes_and_aggregates(plan, capsys, monkeypatch):
     assert reverse["metrics"]["before/reward"] == {"mean": -1.0, "se": 0.0, "n": 3}
     assert reverse["metrics"]["after/none"] == {"mean": None, "se": None, "n": 0}
     text = (root / "table.md").read_text().splitlines()
-    assert text[0] == "| setting | n | reward |"
+    assert text[0] == "| setting | n | reward ↑ |"
     assert text[2] == "| reverse_kl | 3 | -1.0 → 7.0 ± 4.583 |"
     assert text[3] == "| forward_kl | 3 | -1.0 → 17.0 ± 4.583 |"
     assert (root / "frontier.png").read_bytes().startswith(b"\x89PNG\r\n")

@@ -197,3 +197,46 @@ def test_the_page_of_the_docs_is_the_glossary():
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert page == documentation(), "run `make metrics`"
     assert all(dataclasses.asdict(metric)["meaning"] in page for metrics in GLOSSARY.values() for metric in metrics)
+
+
+def test_the_terminal_table_and_the_report_explain_what_they_show(capsys, tmp_path):
+    from fdiv.report.page import _hovers, _Page
+    from fdiv.report.table import run_table
+
+    result = {
+        "summary_metrics": ["forward_kl", "mine"], "method": "f_dpg", "divergence": "forward_kl", "recipe": "r",
+        "seed": 0, "steps": 1, "train_seconds": 1.0, "notes": {}, "before/forward_kl": 2.0, "after/forward_kl": 1.0,
+        "before/mine": 1.0, "after/mine": 1.0,
+    }  # fmt: skip
+    run_table(result, tmp_path)
+    shown = capsys.readouterr().out
+    assert "forward_kl ↓" in shown and "mine ↓" not in shown
+    assert "forward_kl ↓: KL(p‖π) of the target from the policy (≥ 0 nats)" in shown
+
+    page = _Page(tmp_path / "report.html")
+    hovers = _hovers(["pass@8", "mine"], None, {"pass@8": ("P8", None)})
+    page.table(["setting", "P8 ↑", "mine"], [["a", "0.5", "1"]], hovers)
+    page.table(["metric", "before"], [["P8 ↑", "0.5"]], hovers)
+    wide, turned = page.parts
+    assert '<th title="chance that at least one of K samples is right, mean over tasks; 0 to 1;' in wide
+    assert "<th>mine</th>" in wide and '<td title="chance that' in turned
+
+
+@pytest.mark.parametrize(
+    ("metric", "method", "before", "after", "met"),
+    [
+        ("forward_kl", "f_dpg", 2.0, 1.0, True),  # distance from the target: down
+        ("forward_kl", "f_dpo", 2.0, 1.0, False),  # neither way is better: up, as ever
+        ("privleak", "flat", -90.0, -5.0, True),
+        ("privleak", "flat", -5.0, 6.0, False),  # towards 0, from either side
+        ("privleak", "flat", 6.0, -5.0, True),
+        ("pass@1", "dph", 0.5, 0.4, False),
+    ],
+)
+def test_improved_follows_the_glossary(metric, method, before, after, met):
+    from types import SimpleNamespace
+
+    from fdiv.run.evaluation import unmet_requirements
+
+    evaluations = [(SimpleNamespace(require={metric: "improved"}), object())]
+    assert (unmet_requirements(evaluations, {metric: before}, {metric: after}, method) == []) == met
