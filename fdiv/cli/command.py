@@ -16,6 +16,7 @@ from fdiv import terminal
 from fdiv.catalog import EVAL_COMMANDS
 from fdiv.errors import FdivError, RecipeError
 from fdiv.models.dtypes import add_dtype
+from fdiv.interrupts import stoppable
 
 __all__ = ["main"]
 
@@ -160,14 +161,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     # When it is imported on a CPU with AVX512-BF16 it misses a kernel that has no gradient and is not used.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        return _VERBS[args.verb](args, rest, words)
+        with stoppable(lambda: _GO_ON.get(args.verb, "run the same command again")):
+            return _VERBS[args.verb](args, rest, words)
     except FdivError as error:
         return _fail(error, args, error.exit_code)
     except FileNotFoundError as error:
         return _fail(error, args, 1)
-    except KeyboardInterrupt:
-        terminal.error("interrupted")
+    except KeyboardInterrupt as interrupt:
+        terminal.error(str(interrupt))
         return 130
+
+
+_GO_ON = {
+    "eval": "run the same command again; a kind that keeps its items goes on from them",
+    "presample": "run the same command again; it goes on from the finished samples",
+    "sweep": "run the same command again; finished cells are kept",
+}
 
 
 def _fail(error: Exception, args: argparse.Namespace, code: int) -> int:

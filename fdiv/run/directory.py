@@ -12,6 +12,8 @@ from fdiv.training.checkpoints import checkpoint_folders
 __all__ = ["RunDirectory"]
 
 FINISHED = "result.json"
+AFTER_TRAINING = "measure it with `fdiv eval`, or train again with --overwrite_output_dir true"
+_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
 _MARKS = ("recipe_resolved.yaml", "environment.json")
 _OUTPUTS = (
     FINISHED,
@@ -35,6 +37,11 @@ class RunDirectory:
         """Whether a run came to its end here."""
         return (self.path / FINISHED).is_file()
 
+    @property
+    def trained(self) -> bool:
+        """Whether the weights at the end of a training stand here."""
+        return any(next(self.path.glob(pattern), None) for pattern in _WEIGHTS)
+
     def checkpoints(self) -> list[Path]:
         """The training checkpoints, oldest first."""
         return checkpoint_folders(self.path)
@@ -43,8 +50,8 @@ class RunDirectory:
         """Refuse to write where that would touch an earlier result. Reads only.
 
         Raises:
-            FdivError: a finished run, an unfinished one with checkpoints, or a directory that is no run of fdiv;
-                or nothing to resume from.
+            FdivError: a finished run, an unfinished one with checkpoints or a trained model, or a directory that is
+                no run of fdiv; or nothing to resume from.
         """
         if self.path.exists() and not self.path.is_dir():
             raise FdivError(f"output_dir {self.path} is a file; choose another --output_dir")
@@ -72,6 +79,11 @@ class RunDirectory:
                 f"{self.path} holds checkpoints of an unfinished run; continue it with --resume_from_checkpoint true, "
                 "start again with --overwrite_output_dir true, or choose another --output_dir"
             )
+        if self.trained and not (resume or overwrite):
+            raise FdivError(
+                f"{self.path} holds a trained model whose evaluation was not finished; {AFTER_TRAINING}, or choose "
+                "another --output_dir"
+            )
 
     def open(self) -> None:
         """Make the directory, and see that it can be written.
@@ -95,6 +107,9 @@ class RunDirectory:
         """
         for name in _OUTPUTS:
             (self.path / name).unlink(missing_ok=True)
+        for pattern in (*_WEIGHTS, "model.safetensors.index.json"):
+            for file in self.path.glob(pattern):
+                file.unlink()
         for folder in (*self.checkpoints(), self.path / "eval", self.path / "plots"):
             if folder.is_dir():
                 shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""One run of a recipe: prepare → data and tokenizer → evaluate → train → evaluate → save → report.
+"""One run of a recipe: prepare → data and tokenizer → evaluate → train → save → evaluate → report.
 
 from fdiv.recipe import load_recipe
 from fdiv.run import run_recipe
@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from safetensors import SafetensorError
 
 from fdiv.errors import FdivError, TerminatedError
 from fdiv.files import one_line, plain, write_json
+from fdiv.interrupts import Sigterm, stoppable
 from fdiv.models.fetch import find_model
 from fdiv.provenance import command_line, environment
 from fdiv.recipe.dump import resolved_yaml
 from fdiv.recipe.model import Block, Recipe
 from fdiv.run.data import load_datasets, load_tokenizer, model_arguments
+from fdiv.run.directory import AFTER_TRAINING, RunDirectory
 from fdiv.run.plan import RunPlan, plan_run, prepare
 from fdiv.terminal import info
 
@@ -41,15 +44,38 @@ def run_recipe(recipe: Recipe, command: str | None = None, prepared: Path | None
         RecipeError: a config or block refuses its values.
         DataError: data, model or tokenizer cannot be used.
         FdivError: the output directory holds something that must not be touched; a non-finite loss.
+        TerminatedError: SIGTERM; the message says how to go on. During training a checkpoint is saved first.
     """
     return run_plan(plan_run(recipe), command, prepared)
 
 
 def run_plan(plan: RunPlan, command: str | None = None, prepared: Path | None = None) -> dict[str, Any]:
     """`run_recipe` of a recipe that has been resolved."""
-    from accelerate import PartialState
+    progress = _Progress(plan.directory)
+    with stoppable(progress.how_to_go_on):
+        return _run(plan, command, prepared, progress)
 
-    from fdiv.training.signals import StopOnSigterm
+
+@dataclass
+class _Progress:
+    """How far a run has come, for the line that a signal ends it with."""
+
+    directory: RunDirectory
+    training: bool = False
+    saved: bool = False
+
+    def how_to_go_on(self) -> str:
+        """What stands on disk and the next command."""
+        path = self.directory.path
+        if self.saved:
+            return f"the trained model is saved in {path}, its evaluation is not finished; {AFTER_TRAINING}"
+        if self.training and self.directory.checkpoints():
+            return f"{path} holds checkpoints; go on with --resume_from_checkpoint true"
+        return "no checkpoint was written; run the same command again"
+
+
+def _run(plan: RunPlan, command: str | None, prepared: Path | None, progress: _Progress) -> dict[str, Any]:
+    from accelerate import PartialState
 
     started = time.perf_counter()
     find_model(plan.configs.model.model_name_or_path)  # one that was not fetched ends the run here
@@ -67,21 +93,21 @@ def run_plan(plan: RunPlan, command: str | None = None, prepared: Path | None = 
     state.wait_for_everyone()
     trainer.force_resume = plan.value("force_resume", False)
     training_started = time.perf_counter()
-    try:
-        with StopOnSigterm() as sigterm:
-            trainer.add_callback(sigterm)
-            trainer.train(resume_from_checkpoint=resume)
-    finally:
-        bar.close()
-    if sigterm.stopped_at is not None:
-        raise TerminatedError(
-            f"terminated (SIGTERM): stopped after step {sigterm.stopped_at}, whose checkpoint is in {directory.path}; "
-            "go on with --resume_from_checkpoint true"
-        )
+    progress.training = True
+    terminated = _train(plan, trainer, bar, resume)
     training_seconds = time.perf_counter() - training_started - evaluations.seconds
-    if evaluations.evaluations:
-        evaluations.measure("after")
-    _save(plan, trainer)
+    _save(plan, trainer)  # before anything else can fail: it may be the only copy of the weights
+    progress.saved = True
+    if terminated:
+        raise Sigterm
+    try:
+        if evaluations.evaluations:
+            evaluations.measure("after")
+    except Exception:
+        info(f"the trained model is saved in {directory.path}; its evaluation failed; {AFTER_TRAINING}")
+        raise
+    if plan.configs.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=_hub_dataset(plan))
     result = _result(plan, trainer, evaluations)
     result["train_seconds"] = round(training_seconds, 3)
     result["wall_seconds"] = round(time.perf_counter() - started, 3)
@@ -97,6 +123,28 @@ def run_plan(plan: RunPlan, command: str | None = None, prepared: Path | None = 
             info(f"report: {write_report([directory.path], directory.path / 'report.html', title)}")
     state.wait_for_everyone()
     return result
+
+
+def _train(plan: RunPlan, trainer: Any, bar: Any, resume: bool | str | None) -> bool:
+    """Train; whether SIGTERM came after the last step, when the model is still to be saved.
+
+    Raises:
+        TerminatedError: SIGTERM came earlier; the checkpoint of the step is saved.
+    """
+    from fdiv.training.signals import StopOnSigterm
+
+    try:
+        with StopOnSigterm() as sigterm:
+            trainer.add_callback(sigterm)
+            trainer.train(resume_from_checkpoint=resume)
+    finally:
+        bar.close()
+    if sigterm.stopped_at is not None:
+        raise TerminatedError(
+            f"terminated (SIGTERM): stopped after step {sigterm.stopped_at}, whose checkpoint is in "
+            f"{plan.output_dir}; go on with --resume_from_checkpoint true"
+        )
+    return sigterm.requested
 
 
 def _opened(plan: RunPlan, prepared: Path | None) -> RunPlan:
@@ -154,19 +202,21 @@ def _trainer(plan: RunPlan, record: Mapping[str, Any]) -> tuple[Any, Any, Any]:
 
 
 def _save(plan: RunPlan, trainer: Any) -> None:
-    """The model, its tokenizer and its card, in `output_dir`; and on the hub where the recipe asks for it."""
-    dataset = plan.configs.script.dataset_name
-    dataset = None if dataset is None or Path(dataset).exists() else dataset  # a card names datasets of the hub
+    """The model, its tokenizer and its card, in `output_dir`."""
     try:
         trainer.save_model(str(plan.output_dir))
-        trainer.create_model_card(model_name=plan.output_dir.name, dataset_name=dataset)
+        trainer.create_model_card(model_name=plan.output_dir.name, dataset_name=_hub_dataset(plan))
     except (OSError, SafetensorError) as error:
         raise FdivError(
             f"the trained model could not be written to {plan.output_dir}: {one_line(error)}; make room, and go on "
             "from the last checkpoint with --resume_from_checkpoint true"
         ) from error
-    if plan.configs.training.push_to_hub:
-        trainer.push_to_hub(dataset_name=dataset)
+
+
+def _hub_dataset(plan: RunPlan) -> str | None:
+    """The dataset as a model card names it: one of the hub."""
+    dataset = plan.configs.script.dataset_name
+    return None if dataset is None or Path(dataset).exists() else dataset
 
 
 def _result(plan: RunPlan, trainer: Any, evaluations: Any) -> dict[str, Any]:

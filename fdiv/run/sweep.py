@@ -140,8 +140,10 @@ def _run_cell(plan: SweepPlan, cell: Cell, command: str) -> str | None:
     run = measure_plan if cell.stage == "model" else run_plan
     try:
         run(plan.plan(cell), command, plan.root / "prepared")
-    except TerminatedError:  # the whole sweep is asked to stop
-        raise
+    except TerminatedError as error:  # the whole sweep is asked to stop
+        raise TerminatedError(_in_sweep(cell)) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_in_sweep(cell)) from None
     except _CELL_FAILURES as error:
         folder = plan.root / cell.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,6 +154,10 @@ def _run_cell(plan: SweepPlan, cell: Cell, command: str) -> str | None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return None
+
+
+def _in_sweep(cell: Cell) -> str:
+    return f"stopped in the cell {cell.name}; run the same command again; finished cells are kept"
 
 
 # ---------------------------------------------------------------- results

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from fdiv.errors import TerminatedError
+from fdiv.interrupts import Sigterm
 
 __all__ = ["StopOnSigterm"]
 
 
 class StopOnSigterm(TrainerCallback):
     """While it is entered as a context manager, SIGTERM during `train()` saves and stops at the end of the optimizer
-    step; at any other time it raises `TerminatedError` at once.
+    step; at any other time it raises `Sigterm` at once, which `fdiv.interrupts.stoppable` turns into one line.
 
     Several processes agree before they stop, since the signal reaches them at different steps: one value is summed
     over them in each optimizer step.
@@ -41,21 +41,15 @@ class StopOnSigterm(TrainerCallback):
     def _handle(self, *_: Any) -> None:
         self.requested = True
         if not self._training:
-            raise TerminatedError("terminated (SIGTERM) outside of the training loop; finished files stand")
+            raise Sigterm
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """From here on a checkpoint can be written."""
         self._training = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """From here on it cannot. A signal that came after the last step ended is answered here.
-
-        Raises:
-            TerminatedError: SIGTERM came too late for `on_step_end`.
-        """
+        """From here on it cannot. A signal that came after the last step is in `requested`: save the model first."""
         self._training = False
-        if self.requested and self.stopped_at is None:
-            raise TerminatedError("terminated (SIGTERM) after the last optimizer step; finished checkpoints stand")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save and stop, on all processes in the same step, once one of them was asked to."""

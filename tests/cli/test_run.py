@@ -1,7 +1,10 @@
 """A whole run in this process: its files, its protection, resuming, and every way it refuses bad input."""
 
 import json
+import os
 import shutil
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,6 +218,92 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(write_recipe, tmp_path, mon
         assert whole[key] == resumed[key]
     steps = [json.loads(line)["step"] for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 4]  # the last line is the training's total
+
+
+def test_a_failed_evaluation_loses_no_model(write_recipe, tmp_path, monkeypatch, fails):
+    """`save_strategy: "no"`: there is no checkpoint, so what is saved after the last step is the only copy."""
+    from safetensors.torch import load_file
+
+    whole = ["--eval.name", "weights", "--output_dir", str(tmp_path / "whole")]
+    assert main(["run", str(write_recipe()), *whole]) == 0
+    original = WeightEval.evaluate
+
+    def fail_after_training(self, model, tokenizer, datasets, context):
+        if context.stage == "after":
+            raise torch.OutOfMemoryError("out of memory")
+        return original(self, model, tokenizer, datasets, context)
+
+    monkeypatch.setattr(WeightEval, "evaluate", fail_after_training)
+    with pytest.raises(torch.OutOfMemoryError):
+        main(["run", str(write_recipe()), "--eval.name", "weights"])
+    saved, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    assert not (tmp_path / "out" / "result.json").exists()
+    message = fails("run", write_recipe(), "--eval.name", "weights", code=1)
+    assert "holds a trained model whose evaluation was not finished; measure it with `fdiv eval`" in message
+    monkeypatch.setattr(WeightEval, "evaluate", original)
+    assert main(["run", str(write_recipe()), "--eval.name", "weights", "--overwrite_output_dir", "true"]) == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("place", "advice"),
+    [
+        ("fdiv.run.run.load_datasets", "no checkpoint was written; run the same command again"),
+        ("before", "no checkpoint was written; run the same command again"),
+        ("after", "the trained model is saved in"),
+        ("fdiv.run.run._append_results", "the trained model is saved in"),
+    ],
+)
+def test_a_signal_at_any_moment_is_one_line(write_recipe, monkeypatch, capsys, tmp_path, place, advice, number, code):
+    def kill(*_):
+        os.kill(os.getpid(), number)
+        time.sleep(10)  # the signal comes at the latest here
+
+    def evaluate(self, model, tokenizer, datasets, context):
+        return kill() if context.stage == place else {}
+
+    monkeypatch.setattr(WeightEval, "evaluate", evaluate)
+    if "." in place:
+        monkeypatch.setattr(place, kill)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["run", str(write_recipe()), "--eval.name", "weights"]) == code
+    word = "terminated (SIGTERM)" if code == 143 else "interrupted (Ctrl-C)"
+    lines = [line for line in capsys.readouterr().err.splitlines() if "fdiv: " in line]
+    assert len(lines) == 1 and f"fdiv: {word}: " in lines[0] and advice in lines[0]
+    assert (tmp_path / "out" / "model.safetensors").is_file() == ("model is saved" in advice)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_after_the_last_step_saves_the_model_first(write_recipe, monkeypatch, capsys, tmp_path):
+    from fdiv.training.signals import StopOnSigterm
+
+    original = StopOnSigterm.on_train_end
+
+    def late(self, *args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(self, *args, **options)
+
+    monkeypatch.setattr(StopOnSigterm, "on_train_end", late)
+    assert main(["run", str(write_recipe())]) == 143
+    assert "fdiv: terminated (SIGTERM): the trained model is saved in" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("verb", ["eval", "presample", "sweep", "merge"])
+def test_every_long_verb_says_how_to_go_on(verb, number, monkeypatch, fails):
+    from fdiv.cli import command
+
+    def kill(*_):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    monkeypatch.setitem(command._VERBS, verb, kill)
+    words = {"eval": ["tofu"], "presample": [], "sweep": ["tiny/f_dpo"], "merge": ["a", "--output", "b"]}[verb]
+    line = fails(verb, *words, code=128 + number)
+    assert line.partition(": ")[2].split(": ")[0] in ("terminated (SIGTERM)", "interrupted (Ctrl-C)")
+    assert "run the same command again" in line
 
 
 @pytest.mark.parametrize(("direction", "code"), [("increased", 0), ("decreased", 1)])

@@ -1,0 +1,50 @@
+"""SIGTERM and Ctrl-C end a command with one line that says how to go on. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from fdiv.errors import TerminatedError
+
+__all__ = ["Sigterm", "stoppable"]
+
+
+class Sigterm(KeyboardInterrupt):
+    """SIGTERM, on its way up. Like Ctrl-C it passes every `except Exception`."""
+
+
+@contextmanager
+def stoppable(how_to_go_on: Callable[[], str]) -> Iterator[None]:
+    """Inside, SIGTERM raises `TerminatedError` and Ctrl-C `KeyboardInterrupt`, both with `how_to_go_on()` in them.
+
+    Contexts nest: the innermost that was entered tells how to go on. Outside the main thread, where Python has no
+    signal handlers, only the message is added.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _handler(os.getpid())) if in_main_thread else None
+    try:
+        yield
+    except Sigterm:
+        raise TerminatedError(f"terminated (SIGTERM): {how_to_go_on()}") from None
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:
+            raise
+        raise KeyboardInterrupt(f"interrupted (Ctrl-C): {how_to_go_on()}") from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _handler(owner: int) -> Callable[[int, FrameType | None], None]:
+    def handle(number: int, _: FrameType | None) -> None:
+        if os.getpid() != owner:  # a forked worker inherits the handler: it ends as without it
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise Sigterm
+
+    return handle
