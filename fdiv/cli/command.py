@@ -206,7 +206,14 @@ def _eval(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
     kind_args = parser.parse_args(args.arguments)
     args.debug = kind_args.debug
-    return command.run(kind_args)
+    if not vars(kind_args).get("output"):
+        return command.run(kind_args)
+    from pathlib import Path
+
+    from fdiv.lock import output_lock
+
+    with output_lock(Path(kind_args.output)):
+        return command.run(kind_args)
 
 
 def _presample(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fdiv.errors import FdivError
 from fdiv.files import write_text
+from fdiv.lock import LOCK, output_lock, refuse_locked
+from fdiv.terminal import is_main_process
 from fdiv.training.checkpoints import checkpoint_folders
 
 __all__ = ["RunDirectory"]
@@ -68,7 +72,7 @@ class RunDirectory:
             raise FdivError(f"resume_from_checkpoint: no such directory: {resume}")
         if not self.path.exists():
             return
-        others = [entry.name for entry in self.path.iterdir() if entry.name not in ("prepared", "error.txt")]
+        others = [entry.name for entry in self.path.iterdir() if entry.name not in ("prepared", "error.txt", LOCK)]
         if others and not any((self.path / mark).exists() for mark in _MARKS):
             raise FdivError(
                 f"output_dir {self.path} is not empty and not a run of fdiv (it holds {sorted(others)[0]!r}); "
@@ -84,6 +88,22 @@ class RunDirectory:
                 f"{self.path} holds a trained model whose evaluation was not finished; {AFTER_TRAINING}, or choose "
                 "another --output_dir"
             )
+
+    @contextmanager
+    def claimed(self, overwrite: bool, resume: bool | str | None) -> Iterator[None]:
+        """`check`, then make the directory and hold its lock: what was checked stays true in the body.
+
+        Raises:
+            FdivError: see `check`; another process writes there; it cannot be written.
+        """
+        refuse_locked(self.path)
+        self.check(overwrite, resume)
+        if is_main_process():
+            self.open()
+        with output_lock(self.path):
+            if is_main_process():
+                self.check(overwrite, resume)  # it may have been another's between the first look and the lock
+            yield
 
     def open(self) -> None:
         """Make the directory, and see that it can be written.

@@ -53,7 +53,10 @@ def run_plan(plan: RunPlan, command: str | None = None, prepared: Path | None = 
     """`run_recipe` of a recipe that has been resolved."""
     progress = _Progress(plan.directory)
     with stoppable(progress.how_to_go_on):
-        return _run(plan, command, prepared, progress)
+        find_model(plan.configs.model.model_name_or_path)  # one that was not fetched ends the run here
+        resume = plan.value("resume_from_checkpoint") or None
+        with plan.directory.claimed(plan.value("overwrite_output_dir", False), resume):
+            return _run(plan, command, prepared, progress)
 
 
 @dataclass
@@ -78,10 +81,8 @@ def _run(plan: RunPlan, command: str | None, prepared: Path | None, progress: _P
     from accelerate import PartialState
 
     started = time.perf_counter()
-    find_model(plan.configs.model.model_name_or_path)  # one that was not fetched ends the run here
     directory = plan.directory
     resume = plan.value("resume_from_checkpoint") or None
-    directory.check(plan.value("overwrite_output_dir", False), resume)
     state = PartialState()
     command = command or command_line()
     plan = _opened(plan, prepared)
@@ -148,14 +149,11 @@ def _train(plan: RunPlan, trainer: Any, bar: Any, resume: bool | str | None) -> 
 
 
 def _opened(plan: RunPlan, prepared: Path | None) -> RunPlan:
-    """Make the run's directory, seed the random streams, and run the `prepare:` step; on all processes."""
+    """Seed the random streams, and run the `prepare:` step; on all processes."""
     from accelerate import PartialState
     from transformers import set_seed
 
     state = PartialState()
-    state.wait_for_everyone()
-    if state.is_main_process:
-        plan.directory.open()
     state.wait_for_everyone()
     set_seed(plan.configs.training.seed)
     with state.main_process_first():
@@ -270,6 +268,11 @@ def measure_plan(plan: RunPlan, command: str | None = None, prepared: Path | Non
     Raises:
         DataError: data, model or tokenizer cannot be used.
     """
+    with plan.directory.claimed(plan.value("overwrite_output_dir", False), None):
+        return _measure(plan, command, prepared)
+
+
+def _measure(plan: RunPlan, command: str | None, prepared: Path | None) -> dict[str, Any]:
     import torch
     from accelerate import PartialState
     from transformers import AutoModelForCausalLM
@@ -277,7 +280,6 @@ def measure_plan(plan: RunPlan, command: str | None = None, prepared: Path | Non
     from fdiv.evaluation import EvalContext
 
     started = time.perf_counter()
-    plan.directory.check(plan.value("overwrite_output_dir", False), None)
     state = PartialState()
     plan = _opened(plan, prepared)
     directory, args = plan.directory, plan.configs.training

@@ -20,6 +20,7 @@ import yaml
 
 from fdiv.errors import FdivError, TerminatedError
 from fdiv.files import one_line, plain, read_json, write_json, write_text
+from fdiv.lock import output_lock
 from fdiv.provenance import git_revision, package_versions
 from fdiv.recipe.dump import resolved_yaml
 from fdiv.recipe.load import find_recipe, read_sweep
@@ -50,8 +51,13 @@ def run_sweep(plan: SweepPlan, command: str, minutes: float | None = None, resul
         One line per failed cell and per requirement that does not hold; empty when all is well.
 
     Raises:
-        FdivError: a finished cell was run with other settings than it has now.
+        FdivError: a finished cell was run with other settings than it has now; another process runs the sweep.
     """
+    with output_lock(plan.root):
+        return _run_sweep(plan, command, minutes, results)
+
+
+def _run_sweep(plan: SweepPlan, command: str, minutes: float | None, results: Path | None) -> list[str]:
     for cell in plan.cells():
         _check_unchanged(plan, cell)
     _quiet_loading_bars()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fdiv.errors import DataError
 from fdiv.files import read_json, write_json
 from fdiv.inference.processes import process_state
+from fdiv.lock import LOCK
 from fdiv.terminal import info
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def enter_directory(
         raise DataError(f"{path} is a file: choose another output directory")
     if settings.is_file():
         _compare(path, read_json(settings), json.loads(json.dumps(drawing)))
-    elif path.is_dir() and any(path.iterdir()):
+    elif path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
         raise DataError(f"{path} is not empty and no pre-sampling: choose another output directory")
     content = read_json(finished) if finished.is_file() else None
     state.wait_for_everyone()  # everybody has looked before anybody writes

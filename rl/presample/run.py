@@ -22,6 +22,7 @@ from fdiv.inference.cache import ItemCache, fingerprint
 from fdiv.inference.greedy import VLLMSource, stop_token_ids
 from fdiv.inference.processes import process_state
 from fdiv.inference.sampling import SamplingRequest
+from fdiv.lock import output_lock
 from fdiv.models.fingerprints import data_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from fdiv.models.loading import base_and_adapter, load_model, load_tokenizer
 from fdiv.models.logprobs import token_scores
@@ -54,7 +55,7 @@ def presample(config: PresampleConfig, output_dir: str | Path, *, repartition: b
             or none is left to explore, without `allow_empty`.
         RolloutError: the server fails, serves another model, or returns no tokens.
     """
-    with closing(load_reward(config.reward)) as reward:
+    with output_lock(Path(output_dir)), closing(load_reward(config.reward)) as reward:
         return _presample(config, Path(output_dir), repartition, reward)
 
 

@@ -290,6 +290,33 @@ def test_sigterm_after_the_last_step_saves_the_model_first(write_recipe, monkeyp
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("verb", ["run", "sweep", "eval", "presample"])
+def test_a_directory_in_use_is_refused(write_recipe, tmp_path, tiny_model_dir, fails, verb):
+    from fdiv.lock import output_lock
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text("{}")
+    words = {
+        "run": [write_recipe()],
+        "sweep": [write_recipe(), "--seeds", "1", "2"],
+        "eval": [
+            "preferences",
+            "--model",
+            tiny_model_dir,
+            "--dataset",
+            tmp_path / "data",
+            "--output",
+            tmp_path / "out",
+        ],
+        "presample": ["--model", tiny_model_dir, "--dataset", tmp_path / "data", "--output", tmp_path / "out"],
+    }[verb]
+    words += ["--reward", "length"] if verb == "presample" else []
+    with output_lock(tmp_path / "out"):
+        line = fails(verb, *words, code=1)
+    assert f"{tmp_path / 'out'} is in use by process {os.getpid()} on " in line
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("verb", ["eval", "presample", "sweep", "merge"])
 def test_every_long_verb_says_how_to_go_on(verb, number, monkeypatch, fails):
