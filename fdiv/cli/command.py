@@ -15,8 +15,8 @@ import fdiv
 from fdiv import terminal
 from fdiv.catalog import EVAL_COMMANDS
 from fdiv.errors import FdivError, RecipeError
-from fdiv.models.dtypes import add_dtype
 from fdiv.interrupts import stoppable
+from fdiv.models.dtypes import add_dtype
 
 __all__ = ["main"]
 
