@@ -300,7 +300,7 @@ def test_a_directory_in_use_is_refused(write_recipe, tmp_path, tiny_model_dir, f
         "run": [write_recipe()],
         "sweep": [write_recipe(), "--seeds", "1", "2"],
         "eval": [
-            "preferences",
+            *("preferences", "--divergence", "reverse_kl", "--beta", "1"),
             "--model",
             tiny_model_dir,
             "--dataset",
