@@ -12,6 +12,7 @@ import torch
 from fdiv.errors import DataError
 from fdiv.inference.batches import run_batches
 from fdiv.inference.cache import ItemCache, fingerprint
+from fdiv.inference.padding import safe_batch_size
 from fdiv.inference.processes import process_state
 
 if TYPE_CHECKING:
@@ -142,7 +143,8 @@ def generate_texts(
 ) -> dict[str, dict[str, Any]]:
     """Greedy continuation of every prompt with transformers; call it on all processes.
 
-    Prompts of a batch are padded on the left to the longest; batches hold prompts of like length. A request whose
+    Prompts of a batch are padded on the left to the longest; batches hold prompts of like length, or one prompt for
+    models whose scores depend on the batch (`fdiv.inference.padding`). A request whose
     `draft` reaches an end token or the bound is not generated at all.
 
     Returns:
@@ -158,6 +160,7 @@ def generate_texts(
     stop_ids = stop_token_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(sorted(stop_ids)), 0)
     device = next(model.parameters()).device
+    batch_size = safe_batch_size(model, batch_size)
 
     @torch.no_grad()
     def compute(batch: list[GenerationRequest]) -> list[dict[str, Any]]:

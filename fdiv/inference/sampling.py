@@ -14,6 +14,7 @@ from fdiv.errors import DataError
 from fdiv.inference.batches import run_batches
 from fdiv.inference.cache import ItemCache
 from fdiv.inference.greedy import GenerationRequest, stop_token_ids
+from fdiv.inference.padding import safe_batch_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,7 +83,8 @@ def sample_completions(
         temperature: logits are divided by it; > 0.
         top_p: sample from the smallest set of tokens with at least this mass; 1: from all of them.
         seed: with `stream`, determines the random numbers of a request.
-        batch_size: prompts per call; no influence on the draws but for floating-point rounding.
+        batch_size: prompts per call; no influence on the draws but for floating-point rounding. 1 for models whose
+            scores depend on it (`fdiv.inference.padding`).
         cache: where finished completions are looked up and stored; None: nowhere.
         title, progress: the progress bar.
 
@@ -143,6 +145,7 @@ def sample_completions(
             for request, row in zip(batch, new, strict=True)
         ]
 
+    batch_size = safe_batch_size(model, batch_size)
     cache = ItemCache(None, "samples", "") if cache is None else cache
     records = run_batches(requests, compute, batch_size=batch_size, cache=cache, title=title, progress=progress)
     return {key: tuple(record["ids"]) for key, record in records.items()}

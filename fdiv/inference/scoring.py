@@ -20,6 +20,7 @@ from fdiv.errors import DataError
 from fdiv.inference.batches import collective_forward, run_batches
 from fdiv.inference.cache import ItemCache, fingerprint
 from fdiv.inference.label_logits import LabelLogits, SharedPrompts, plain_label_logits, shares_prompts
+from fdiv.inference.padding import depends_on_padding, safe_batch_size
 from fdiv.inference.processes import process_state
 from fdiv.inference.prompting import EncodedText
 
@@ -209,7 +210,7 @@ def score_texts(
         model: a causal LM in eval mode, on its device.
         requests: the texts.
         pad_id: any token id: padding is masked, and position ids are passed, so either side gives the same numbers.
-        batch_size: texts of a forward.
+        batch_size: texts of a forward; 1 for models whose scores depend on it (`fdiv.inference.padding`).
         padding_side: `right` or `left`, where a forward without shared prompts pads.
         share_prompts: run the prompt of several answers once, where the model's cache allows it.
         cache_dir: where finished texts are kept so that a killed run continues; None keeps nothing.
@@ -228,6 +229,8 @@ def score_texts(
             raise DataError(f"{request.key} has {length} tokens, the model's context is {limit}: shorten the text")
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size}: must be at least 1")
+    if depends_on_padding(model) is not None:
+        batch_size, share_prompts = safe_batch_size(model, batch_size), False
     # With sharded parameters every process must run as many forwards as the others: one per unit of work.
     forwards = 1 if collective_forward() else _FORWARDS
     share = share_prompts and forwards > 1 and shares_prompts(model)

@@ -236,7 +236,7 @@ def aux_loss_fault(model: nn.Module) -> str | None:
 def _few_tokens(base: nn.Module) -> dict[str, Any]:
     # 64: xLSTM's kernels for training want whole chunks
     length = min(64, context_length(base) or 64)
-    ids = (torch.arange(length) * 37 + 5).remainder(base.get_input_embeddings().weight.size(0))
+    ids = (torch.arange(length) * 37 + 5).remainder(base.config.get_text_config().vocab_size)
     ids = ids.unsqueeze(0).to(next(base.parameters()).device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 

@@ -25,8 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from fdiv.errors import RolloutError
+from fdiv.errors import DataError, RolloutError
+from fdiv.inference.padding import depends_on_padding
 from fdiv.models.loading import check_fits
+from fdiv.terminal import info
 from fdiv.training.config import Options, option
 
 if TYPE_CHECKING:
@@ -103,6 +105,7 @@ class RolloutMixin:
       top-p and the like), so that no second forward is needed for log q.
     * Transformers generation samples by the config's keys alone. `generate` would add what the model's own generation
       config holds (forbidden tokens, penalties, a smallest length), and log q would be that of another distribution.
+    * Refuses models whose scores change under left padding (`fdiv.inference.padding`).
     * Refuses empty completions and rollouts that do not match the prompts, naming the prompt.
     * Orders the prompts of an epoch by (seed, epoch) alone, so that a run resumed in a later epoch sees the same ones.
     * A checkpoint between two generations holds the rollouts that are still to be trained on.
@@ -112,6 +115,14 @@ class RolloutMixin:
         if rollout_func is not None:
             rollout_func = _checked(rollout_func)
         super().__init__(*args, rollout_func=rollout_func, **kwargs)
+        reason = depends_on_padding(self.model)
+        if reason is not None and not reason.startswith("longrope"):
+            raise DataError(
+                f"{type(self.model).__name__} cannot be trained on rollouts: {reason}, and prompts of a batch are "
+                "padded on the left; take another model, or an objective on given answers"
+            )
+        if reason is not None:
+            info(f"keep prompt and completion within original_max_position_embeddings: {reason}")
 
     def _get_train_sampler(self, dataset=None):
         return _EpochOrder(super()._get_train_sampler(dataset), self)

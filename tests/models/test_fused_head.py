@@ -16,7 +16,7 @@ SMALL = {
     "bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0,
 }  # fmt: skip
 LEFT = {
-    "recurrent_gemma": {"lru_width": 32, "logits_soft_cap": 1.0, "attention_window_size": 16, "w_init_variance_scale": 1.0},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "logits_soft_cap": 1.0, "attention_window_size": 16, "w_init_variance_scale": 1.0},
     "bert": {"is_decoder": True},
     "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 32, "head_dim": 16, "attention_chunk_size": 64},
     "xlstm": {"output_logit_soft_cap": 1.0, "num_heads": 2, "qk_dim_factor": 0.5, "mode": "inference",
