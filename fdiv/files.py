@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import enum
+import gzip
 import json
 import math
 import os
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fdiv.errors import FdivError
+from fdiv.errors import DataError, FdivError
 
-__all__ = ["DATA_FORMATS", "flush_tree", "one_line", "plain", "read_json", "write_json", "write_text"]
+__all__ = [
+    "DATA_FORMATS",
+    "flush_tree",
+    "folded",
+    "numbered_json_lines",
+    "one_line",
+    "plain",
+    "read_json",
+    "read_json_lines",
+    "write_json",
+    "write_text",
+]
 
 DATA_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 """Suffix of a data file → the loader of `datasets` that reads it."""
@@ -43,6 +58,52 @@ def read_json(path: Path) -> Any:
         raise FdivError(f"{path} does not exist") from None
     except json.JSONDecodeError as error:
         raise FdivError(f"{path} is not valid JSON: {error}") from error
+
+
+def numbered_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, value) of every line of a JSON-lines file (`.gz` too) that is not blank; numbers start at 1.
+
+    A byte order mark is passed over. A line ends in LF, CRLF or CR: other characters that Unicode calls line ends
+    (U+2028, U+0085, …) are text of the values.
+
+    Raises:
+        DataError: not UTF-8 text; a line that is not JSON, by its number.
+        FileNotFoundError: no such file.
+    """
+    opener = gzip.open if Path(path).suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:  # text mode ends lines at LF, CRLF and CR alone
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        value = json.loads(line)
+                    except json.JSONDecodeError as error:
+                        reason = f"{path}, line {number} is no JSON ({error.msg}): give one JSON object per line"
+                        raise DataError(reason) from None
+                    yield number, value
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Values of a file of JSON lines, or of one JSON array, in order.
+
+    Raises:
+        DataError, FileNotFoundError: see `numbered_json_lines`.
+    """
+    with Path(path).open("rb") as file:
+        head = file.read(64)
+    if not head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        return [value for _, value in numbered_json_lines(path)]
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+
+
+def folded(text: str) -> str:
+    """`text` for a comparison that Unicode forms, case and white space do not matter to."""
+    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
 def _finite(content: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fdiv.errors import DataError
 from fdiv.eval.tofu.data import load_rows
+from fdiv.files import folded
 from fdiv.inference.cache import fingerprint
 
 __all__ = ["MuseRows", "load_muse_rows"]
@@ -50,6 +51,10 @@ def _local_folder(source: str, corpus: str) -> str:
     return str(inside if inside.is_dir() else source)
 
 
+def _folded_row(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, folded(str(value))) for name, value in row.items()))
+
+
 def load_muse_rows(corpus: str = "News", source: str | None = None) -> MuseRows:
     """Rows of one corpus.
 
@@ -85,7 +90,8 @@ def load_muse_rows(corpus: str = "News", source: str | None = None) -> MuseRows:
     if not any(parts[name] for name in ("forget_knowmem", "verbmem", "forget")):
         raise DataError(f"{folder} holds no MUSE data: {missing['forget_knowmem']}")
     for own, other in (("forget_knowmem", "retain_knowmem"), ("forget", "holdout")):
-        both = [row for row in parts[own] if row in parts[other]]
+        there = {_folded_row(row) for row in parts[other]}
+        both = [row for row in parts[own] if _folded_row(row) in there]
         if both:
             text = next(iter(both[0].values()))[:60]
             raise DataError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fdiv.errors import DataError
+from fdiv.files import read_json_lines
 from fdiv.rl.rewards.math.reward import gold_text
 
 __all__ = ["DATASETS", "EvalTask", "LoadedTasks", "TaskSource", "load_tasks", "tasks_of_rows"]
@@ -256,19 +256,10 @@ def _from_hub(source: TaskSource, name: str) -> tuple[Iterable[Mapping[str, Any]
 
 
 def _json_lines(path: Path) -> list[Mapping[str, Any]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    rows = []
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number} is no JSON ({error.msg})") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number} holds no JSON object")
-            rows.append(row)
+    rows = read_json_lines(path)
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {number} holds no JSON object")
     return rows
 
 

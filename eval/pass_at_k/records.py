@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from fdiv.errors import DataError
+from fdiv.files import numbered_json_lines
 from fdiv.named import nearest
 
 __all__ = ["TaskCounts", "Unscored", "counts_of_samples", "read_counts"]
@@ -136,24 +136,11 @@ def read_counts(path: str | Path, unscored: Unscored = "reduce") -> TaskCounts:
 
 def _rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     """(place, object) of every line that is not blank."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, _object(where, line)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def _object(where: str, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is no JSON ({error.msg}): give one JSON object per line") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where} holds {type(row).__name__}, not an object: give one JSON object per line")
-    return row
+    for number, row in numbered_json_lines(path):
+        where = f"{path}, line {number}"
+        if not isinstance(row, dict):
+            raise DataError(f"{where} holds {type(row).__name__}, not an object: give one JSON object per line")
+        yield where, row
 
 
 def _check_columns(where: str, row: Mapping[str, Any], wanted: set[str]) -> None:

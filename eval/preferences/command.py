@@ -11,7 +11,7 @@ from typing import Any
 
 from fdiv.divergences.saturation import TRAINING_MAX_EXPONENT
 from fdiv.errors import DataError
-from fdiv.files import DATA_FORMATS
+from fdiv.files import DATA_FORMATS, read_json_lines
 from fdiv.models.dtypes import add_dtype
 
 __all__ = ["add_arguments", "run"]
@@ -116,6 +116,8 @@ def _read(path: Path) -> Any:
     except (IndexError, StopIteration):  # datasets 5.2 on a file without lines
         raise DataError(f"--dataset {path} is empty: no row could be read from it") from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if DATA_FORMATS[path.suffix] == "json":
+            read_json_lines(path)  # names the line that is no JSON
         raise DataError(f"--dataset {path} cannot be read: {str(error).splitlines()[0]}") from None
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fdiv.errors import DataError
+from fdiv.files import folded, read_json_lines
 from fdiv.inference.cache import fingerprint
 
 __all__ = ["HUB_DATASET", "TofuRows", "load_rows", "load_tofu_rows"]
@@ -43,13 +43,7 @@ def _read_file(path: Path) -> list[Row]:
         from datasets import Dataset
 
         return Dataset.from_parquet(str(path)).to_list()
-    text = path.read_text(encoding="utf-8")
-    try:
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
+    return read_json_lines(path)
 
 
 def load_rows(source: str, name: str, split: str = "train") -> list[Row]:
@@ -107,7 +101,7 @@ def _check_columns(rows: Sequence[Row], name: str, columns: Sequence[str]) -> No
 
 
 def _pairs(rows: Sequence[Row]) -> set[tuple[str, str]]:
-    return {(row["question"], row["answer"]) for row in rows}
+    return {(folded(row["question"]), folded(row["answer"])) for row in rows}
 
 
 def load_tofu_rows(split: str, source: str = HUB_DATASET, holdout: str | None = None) -> TofuRows:

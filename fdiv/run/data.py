@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError, RecipeError
-from fdiv.files import DATA_FORMATS, one_line
+from fdiv.files import DATA_FORMATS, one_line, read_json_lines
 from fdiv.models.dtypes import dtype_name
 from fdiv.models.fetch import find_model
 from fdiv.named import nearest
@@ -101,6 +101,11 @@ def _loaded(load: Any, name: str, quiet: bool = False) -> Any:
     ) as error:  # datasets 5.2: load_from_disk without rows, a json file without lines
         raise DataError(f"the dataset {name!r} is empty or damaged: no table could be read from it") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        path = Path(name).expanduser()
+        if path.is_file():
+            if DATA_FORMATS.get(path.suffix) == "json":
+                read_json_lines(path)  # names the line that is no JSON
+            raise DataError(f"cannot read the rows of {name}: {one_line(error)}") from error
         remedy = "give a local path, or a dataset of the hub (needs a connection, HF_HUB_OFFLINE unset)"
         raise DataError(f"cannot load the dataset {name!r}: {one_line(error)}; {remedy}") from error
     finally:
@@ -123,6 +128,11 @@ def _check_rows(recipe: Recipe, rows: Any, name: str) -> None:
             f"{name} has no column {missing[0]!r}; it has: {', '.join(present)}; {recipe.method_name} needs {needs}: "
             "rename the columns in the data"
         )
+    if hasattr(rows, "__len__"):
+        for column in method.columns:
+            empty = next((number for number, value in enumerate(rows[column]) if value is None), None)
+            if empty is not None:
+                raise DataError(f"{name}, row {empty}: column {column!r} is null; fill it in or leave the row out")
 
 
 def load_tokenizer(plan: RunPlan) -> PreTrainedTokenizerBase:

@@ -28,7 +28,7 @@ def _kind(value: Any) -> str | None:
 
 
 def check_preference_dataset(dataset: Dataset | IterableDataset | None, name: str) -> None:
-    """Check that `dataset` (called `name` in the message) holds preference rows; looks at its first row only.
+    """Check that `dataset` (called `name` in the message) holds preference rows; of a stream, the first alone.
 
     Raises:
         DataError: (a ValueError) it is missing or empty, a column is missing, or a value is neither text nor messages.
@@ -49,12 +49,21 @@ def check_preference_dataset(dataset: Dataset | IterableDataset | None, name: st
             "Rename the columns (`dataset.rename_columns`) before training"
         )
     columns = [column for column in ("prompt", "chosen", "rejected") if column in first]
-    kinds = {column: _kind(first[column]) for column in columns}
-    for column, kind in kinds.items():
-        if kind is None:
-            raise DataError(f"{name}: column {column!r} of its first row is {first[column]!r:.80}: {remedy}")
-    if len(set(kinds.values())) > 1:
-        raise DataError(f"{name} mixes strings and messages in one row ({kinds}): use one of the two for all columns")
+    whole = hasattr(dataset, "__len__")
+    rows = dataset.select_columns(columns) if whole and hasattr(dataset, "select_columns") else [first]
+    expected = None
+    for number, row in enumerate(rows):
+        kinds = {column: _kind(row[column]) for column in columns}
+        for column, kind in kinds.items():
+            if kind is None:
+                raise DataError(f"{name}, row {number}: column {column!r} is {row[column]!r:.80}: {remedy}")
+        if len(set(kinds.values())) > 1:
+            raise DataError(f"{name}, row {number}: mixes strings and messages ({kinds}): use one of the two")
+        expected = expected or kinds
+        if kinds != expected:
+            raise DataError(
+                f"{name}, row {number}: holds {kinds['chosen']}, row 0 {expected['chosen']}: use one of the two"
+            )
 
 
 def tokenize_preferences(

@@ -47,6 +47,11 @@ def _encode(
     rows: Dataset, args: UnlearningConfig, tokenizer: PreTrainedTokenizerBase, what: str
 ) -> tuple[list[EncodedAnswer], list[Answer]]:
     """Encoded rows and the rows themselves; chunks of raw text stand as their decoded prompt and continuation."""
+    beside = sorted({"prompt", "completion", "question", "answer"} & set(rows.column_names))
+    if "text" in rows.column_names and beside:
+        raise ValueError(
+            f"the {what} rows have `text` beside {', '.join(beside)}: it is unclear which is meant; remove one"
+        )
     if "text" in rows.column_names:
         encoded = encode_text(rows["text"], tokenizer, args.max_length, args.text_prompt_tokens)
         prompts, texts = (

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fdiv.files import DATA_FORMATS
+from fdiv.errors import DataError
+from fdiv.files import DATA_FORMATS, one_line, read_json_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,6 +53,7 @@ def load_rows(name: str, config: str | None = None, split: str = "train") -> Dat
         ValueError: a file type that is not read, or no rows.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     path = Path(name)
     if path.is_file():
@@ -59,7 +61,12 @@ def load_rows(name: str, config: str | None = None, split: str = "train") -> Dat
             raise ValueError(
                 f"{name}: cannot read {path.suffix!r} files, use one of {', '.join(sorted(_FILE_FORMATS))}"
             )
-        rows = load_dataset(_FILE_FORMATS[path.suffix], data_files={split: str(path)}, split=split)
+        try:
+            rows = load_dataset(_FILE_FORMATS[path.suffix], data_files={split: str(path)}, split=split)
+        except (OSError, ValueError, DatasetsError) as error:
+            if _FILE_FORMATS[path.suffix] == "json":
+                read_json_lines(path)  # names the line that is no JSON
+            raise DataError(f"cannot read the rows of {name}: {one_line(error)}") from error
     elif not path.exists() and (path.is_absolute() or name.startswith(".") or path.suffix in _FILE_FORMATS):
         raise FileNotFoundError(f"{name} does not exist: give the path of a file or directory, or a hub dataset id")
     else:
@@ -83,6 +90,10 @@ def read_answers(rows: Dataset, *, prompt_format: str | None, has_chat_template:
         ValueError: missing columns, an empty prompt or answer, messages without a chat template.
     """
     columns = set(rows.column_names)
+    for pair in (("prompt", "completion"), ("question", "answer")):
+        if set(pair) <= columns:
+            _check_filled(rows, pair, what)
+            break
     if {"prompt", "completion"} <= columns:
         answers = [Answer(row["prompt"], row["completion"], row) for row in rows]
     elif {"question", "answer"} <= columns and prompt_format is not None:
@@ -108,6 +119,13 @@ def read_answers(rows: Dataset, *, prompt_format: str | None, has_chat_template:
                 "`prompt_format`, for example 'Question: {question}\\nAnswer:'"
             )
     return answers
+
+
+def _check_filled(rows: Dataset, columns: tuple[str, str], what: str) -> None:
+    for column in columns:
+        for number, value in enumerate(rows[column]):
+            if not isinstance(value, (str, list)):
+                raise ValueError(f"{what} row {number}: column {column!r} is {value!r:.60}, not text or messages")
 
 
 def plain_text(text: Text) -> str:
