@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fdiv.errors import DataError, FdivError
+from fdiv.secrets import redacted
 
 __all__ = [
     "DATA_FORMATS",
@@ -34,9 +35,9 @@ DATA_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv"
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all, without the secrets that `fdiv.secrets` knows."""
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(content, encoding="utf-8")
+    temporary.write_text(redacted(content), encoding="utf-8")
     os.replace(temporary, path)
 
 

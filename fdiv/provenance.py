@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import fdiv
+from fdiv.secrets import REDACTED, is_secret_name, redacted
 
 __all__ = ["command_line", "environment", "git_revision", "package_versions"]
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "bitsandbytes", "vllm")
-_SECRET_FLAGS = ("--hub_token", "--hub-token")
 
 
 def package_versions() -> dict[str, str | None]:
@@ -58,14 +58,23 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def command_line(words: Sequence[str] | None = None) -> str:
-    """The command as one would type it again, `fdiv run …`, without the value of a token flag."""
+    """The command as one would type it again, `fdiv run …`, without secrets and values of `--env`."""
     words = list(sys.argv[1:] if words is None else words)
-    for index, word in enumerate(words):
-        if word in _SECRET_FLAGS and index + 1 < len(words):
-            words[index + 1] = "REDACTED"
-        elif word.startswith(tuple(f"{flag}=" for flag in _SECRET_FLAGS)):
-            words[index] = word.partition("=")[0] + "=REDACTED"
-    return shlex.join(["fdiv", *words])
+    shown, secret = [], False
+    for word in words:
+        flag, equals, _value = word.partition("=")
+        if word.startswith("--"):
+            secret = _holds_secret(flag)
+            shown.append(f"{flag}={REDACTED}" if secret and equals else redacted(word))
+        else:
+            shown.append(REDACTED if secret else redacted(word))
+    return redacted(shlex.join(["fdiv", *shown]))
+
+
+def _holds_secret(flag: str) -> bool:
+    """`--hub_token`, `--model_init_kwargs.token`, `--env`, `--env.NAME`."""
+    name = flag.removeprefix("--").replace("-", "_")
+    return name == "env" or name.startswith("env.") or is_secret_name(name)
 
 
 def _distributed(state: Any) -> str:

@@ -14,10 +14,10 @@ from fdiv.files import plain
 from fdiv.recipe.check import BLOCKS, top_section
 from fdiv.recipe.model import Block, Recipe
 from fdiv.recipe.schema import section_of
+from fdiv.secrets import is_secret_name, is_setting, redacted, without_secrets
 
 __all__ = ["resolved_yaml"]
 
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
 _ONCE = (
     "overwrite_output_dir",
     "resume_from_checkpoint",
@@ -36,7 +36,7 @@ def resolved_yaml(recipe: Recipe, settled: Collection[str] = ()) -> str:
     """Every key of the recipe as YAML. A comment names the origin of each value that is not the default.
 
     `settled` names the keys that the `prepare:` step decides. `${NAME}` stays as written, so the file carries no path
-    of this machine that the recipe did not carry; a token or key (`hub_token`, secrets in `env:`) is withheld.
+    of this machine that the recipe did not carry; secrets are withheld, and of `env:` all but switches and numbers.
     """
     lines = [
         f"# {recipe.name}, resolved by fdiv {fdiv.__version__}: every key; a comment marks what is not the default.",
@@ -61,7 +61,7 @@ def resolved_yaml(recipe: Recipe, settled: Collection[str] = ()) -> str:
         lines.append(_dump({"report": dataclasses.asdict(recipe.report)}))
     if recipe.sweep:
         lines.append(_dump({"sweep": recipe.sweep}))
-    return "\n".join(lines) + "\n"
+    return redacted("\n".join(lines) + "\n")
 
 
 def _line(recipe: Recipe, settled: Collection[str], name: str, default: Any) -> str:
@@ -73,14 +73,22 @@ def _line(recipe: Recipe, settled: Collection[str], name: str, default: Any) -> 
     if name == "output_dir" and name not in recipe.stated:
         return _marked(name, str(recipe.output_dir), "the recipe's name")
     value = recipe.stated.get(name, recipe.machine.get(name, default))
-    if name == "hub_token" and value is not None:
+    if value is not None and is_secret_name(name):
         return f"{name}: null  # withheld"
     if name == "env" and value:
-        value = {key: entry for key, entry in value.items() if not _SECRET.search(key)}
+        return _environment(value)
+    value = without_secrets(plain(value))
     if plain(value) == default:
         return _dump({name: default})
     origin = recipe.origins.get((name,), "this machine has no accelerator" if name in recipe.machine else "")
     return _marked(name, plain(value), _short(origin, recipe.source))
+
+
+def _environment(values: dict[str, Any]) -> str:
+    """`env:` with switches and small numbers; of the other variables the names."""
+    shown = {key: value for key, value in values.items() if is_setting(value) and not is_secret_name(key)}
+    hidden = ", ".join(sorted(values.keys() - shown.keys()))
+    return _dump({"env": shown or None}) + (f"  # withheld: {hidden}" if hidden else "")
 
 
 def _marked(name: str, value: Any, origin: str) -> str:
@@ -97,7 +105,8 @@ def _short(origin: str, source: str) -> str:
 def _block(block: Block) -> dict[str, Any]:
     """A block with all the keys of its dataclass."""
     section = section_of(block.config)
-    values = {name: plain(block.values.get(name, key.default)) for name, key in section.keys.items()}
+    stated = without_secrets(block.values)
+    values = {name: plain(stated.get(name, key.default)) for name, key in section.keys.items()}
     required = {name for name, key in section.keys.items() if key.required and name not in block.values}
     result = {"name": block.name, **{name: value for name, value in values.items() if name not in required}}
     steps = {"require": dict(block.require), "summary": list(block.summary)}

@@ -17,6 +17,7 @@ from fdiv.recipe.overrides import KeyPath, parse_overrides, set_value
 from fdiv.recipe.schema import CommandLineValue, read_words
 from fdiv.recipe.sweep import SweepBlock, parse_sweep
 from fdiv.recipe.variables import export_environment
+from fdiv.secrets import learn
 
 __all__ = ["find_recipe", "is_base", "load_cell", "load_recipe", "packaged_recipes", "read_sweep", "recipe_name"]
 
@@ -146,6 +147,7 @@ def _laid_over(
     places: Mapping[str, str] | None = None,
 ) -> Recipe:
     values, origins = _layers(document, overrides, settings, places)
+    learn(read_words(values))
     export_environment(values.get("env"), document.source)
     if "extends" in values:
         raise RecipeError(f"{origins[('extends',)]}: `extends` is a key of a recipe file; write it there")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdiv.files import read_json
+from fdiv.files import read_json, write_text
 from fdiv.report.comparison import before_after_run, before_after_sweep, frontier
 from fdiv.report.curves import training_curves
 from fdiv.report.metrics import hover, marked
@@ -61,11 +61,11 @@ def write_report(directories: Sequence[Path], output: Path, title: str | None = 
     if runs:
         page.runs(runs)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(
+    write_text(
+        output,
         f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n<body>\n'
         f"<h1>{html.escape(title)}</h1>\n" + "\n".join(page.parts) + "\n</body>\n</html>\n",
-        encoding="utf-8",
     )
     return output
 

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fdiv.errors import FdivError, TerminatedError
-from fdiv.files import one_line, plain, write_json
+from fdiv.files import one_line, plain, write_json, write_text
 from fdiv.interrupts import Sigterm, stoppable
 from fdiv.models.fetch import find_model
 from fdiv.provenance import command_line, environment
@@ -331,4 +331,4 @@ def _append_results(card: Path, recipe: Recipe, result: Mapping[str, Any], comma
     table = ["", "## Measured", "", "| metric | before | after |", "|---|---|---|", *rows] if rows else []
     lines = [*table, "", "## Reproduce", "", f"`{command}` (recipe: `recipe_resolved.yaml`)", ""]
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {recipe.name}\n"
-    card.write_text(text.rstrip("\n") + "\n" + "\n".join(lines), encoding="utf-8")
+    write_text(card, text.rstrip("\n") + "\n" + "\n".join(lines))

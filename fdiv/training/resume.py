@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Container, Iterator
@@ -15,6 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from fdiv.errors import CheckpointError
 from fdiv.models.fingerprints import data_fingerprint
+from fdiv.secrets import is_secret_name, without_secrets
 from fdiv.terminal import info
 from fdiv.training.checkpoints import STAGING, checkpoint_fault, newest_checkpoint, publish, read_marker, recover
 
@@ -74,6 +76,17 @@ class ResumableMixin:
     # ---------------------------------------------------------------- saving
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer, which writes the options to `training_args.bin`: without secrets."""
+        options = self.args
+        self.args = copy.copy(options)
+        vars(self.args).update(without_secrets(vars(options)))
+        vars(self.args).update(dict.fromkeys((name for name in vars(options) if is_secret_name(name)), None))
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args = options
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output_dir = Path(super()._get_output_dir(trial))

@@ -19,6 +19,7 @@ from torch import Tensor
 from fdiv.divergences import Divergence, get_divergence
 from fdiv.divergences.saturation import TRAINING_MAX_EXPONENT, check_max_exponent
 from fdiv.errors import DataError, FdivError, NonFiniteLossError
+from fdiv.files import write_text
 from fdiv.models.loading import check_causal, keep_trainable_layout
 from fdiv.models.logprobs import aux_loss_fault, check_fused_head
 from fdiv.terminal import info
@@ -280,4 +281,4 @@ class ObjectiveTrainerMixin(ResumableMixin):
         rows = "\n".join(f"| {name} | `{value}` |" for name, value in self.objective_settings().items())
         section = f"### Objective\n\n| setting | value |\n| --- | --- |\n{rows}\n\n"
         card.text = card.text.replace("### Framework versions", section + "### Framework versions")
-        card.save(path)
+        write_text(path, str(card))

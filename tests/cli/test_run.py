@@ -290,6 +290,32 @@ def test_sigterm_after_the_last_step_saves_the_model_first(write_recipe, monkeyp
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_no_secret_is_in_anything_a_run_writes(write_recipe, tmp_path, monkeypatch):
+    secrets = [f"pl4nt-{index}'s <secret>" for index in range(12)]
+    for name in ("WANDB_AUTH", "PGPASS", "MY_KEY", "DATABASE_URL", "PLAIN", "HF_TOKEN", "HIDDEN"):
+        monkeypatch.setenv(name, "")  # taken back after the test
+    env = {"WANDB_AUTH": secrets[0], "PGPASS": secrets[1], "MY_KEY": secrets[2], "PLAIN": secrets[4]}
+    env |= {"DATABASE_URL": f"postgres://me:{secrets[3].replace(' ', '')}@host/db", "OMP_NUM_THREADS": "1"}
+    text = yaml.safe_dump({
+        "env": env, "model_init_kwargs": {"token": secrets[5]}, "hub_token": "overridden",
+        "report": {"title": f"{secrets[0]} and https://me:{secrets[6].replace(' ', '')}@host"},
+        "eval": {"name": "weights"},
+    })  # fmt: skip
+    words = ["--env.HF_TOKEN", secrets[7], f"--env.HIDDEN={secrets[8]}", "--hub_token", secrets[9]]
+    path = write_recipe(text, save_strategy="steps", save_steps=1)
+    assert main(["run", str(path), *words]) == 0
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert {"training_args.bin", "recipe_resolved.yaml", "report.html", "README.md"} <= {file.name for file in files}
+    for file in files:
+        assert b"pl4nt" not in file.read_bytes(), file
+    resolved = yaml.safe_load((tmp_path / "out" / "recipe_resolved.yaml").read_text())
+    assert resolved["env"] == {"OMP_NUM_THREADS": "1"}
+    assert (
+        "# withheld: DATABASE_URL, HF_TOKEN, HIDDEN, MY_KEY, PGPASS, PLAIN, WANDB_AUTH"
+        in (tmp_path / "out" / "recipe_resolved.yaml").read_text()
+    )
+
+
 @pytest.mark.parametrize("verb", ["run", "sweep", "eval", "presample"])
 def test_a_directory_in_use_is_refused(write_recipe, tmp_path, tiny_model_dir, fails, verb):
     from fdiv.lock import output_lock

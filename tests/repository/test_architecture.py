@@ -22,7 +22,7 @@ FOLDERS = {
 # Ground first. A module imports from its own package, from lower floors, and from packages of its floor as long as no
 # circle comes of it. `fdiv` itself is the version.
 FLOORS = (
-    ("fdiv", "lazy", "moved", "errors", "interrupts", "named", "divergences"),
+    ("fdiv", "lazy", "moved", "errors", "interrupts", "secrets", "named", "divergences"),
     ("terminal", "files", "lock", "provenance", "catalog", "evaluation", "statistics"),
     ("inference", "models", "recipe", "report", "testing"),
     ("training", "memory"),
