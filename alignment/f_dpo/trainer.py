@@ -20,6 +20,7 @@ from fdiv.models.reference import reference_for_trl
 from fdiv.statistics.calibration import length_normalised_calibration, margin_calibration
 from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
 from fdiv.training.data_checks import check_preference_dataset
+from fdiv.training.row_report import RowReport
 from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
 
 __all__ = ["FDPOTrainer"]
@@ -104,6 +105,7 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
                 f"no training row is left: every prompt fills max_length={args.max_length} alone. Raise max_length"
             )
         _check_lengths(self.train_dataset, self.model, args.max_length)
+        _report_rows(train_dataset, self.train_dataset, args)
 
     def objective_settings(self) -> dict[str, Any]:
         """The divergence (as the loss uses it), β and the overflow cap."""
@@ -253,6 +255,27 @@ def _checked_processing_class(processing_class: Any, model: Any, args: FDPOConfi
             f"the tokenizer of {name!r} has no eos token, which ends every completion: set `tokenizer.eos_token`"
         )
     return made
+
+
+def _report_rows(given: Any, used: Any, args: FDPOConfig) -> None:
+    """Print how many rows TRL dropped, and how many are cut or say the same twice within `max_length`.
+
+    Raises:
+        DataError: (a ValueError) every pair says the same twice.
+    """
+    if not hasattr(used, "__len__") or "prompt_ids" not in used.column_names or args.truncation_mode != "keep_start":
+        return
+    bound, cut, longest, same = args.max_length, 0, 0, 0
+    for row in used.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
+        room = None if bound is None else bound - len(row["prompt_ids"])
+        tokens = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        longest, cut = max(longest, tokens), cut + (bound is not None and tokens > bound)
+        same += row["chosen_ids"][:room] == row["rejected_ids"][:room]
+    reason = f"prompt fills max_length={bound}"
+    report = RowReport("training rows", len(given), len(used), bound, cut, longest, reason, same)
+    report.show()
+    if same == len(used):
+        raise DataError(f"training rows: {report.faults()[-1]}; raise max_length, or correct the data")
 
 
 def _check_lengths(dataset: Any, model: Any, max_length: int | None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fdiv.training.row_report import RowReport
 from fdiv.unlearning.config import TemplateConfig, UnlearningConfig
 from fdiv.unlearning.data.encode import EncodedAnswer, check_disjoint, encode_answer, encode_text
 from fdiv.unlearning.data.pairing import ForgetDataset
@@ -61,12 +62,16 @@ def _encode(
     answers = read_answers(
         rows, prompt_format=args.prompt_format, has_chat_template=tokenizer.chat_template is not None, what=what
     )
-    encoded = []
+    encoded: list[EncodedAnswer] = []
+    lengths: list[int] = []
     for position, answer in enumerate(answers):
         try:
-            encoded.append(encode_answer(answer, tokenizer, args.max_length))
+            encoded.append(encode_answer(answer, tokenizer, args.max_length, lengths))
         except ValueError as error:
             raise ValueError(f"{what} row {position}: {error}") from None
+    cut = sum(args.max_length is not None and length > args.max_length for length in lengths)
+    longest = max(lengths, default=0)
+    RowReport(f"{what} rows", len(answers), len(encoded), args.max_length, cut, longest).show()
     return encoded, answers
 
 

@@ -23,11 +23,13 @@ class EncodedAnswer(NamedTuple):
     answer_ids: list[int]
 
 
-def encode_answer(answer: Answer, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> EncodedAnswer:
+def encode_answer(
+    answer: Answer, tokenizer: PreTrainedTokenizerBase, max_length: int | None, lengths: list[int] | None = None
+) -> EncodedAnswer:
     """Tokenise prompt and answer together and cut where the tokenised prompt ends.
 
     Plain text gets the end-of-sequence token, as TRL does; messages go through the chat template. The sequence is cut
-    to `max_length` tokens at its end.
+    to `max_length` tokens at its end. Its length before that is appended to `lengths`.
 
     Raises:
         ValueError: no answer token is left (the prompt alone fills `max_length`).
@@ -40,6 +42,8 @@ def encode_answer(answer: Answer, tokenizer: PreTrainedTokenizerBase, max_length
         prompt_ids = tokenizer(answer.prompt)["input_ids"]
         ids = tokenizer(answer.prompt + answer.completion.removesuffix(eos) + eos)["input_ids"]
     start = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
+    if lengths is not None:
+        lengths.append(len(ids))
     ids = ids[:max_length]
     if start >= len(ids):
         raise ValueError(
