@@ -10,11 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from fdiv.errors import CheckpointError
+from fdiv.errors import CheckpointError, NonFiniteLossError
 from fdiv.models.fingerprints import data_fingerprint
 from fdiv.secrets import is_secret_name, without_secrets
 from fdiv.terminal import info
@@ -90,6 +91,7 @@ class ResumableMixin:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output_dir = Path(super()._get_output_dir(trial))
+        self._check_weights()
         with self._saving_errors(output_dir):
             staged = self._write_staged(output_dir, model, trial)
             self.accelerator.wait_for_everyone()
@@ -99,6 +101,20 @@ class ResumableMixin:
                 limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
                 rotate_checkpoints(str(output_dir), limit, best, use_mtime=True)
         self.accelerator.wait_for_everyone()
+
+    def _check_weights(self) -> None:
+        """Stop before a checkpoint of weights that are NaN or infinite.
+
+        Raises:
+            NonFiniteLossError: on all processes, when a trained weight of any of them is not finite.
+        """
+        trained = (weight.detach() for weight in self.model.parameters() if weight.requires_grad)
+        broken = torch.tensor([float(any(not torch.isfinite(weight).all() for weight in trained))])
+        if self.accelerator.reduce(broken.to(self.args.device)).item() > 0:
+            raise NonFiniteLossError(
+                f"step {self.state.global_step}: the optimizer step made the weights NaN or infinite; no checkpoint "
+                "of them is written; earlier checkpoints stand. Remedy: a lower learning_rate"
+            )
 
     def _write_staged(self, output_dir: Path, model: Any, trial: Any) -> Path:
         """Everything of the checkpoint except its marker, by all processes, in the staging folder."""

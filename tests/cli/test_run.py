@@ -316,6 +316,13 @@ def test_no_secret_is_in_anything_a_run_writes(write_recipe, tmp_path, monkeypat
     )
 
 
+def test_weights_that_are_not_finite_are_no_checkpoint(write_recipe, tmp_path, capsys):
+    path = write_recipe(save_strategy="steps", save_steps=1, learning_rate=1e300)
+    assert main(["run", str(path)]) == 1
+    assert "fdiv: step 1: the optimizer step made the weights NaN or infinite" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
 @pytest.mark.parametrize("verb", ["run", "sweep", "eval", "presample"])
 def test_a_directory_in_use_is_refused(write_recipe, tmp_path, tiny_model_dir, fails, verb):
     from fdiv.lock import output_lock
