@@ -6,7 +6,7 @@ Two paths with the same values (to 1e-5, in value and gradient):
   private that we rely on in it (the `fused_lm_head` argument, the name of the patched forward) stands in this file.
 * *plain torch*: the model's own logits, reduced chunk by chunk. It keeps float64, and works on any causal model.
 
-`check_fused_head` compares the two on a few tokens, once per run, and puts the plain path in the place of a fused head
+`check_fused_head` compares the two on a few tokens, once per run, and puts the plain path in place of a fused head
 that fails or gives other values (heads with a soft cap or layers that TRL's does not know).
 
 Everywhere, `log_probs[b, t]` scores `input_ids[b, t + 1]` given the tokens before it, so the second dimension is T−1,
