@@ -302,7 +302,7 @@ def test_short_settings():
 
 
 @pytest.mark.parametrize(
-    "name", ["tofu_forget10", "muse_novels", "dph_arithmetic", "dph_chinook", "d2o_hh", "f_dpo_tofu"]
+    "name", ["tofu_forget10", "muse_novels", "dph_arithmetic", "dph_chinook", "d2o_hh", "f_dpo_tofu", "tofu_smollm2"]
 )
 def test_committed_tables_are_those_of_their_results(name, repository, tmp_path):
     """`--collect` on a copy gives the committed table; the aggregate in the file is that of its cells."""
