@@ -59,11 +59,13 @@ def output_lock(output: Path) -> Iterator[None]:
 
 
 def refuse_locked(output: Path) -> None:
-    """Refuse a directory that another process writes to. Reads only.
+    """Refuse a directory that another run writes to. Reads only; of several processes of a run, the main one looks.
 
     Raises:
         FdivError: another process writes there.
     """
+    if not is_main_process():  # the main process of this very run holds it
+        return
     try:
         descriptor = os.open(lock_path(output), os.O_RDONLY)
     except OSError:

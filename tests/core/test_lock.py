@@ -12,7 +12,7 @@ import pytest
 
 from fdiv import lock
 from fdiv.errors import FdivError
-from fdiv.lock import LOCK, output_lock
+from fdiv.lock import LOCK, output_lock, refuse_locked
 
 HOLD = """
 import sys, time
@@ -89,3 +89,14 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     for place in (tmp_path / "file" / "below", tmp_path / ("x" * 300)):
         with pytest.raises(FdivError, match="cannot be written"), output_lock(place):
             pass
+
+
+def test_the_other_processes_of_a_run_are_not_refused(holder, tmp_path, monkeypatch):
+    """The main process holds the lock by the time another one looks."""
+    monkeypatch.setenv("RANK", "1")
+    refuse_locked(tmp_path / "out")
+    with output_lock(tmp_path / "out"):
+        pass
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(FdivError, match="is in use by"):
+        refuse_locked(tmp_path / "out")
