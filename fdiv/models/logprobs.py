@@ -160,8 +160,8 @@ def check_fused_head(model: nn.Module) -> str | None:
 
     A head that fails, or is off by more than the rounding of its type, is replaced in place: the patched forward keeps
     its interface and computes the same values from the model's own logits (which then take memory). Said in one note
-    per run and architecture. Not checked, and kept: weights on the meta device or sharded by ZeRO-3 or FSDP, and a
-    model whose own forward does not run where it lies (kernels for GPUs only).
+    per run and architecture. Not checked, and kept: weights on the meta device, without values, or sharded (ZeRO-3, FSDP), and
+    a model whose own forward does not run where it lies (kernels for GPUs only).
 
     Args:
         model: patched by `enable_fused_head` or by a TRL trainer, plain or wrapped.
@@ -192,9 +192,13 @@ def check_fused_head(model: nn.Module) -> str | None:
 
 def _is_spread(base: nn.Module) -> bool:
     """Whether a single forward of `base` cannot be run here: no weights, or parts of them on each process."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
     from fdiv.inference.batches import collective_forward
 
-    return collective_forward() or any(p.is_meta or hasattr(p, "ds_id") for p in base.parameters())
+    return collective_forward() or any(
+        p.is_meta or hasattr(p, "ds_id") or isinstance(p.data, FakeTensor) for p in base.parameters()
+    )
 
 
 def _name_experts(config: Any) -> None:

@@ -69,7 +69,7 @@ def test_no_space_left_is_named(tiny_model_dir, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("fdiv.training.checkpoints.publish", full)
+    monkeypatch.setattr("fdiv.training.resume.publish", full)
     with pytest.raises(CheckpointError, match=r"step 2 could not be written .*No space left on device"):
         build("flat", tiny_model_dir, tmp_path, **SAVING).train()
     assert checkpoint_folders(tmp_path) == []
@@ -102,7 +102,7 @@ def test_what_a_file_system_leaves_in_the_staging_folder_fails_no_save(tiny_mode
         (staged.parent / ".nfs0001").write_text("")
         return target
 
-    monkeypatch.setattr("fdiv.training.checkpoints.publish", publish_leaving)
+    monkeypatch.setattr("fdiv.training.resume.publish", publish_leaving)
     trainer = build("flat", tiny_model_dir, tmp_path, **SAVING)
     trainer.train()
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["checkpoint-2", "checkpoint-4"]

@@ -332,8 +332,8 @@ def test_the_large_model_is_refused_on_a_cpu(capsys):
 def whole(repository, tmp_path, *words, timeout):
     output = tmp_path / "gpu.json"
     done = subprocess.run(
-        [sys.executable, str(repository / "benchmarks" / "gpu.py"), "--output", str(output), *words],
-        capture_output=True, text=True, timeout=timeout, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "benchmarks.gpu", "--output", str(output), *words],
+        capture_output=True, text=True, timeout=timeout, check=False, cwd=repository, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return done, json.loads(output.read_text())
 

@@ -28,7 +28,7 @@ def train_and_die(name, model_dir, output, death, at, settings):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     trainer = build(name, model_dir, output, callbacks=[Die()], **settings)
-    publish, save_rng = fdiv.training.checkpoints.publish, trainer._save_rng_state
+    publish, save_rng = fdiv.training.resume.publish, trainer._save_rng_state
 
     def dying_publish(*arguments):
         if trainer.state.global_step == at:
@@ -41,7 +41,7 @@ def train_and_die(name, model_dir, output, death, at, settings):
         save_rng(folder)
 
     if death == "before the rename":
-        fdiv.training.checkpoints.publish = dying_publish
+        fdiv.training.resume.publish = dying_publish
     elif death == "half written":
         trainer._save_rng_state = dying_save
     trainer.train()

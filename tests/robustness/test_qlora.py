@@ -216,7 +216,7 @@ def test_rehearsal_needs_a_cache_of_the_base_in_four_bits(run, tiny_model_dir, t
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "base_4bit")
     cache(tmp_path / "base_4bit", model=load_model(str(tmp_path / "base_4bit"))).save(tmp_path / "rounded.safetensors")
     trainer = run("dph", "taken", rehearsal_cache=str(tmp_path / "rounded.safetensors"), **rehearsal)
-    first, second = (entry["mean_f/forward_kl"] for entry in trainer.state.log_history[:2])
+    first, second = (entry["divergence/forward_kl"] for entry in trainer.state.log_history[:2])
     assert first == pytest.approx(0.0, abs=1e-8) and second > 1e-6
     # Stored in 4 bits, the base needs no `load_in_4bit`.
     stored = run(

@@ -230,7 +230,7 @@ class Decoder:
             raise WireError("a value is malformed")
         try:
             return self._tagged(form[0], form[1:], form)
-        except (TypeError, ValueError, KeyError, OverflowError, RecursionError, decimal.DecimalException) as error:
+        except (TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
             raise error if isinstance(error, WireError) else WireError(f"a value is malformed: {error}") from None
 
     def _tagged(self, tag: str, rest: list[Any], form: list[Any]) -> Any:
