@@ -181,8 +181,7 @@ class Builder:
         return FLATTrainer(self.model_dir, args=args, train_dataset=rows)
 
     def _dph(self) -> Any:
-        from dph_step import rehearsal_cache
-
+        from benchmarks.dph_step import rehearsal_cache
         from fdiv.rl import DPHConfig, DPHTrainer
 
         rows = max(1, self.size.rows // 8)  # the share of the release

@@ -160,8 +160,8 @@ def check_fused_head(model: nn.Module) -> str | None:
 
     A head that fails, or is off by more than the rounding of its type, is replaced in place: the patched forward keeps
     its interface and computes the same values from the model's own logits (which then take memory). Said in one note
-    per run and architecture. Not checked, and kept: weights on the meta device, without values, or sharded (ZeRO-3, FSDP), and
-    a model whose own forward does not run where it lies (kernels for GPUs only).
+    per run and architecture. Not checked, and kept: weights on the meta device, without values, or sharded (ZeRO-3,
+    FSDP), and a model whose own forward does not run where it lies (kernels for GPUs only).
 
     Args:
         model: patched by `enable_fused_head` or by a TRL trainer, plain or wrapped.
