@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 __all__ = ["GLOSSARY", "LABELLED", "Better", "Metric"]
@@ -413,6 +413,27 @@ _LM_EVAL = (
     Metric("bits_per_byte", "cross entropy of a byte", "≥ 0 bits", "lower"),
 )
 
+_SMOLLM2 = (
+    Metric("min_k", "Min-K AUC, forget against holdout; the aim is the retrained model's", _SHARE),
+    Metric(
+        "novels_perplexity", "perplexity of public-domain novels: what is left of general knowledge", "≥ 1", "lower"
+    ),
+    Metric("protocol_distance", "the protocol's distance from the retrained model, on few rows", _SHARE, "lower"),
+    Metric("utility_without_rouge", "TOFU's model utility without its ROUGE scores", _SHARE, "higher"),
+    Metric("core_seconds", "processor time of the cell", "> 0 s"),
+)
+# The test rows of that experiment stand beside its validation rows, with this in front of their names.
+_SMOLLM2 += tuple(
+    replace(metric, name=f"tofu_{metric.name}", meaning=f"on the test rows: {metric.meaning}")
+    for metric in (*_BENCHMARKS, *_SMOLLM2)
+    if metric.name
+    in (
+        "exact_memorization", "extraction_strength", "forget_quality", "forget_quality_ks_statistic",
+        "forget_truth_ratio", "mia_*", "min_k", "privleak", "privleak_retain_auc", "protocol_distance",
+        "retrained_distance", "utility_without_rouge",
+    )
+)  # fmt: skip
+
 GLOSSARY: dict[str, tuple[Metric, ...]] = {
     "Every run": _RUN,
     "Distance from the reference": _DIVERGENCE,
@@ -425,6 +446,7 @@ GLOSSARY: dict[str, tuple[Metric, ...]] = {
     "Pass@k (evaluation `passk`)": _PASS,
     "Unlearning": _UNLEARNING,
     "TOFU and MUSE (evaluations `tofu`, `muse`)": _BENCHMARKS,
+    "Unlearning SmolLM2 (results/tofu_smollm2)": _SMOLLM2,
     "Tiny world (evaluation `tiny_world`)": _TINY,
     "lm-eval": _LM_EVAL,
 }
