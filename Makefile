@@ -9,9 +9,6 @@ BIN := .venv/bin
 PYTEST_ARGS ?=
 WORKERS ?= 2
 
-# The recipes of the demonstration, one per objective, in the order they run.
-DEMO := recipes/tiny/f_dpo.yaml recipes/tiny/d2o.yaml
-
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-vllm smollm2 demo demo-real test test-slow test-processor test-all test-gpu test-vllm lint format recipes \
 	readme metrics docs bench bench-gpu constraints clean
@@ -40,9 +37,8 @@ setup-vllm: ## create .venv-vllm, the separate environment of the vLLM server
 	@$(PYTHON) scripts/setup_environment.py vllm
 
 demo: setup ## train and compare on the built-in tiny world, in minutes; results under runs/demo
-	@for recipe in $(DEMO); do \
-		$(BIN)/fdiv sweep "$$recipe" --output_dir "runs/demo/$$(basename "$$recipe" .yaml)" || exit $$?; \
-	done
+	$(BIN)/fdiv sweep recipes/tiny/f_dpo.yaml --divergences reverse_kl forward_kl jensen_shannon --output_dir runs/demo/f_dpo
+	$(BIN)/fdiv sweep recipes/tiny/d2o.yaml --divergences reverse_kl --output_dir runs/demo/d2o
 	$(BIN)/fdiv sweep recipes/tiny/flat.yaml --divergences total_variation jensen_shannon --output_dir runs/demo/flat
 	$(BIN)/fdiv sweep recipes/tiny/f_dpg.yaml --divergences jensen_shannon total_variation --output_dir runs/demo/f_dpg
 	$(BIN)/fdiv sweep recipes/tiny/dph.yaml --output_dir runs/demo/dph
