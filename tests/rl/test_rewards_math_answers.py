@@ -7,7 +7,7 @@ import re
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from fdiv.rl.rewards.math import comparison, verifier
@@ -395,9 +395,11 @@ def same_value(family, first, second):
 
 
 @given(st.integers(-(10**9), 10**9), st.integers(1, 12), st.integers(-3, 3))
+@example(10001, 8, 1)  # one last digit apart and four digits alike: 1e-8 in binary lies below 1e-8
 @settings(max_examples=15, deadline=None)
 def test_decimals_are_exact(number, places, step):
-    """A decimal equals itself in every form, and no other decimal of as many places."""
+    """A decimal equals itself in every form, and no other decimal of as many places (a last zero is no place shown)."""
+    assume(step == 0 or (number % 10 and (number + step) % 10))
 
     def text(value):
         sign, digits = "-" if value < 0 else "", f"{abs(value):0{places + 1}d}"
@@ -489,15 +491,20 @@ def test_where_a_plain_answer_stands(completion, expected):
      "####", "<think>", "<answer>", "{", r"\{", "\n", r"\boxed{\boxed{}", "$a", "1 "],
 )  # fmt: skip
 def test_places_are_found_in_linear_time(unit):
-    """Four times the text takes at most some eight times the time (quadratic: sixteen), and never a second per 20 KB."""
+    """Four times the text takes at most some eight times the time (quadratic: sixteen), and never a second per 20 KB.
+
+    The least of three times: whatever else a processor does makes a time longer, never shorter.
+    """
 
     def seconds(length):
         text = (unit * (length // len(unit) + 1))[:length]
-        began = time.process_time()
-        final_answer(text, plain=True)
-        return time.process_time() - began
+        times = []
+        for _ in range(3):
+            began = time.process_time()
+            final_answer(text, plain=True)
+            times.append(time.process_time() - began)
+        return min(times)
 
-    seconds(1000)
     small, large = seconds(20_000), seconds(80_000)
     assert large < 1.0
     assert large < 8 * small + 0.1

@@ -213,12 +213,15 @@ def _is_zero(difference: Any) -> bool:
 
 
 def _approximates(first: Any, second: Any, difference: Any, places: int) -> bool:
+    from sympy import Rational
+
     if places < DECIMALS:
         return False
     try:
         size = max(abs(first.evalf(30)), abs(second.evalf(30)))
-        distance = abs(difference.evalf(30))
-        return bool(distance < Decimal(10) ** -places and distance < size / 10**4) and (
+        # A fraction stays one: in binary 1e-8 lies below 1e-8, and two neighbouring decimals would be equal.
+        distance = abs(difference if difference.is_Rational else difference.evalf(30))
+        return bool(distance < Rational(1, 10**places) and distance < size / 10**4) and (
             first.round(DECIMALS) == second.round(DECIMALS)
         )
     except (TypeError, ValueError, AttributeError):
