@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pkgutil
 import re
+import shutil
 import sys
 import tomllib
 import warnings
@@ -86,21 +87,36 @@ def build_api(packages: list[str], output_dir: Path) -> None:
         pdoc.pdoc(*names, output_directory=output_dir)
 
 
+def page_name(source: Path) -> str:
+    """The page of a Markdown file: its stem, and for the README of an experiment the name of its folder."""
+    return source.parent.name if source.stem == "README" else source.stem
+
+
 def build_guides(sources: list[Path], output_dir: Path) -> None:
-    """Render Markdown files to HTML pages beside each other; links between .md files become links between pages."""
+    """Render Markdown files to HTML pages beside each other; links between them become links between pages, and other
+    files beside one that it links to or shows are copied to `PAGE-FILE`."""
     output_dir.mkdir(parents=True, exist_ok=True)
+    pages = {source.resolve() for source in sources}
     for source in sources:
-        text = source.read_text(encoding="utf-8")
+        text, page = source.read_text(encoding="utf-8"), page_name(source)
         body = markdown2.markdown(text, extras=MARKDOWN_EXTRAS)
+        for name in set(re.findall(r'(?:src|href)="([^"/#:]+)"', body)):
+            beside = source.parent / name
+            if beside.resolve() not in pages:
+                copied = f"{page}-{name}".replace(".md", ".txt")
+                shutil.copyfile(beside, output_dir / copied)
+                body = body.replace(f'="{name}"', f'="{copied}"')
+        body = re.sub(r'href="(?!https?:)[^"#]*?([^"/#]+)/README\.md(#[^"]*)?"', r'href="\1.html\2"', body)
         body = re.sub(r'href="(?!https?:)(?:[^"#]*/)?([^"/#]+)\.md(#[^"]*)?"', r'href="\1.html\2"', body)
         heading = re.search(r"^# (.+)$", text, re.MULTILINE)
-        title = heading.group(1) if heading else source.stem
-        (output_dir / f"{source.stem}.html").write_text(PAGE.format(title=escape(title), body=body), encoding="utf-8")
+        title = heading.group(1) if heading else page
+        (output_dir / f"{page}.html").write_text(PAGE.format(title=escape(title), body=body), encoding="utf-8")
 
 
 def guide_sources(root: Path = ROOT) -> list[Path]:
-    """The hand-written pages: everything in docs/, and the contributors' page from the root."""
-    return [*sorted((root / "docs").glob("*.md")), root / "CONTRIBUTING.md"]
+    """The hand-written pages: docs/, the contributors' page from the root, and the READMEs of the experiments."""
+    experiments = sorted((root / "results").glob("*/README.md"))
+    return [*sorted((root / "docs").glob("*.md")), root / "CONTRIBUTING.md", *experiments]
 
 
 def main(output_dir: Path) -> None:
