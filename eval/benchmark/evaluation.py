@@ -124,7 +124,7 @@ class ModelEvaluation(ABC):
             **self.row_stamp(),
             "use_stemmer": self.preset.use_stemmer,
             "max_items": config.max_items,
-            "prompt": dict(config.prompt().__dict__),
+            "prompt": config.prompt().stamp(self.tokenizer),
             "definitions": self.preset.describe(),
             "missing": dict(self.missing),
         }

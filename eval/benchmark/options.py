@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from fdiv.errors import DataError
 from fdiv.eval.benchmark.aggregation import Aggregates
 from fdiv.eval.benchmark.settings import EvaluationSettings
+from fdiv.inference.encoding import add_encoding
 from fdiv.inference.greedy import BACKENDS
 from fdiv.inference.processes import process_state
 from fdiv.models.dtypes import add_dtype
@@ -52,8 +53,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, config: type[Evaluatio
     how.add_argument("--chat_template", choices=("auto", "always", "never"), default="auto", help="(auto)")
     how.add_argument("--question_format", default=config.question_format, help="prompt without a chat template")
     how.add_argument("--answer_format", default=config.answer_format, help="answer without a chat template")
-    how.add_argument("--system_prompt", help="system turn of the chat template")
-    how.add_argument("--date_string", help="date for chat templates that print one")
+    add_encoding(how)
     logs = parser.add_argument_group("published logs")
     logs.add_argument("--from_logs", metavar="FILE", help="re-aggregate this log instead of running a model")
     parser.add_argument(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from fdiv.errors import DataError
 from fdiv.eval.benchmark.presets import PRESETS, get_preset
@@ -30,7 +30,8 @@ class EvaluationSettings:
         generate: False skips the generation pass, and with it every ROUGE.
         gradnorm: False skips the GradNorm attack, which needs one backward per text.
         fluency_classifier: `auto`, a path or hub name, or `none` (see `fdiv.eval.metrics.gibberish`).
-        chat_template, question_format, answer_format, system_prompt, date_string: see `PromptFormat`.
+        chat_template, question_format, answer_format: see `PromptFormat`.
+        system_prompt, date_string, chat_template_kwargs, end_token: see `fdiv.inference.encoding.Encoding`.
     """
 
     presets: ClassVar[tuple[str, ...]] = tuple(PRESETS)
@@ -52,6 +53,8 @@ class EvaluationSettings:
     answer_format: str = PromptFormat.answer_format
     system_prompt: str | None = None
     date_string: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    end_token: Literal["turn", "appended"] = "turn"
 
     def __post_init__(self):
         get_preset(self.preset)
@@ -73,4 +76,6 @@ class EvaluationSettings:
             answer_format=self.answer_format,
             system_prompt=self.system_prompt,
             date_string=self.date_string,
+            chat_template_kwargs=self.chat_template_kwargs,
+            end_token=self.end_token,
         )

@@ -153,7 +153,7 @@ class MuseEvaluation(ModelEvaluation):
         prompt = self.config.prompt()
         for i in selected_rows(len(rows), None, self.config.max_items):
             key = f"{name}_ROUGE/{i}"
-            ids = prompt.encode_prompt(self.tokenizer, rows[i]["question"], shots)
+            ids = prompt.encode_prompt(self.tokenizer, rows[i]["question"], shots, rows[i]["answer"])
             self.plan.generation.append(GenerationRequest(key, ids, ANSWER_TOKENS))
             self.plan.prompts[key], self.plan.truths[key] = rows[i]["question"], rows[i]["answer"].strip()
 

@@ -56,12 +56,11 @@ def encode_task(task: EvalTask, tokenizer: Any, prompt: PromptFormat) -> tuple[i
         DataError: a conversation and a tokenizer without a template, or an empty prompt.
     """
     if isinstance(task.prompt, str):
-        ids = prompt.encode_prompt(tokenizer, task.prompt)
+        ids = prompt.encode_question(tokenizer, task.prompt)
     elif not tokenizer.chat_template:
         raise DataError(f"task {task.task_id!r} is a conversation, but the tokenizer has no chat template")
     else:
-        text = tokenizer.apply_chat_template(task.prompt, tokenize=False, add_generation_prompt=True)
-        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = tuple(prompt.encoding.encode_prompt(tokenizer, task.prompt))
     if not ids:
         raise DataError(f"task {task.task_id!r} has an empty prompt: a model continues at least one token")
     return ids

@@ -78,14 +78,14 @@ def plan_tofu(
     """
     plan = TofuPlan(preset, rows)
 
-    def score(key: str, question: str, answer: str, token_level: bool = False) -> None:
+    def score(key: str, question: str, answer: str, token_level: bool = False) -> tuple[int, ...]:
         text = prompt.encode(tokenizer, question, answer)
         group = "attacked" if token_level else key.split("_")[0]
         # The true answers' argmax hits tell how the greedy answers begin.
         plan.scoring.append(ScoringRequest(key, text, token_level, group, hits="_Q_A_Prob" in key))
         if token_level:
-            labels = list(text.input_ids[text.prompt_length :])
-            plan.answer_texts[key] = tokenizer.decode(labels, skip_special_tokens=True)
+            plan.answer_texts[key] = tokenizer.decode(list(text.label_ids), skip_special_tokens=True)
+        return text.prompt_ids
 
     for name in ("forget", "retain", "ra", "wf"):
         row_set = getattr(rows, name)
@@ -93,13 +93,13 @@ def plan_tofu(
         for i in selected_rows(len(row_set), limit, max_items):
             row = row_set[i]
             question = row["question"]
-            score(f"{name}_Q_A_Prob/{i}", question, row["answer"], token_level=name == "forget")
+            # The greedy answer goes on from where the labels of the true one begin.
+            prompt_ids = score(f"{name}_Q_A_Prob/{i}", question, row["answer"], token_level=name == "forget")
             if name in ("forget", "retain"):
                 score(f"{name}_Q_A_PARA_Prob/{i}", question, row["paraphrased_answer"])
             for k, wrong in enumerate(row["perturbed_answer"]):
                 score(f"{name}_Q_A_PERT_Prob/{i}/{k}", question, wrong)
             key = f"{name}_Q_A_ROUGE/{i}"
-            prompt_ids = prompt.encode_prompt(tokenizer, question)
             bound = preset.answer_tokens - (len(prompt_ids) if preset.answer_bound == "total" else 0)
             expected = len(tokenizer(row["answer"], add_special_tokens=False)["input_ids"])
             plan.generation.append(GenerationRequest(key, prompt_ids, max(0, bound), expected))

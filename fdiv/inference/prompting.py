@@ -1,4 +1,4 @@
-"""From a question and an answer to token ids and the place where the answer begins."""
+"""How questions become prompts, and what text a completion is."""
 
 from __future__ import annotations
 
@@ -7,24 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fdiv.errors import DataError
+from fdiv.inference.encoding import EncodedText, Encoding, Text, encoding_stamp, shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["EncodedText", "PromptFormat", "completion_text"]
 
-
-@dataclass(frozen=True)
-class EncodedText:
-    """Token ids of prompt and answer; the labels are `input_ids[prompt_length:]`."""
-
-    input_ids: tuple[int, ...]
-    prompt_length: int
-
-    @property
-    def label_count(self) -> int:
-        """Number of labels; 0 where the tokenised prompt is as long as the whole."""
-        return max(0, len(self.input_ids) - self.prompt_length)
+_ANY_ANSWER = "A"
 
 
 @dataclass(frozen=True)
@@ -37,8 +27,11 @@ class PromptFormat:
         question_format: plain format of the prompt; `{question}` is replaced.
         answer_format: plain format of the answer that follows it; `{answer}` is replaced.
         example_separator: plain format: what stands between few-shot examples and the next question.
-        system_prompt: a system turn of the chat, or None.
-        date_string: passed to chat templates that print a date (Llama 3), so that results do not depend on today.
+        system_prompt, date_string, chat_template_kwargs, end_token: see `fdiv.inference.encoding.Encoding`.
+
+    Raises:
+        DataError: a format without its hole, a value that a key does not have, `chat_template: never` with a system
+            prompt.
     """
 
     chat_template: Literal["auto", "always", "never"] = "auto"
@@ -47,40 +40,55 @@ class PromptFormat:
     example_separator: str = "\n\n"
     system_prompt: str | None = None
     date_string: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    end_token: Literal["turn", "appended"] = "turn"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.chat_template not in ("auto", "always", "never"):
             raise DataError(f"chat_template={self.chat_template!r}: choose auto, always or never")
         for name, hole in (("question_format", "{question}"), ("answer_format", "{answer}")):
             if hole not in getattr(self, name):
                 raise DataError(f"{name}={getattr(self, name)!r} does not contain {hole}")
+        if self.chat_template == "never" and self.system_prompt is not None:
+            raise DataError(
+                f"system_prompt={self.system_prompt!r:.60} belongs to a chat template: drop it, or `never`"
+            )
+        _ = self.encoding
 
-    def _uses_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+    @property
+    def encoding(self) -> Encoding:
+        """How the rows these formats make are encoded."""
+        return Encoding(self.system_prompt, self.date_string, self.chat_template_kwargs, self.end_token)
+
+    def uses_chat(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether questions go through the tokenizer's chat template.
+
+        Raises:
+            DataError: `chat_template: always`, and there is none.
+        """
         has_template = bool(tokenizer.chat_template)
         if self.chat_template == "always" and not has_template:
             raise DataError("chat_template: always, but the tokenizer has no chat template; use auto or never")
         return has_template and self.chat_template != "never"
 
-    def texts(
+    def stamp(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """`encoding_stamp` of questions under these formats."""
+        plain = {name: getattr(self, name) for name in ("question_format", "answer_format", "example_separator")}
+        return encoding_stamp(tokenizer, self.encoding, chat=self.uses_chat(tokenizer), **plain)
+
+    def row(
         self,
         tokenizer: PreTrainedTokenizerBase,
         question: str,
         answer: str,
         examples: Sequence[tuple[str, str]] = (),
-    ) -> tuple[str, str, bool]:
-        """(prompt text, prompt + answer text, whether special tokens are still to be added by the tokenizer)."""
-        if not self._uses_chat(tokenizer):
+    ) -> tuple[Text, Text]:
+        """Prompt and answer: two lists of messages through a chat template, else two texts."""
+        if not self.uses_chat(tokenizer):
             shots = "".join(self._plain(q) + self._plain_answer(a) + self.example_separator for q, a in examples)
-            prompt = shots + self._plain(question)
-            return prompt, prompt + self._plain_answer(answer), True
-        turns = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        for q, a in examples:
-            turns += [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
-        turns.append({"role": "user", "content": question})
-        date = {"date_string": self.date_string} if self.date_string else {}
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **date)
-        turns.append({"role": "assistant", "content": answer})
-        return prompt, tokenizer.apply_chat_template(turns, tokenize=False, **date), False
+            return shots + self._plain(question), self._plain_answer(answer)
+        turns = [turn for q, a in examples for turn in (_turn("user", q), _turn("assistant", a))]
+        return [*turns, _turn("user", question)], [_turn("assistant", answer)]
 
     def _plain(self, question: str) -> str:
         return self.question_format.replace("{question}", question)
@@ -95,28 +103,34 @@ class PromptFormat:
         answer: str,
         examples: Sequence[tuple[str, str]] = (),
     ) -> EncodedText:
-        """Tokenise one question with its answer; the end-of-text token closes the answer and counts as a label.
-
-        As in open-unlearning, prompt and whole text are tokenised separately and the answer begins at the prompt's
-        length.
-        """
-        prompt, whole, special = self.texts(tokenizer, question, answer, examples)
-        prompt_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
-        ids = tokenizer(whole, add_special_tokens=special)["input_ids"]
-        if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-            ids = [*ids, tokenizer.eos_token_id]
-        return EncodedText(tuple(ids), len(prompt_ids))
+        """One question with its answer, encoded as in training (see `fdiv.inference.encoding`)."""
+        return self._encoding_of(tokenizer).encode(tokenizer, *self.row(tokenizer, question, answer, examples))
 
     def encode_prompt(
-        self, tokenizer: PreTrainedTokenizerBase, question: str, examples: Sequence[tuple[str, str]] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        question: str,
+        examples: Sequence[tuple[str, str]] = (),
+        answer: str = _ANY_ANSWER,
     ) -> tuple[int, ...]:
-        """Token ids of the prompt alone, to generate from.
+        """What the labels of `answer` follow, and a generation to be compared with it goes on from.
 
-        Never the head of `encode`'s ids: where prompt and answer share a token across their border (a prompt that
-        ends in a space, say), that head would give the answer's first token away.
+        It never holds a token of the answer: a token that spans the border is the first label.
         """
-        prompt, _, special = self.texts(tokenizer, question, "", examples)
-        return tuple(tokenizer(prompt, add_special_tokens=special)["input_ids"])
+        return self.encode(tokenizer, question, answer, examples).prompt_ids
+
+    def encode_question(self, tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[int, ...]:
+        """What a model sees that is asked `question`, where no answer is known: with the generation prompt."""
+        prompt, _ = self.row(tokenizer, question, "")
+        return tuple(self._encoding_of(tokenizer).encode_prompt(tokenizer, prompt))
+
+    def _encoding_of(self, tokenizer: PreTrainedTokenizerBase) -> Encoding:
+        """The encoding; a tokenizer without a chat template has no system turn."""
+        if self.uses_chat(tokenizer) or self.system_prompt is None:
+            return self.encoding
+        raise DataError(
+            f"system_prompt={self.system_prompt!r:.60} belongs to a chat template, and the tokenizer has none"
+        )
 
     @staticmethod
     def encode_continuation(
@@ -124,12 +138,17 @@ class PromptFormat:
     ) -> EncodedText:
         """Tokenise running text after a prefix, without an end token; at most `max_length` tokens of text are kept.
 
-        With an empty prefix the labels begin at the second token: the first has nothing before it to be predicted
-        from.
+        A token that spans the border is a label. With an empty prefix the labels begin at the second token: the first
+        has nothing before it to be predicted from.
         """
         prefix_ids = tokenizer(prefix)["input_ids"]
-        ids = tokenizer(prefix + (" " if insert_space else "") + text)["input_ids"][: len(prefix_ids) + max_length]
-        return EncodedText(tuple(ids), max(1, len(prefix_ids)))
+        ids = tokenizer(prefix + (" " if insert_space else "") + text)["input_ids"]
+        start = shared_length([prefix_ids, ids])
+        return EncodedText(tuple(ids[: start + max_length]), max(1, start))
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:

@@ -313,15 +313,17 @@ def test_fingerprints_follow_the_weights(loaded):
     assert fingerprint({"b": 1, "a": 2}) == fingerprint({"a": 2, "b": 1})
 
 
-def test_a_generation_prompt_never_holds_a_token_of_the_answer(tiny_model_dir):
-    """A prompt that ends in a space: the tokenizer joins the space with the answer's first word."""
+def test_a_generation_goes_on_from_where_the_labels_begin(tiny_model_dir):
+    """A prompt that ends in a space: the tokenizer joins the space with the answer's first word, which is a label."""
     tokenizer = load_tokenizer(str(tiny_model_dir))
     prompt = PromptFormat(chat_template="never", question_format="{question} Answer: ", answer_format="{answer}")
-    whole = prompt.encode(tokenizer, "what is the capital of France?", "the capital")
-    head = tokenizer.decode(whole.input_ids[: whole.prompt_length])
-    assert "Answer: the" in head, "this tokenizer and text no longer show the case"
-    ids = prompt.encode_prompt(tokenizer, "what is the capital of France?")
-    assert tokenizer.decode(ids) == "what is the capital of France? Answer: "
+    question = "what is the capital of France?"
+    whole = prompt.encode(tokenizer, question, "the capital")
+    assert tokenizer.decode(whole.label_ids) == " the capital<|im_end|>", "this tokenizer no longer shows the case"
+    ids = prompt.encode_prompt(tokenizer, question, answer="the capital")
+    assert ids == whole.prompt_ids and tokenizer.decode(ids) == "what is the capital of France? Answer:"
+    # Where no answer is known, the prompt is what was given.
+    assert tokenizer.decode(prompt.encode_question(tokenizer, question)) == "what is the capital of France? Answer: "
 
 
 def test_prompt_formats(tiny_model_dir):
@@ -330,7 +332,9 @@ def test_prompt_formats(tiny_model_dir):
     assert tokenizer.decode(chat.input_ids[: chat.prompt_length]) == (
         "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert chat.input_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(chat.label_ids) == "me<|im_end|>\n"  # as trained: no second end token
+    appended = PromptFormat(end_token="appended").encode(tokenizer, "Who?", "me")  # open-unlearning's way
+    assert tokenizer.decode(appended.label_ids) == "me<|im_end|>\n<|im_end|>"
     plain = PromptFormat(chat_template="never").encode(tokenizer, "Who?", "me", [("When?", "now")])
     whole = tokenizer.decode(plain.input_ids)
     assert whole == "Question: When?\nAnswer: now\n\nQuestion: Who?\nAnswer: me<|im_end|>"
