@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import enum
+import errno
 import gzip
 import json
 import math
@@ -15,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from fdiv.errors import DataError, FdivError
+from fdiv.named import shown
 from fdiv.secrets import redacted
 
 __all__ = [
     "DATA_FORMATS",
     "flush_tree",
     "folded",
+    "home_path",
     "numbered_json_lines",
     "one_line",
+    "place_fault",
     "plain",
     "read_json",
     "read_json_lines",
@@ -146,6 +150,43 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     return value
+
+
+_REMEDIES = {
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "choose another place, or change its permissions",
+    errno.EPERM: "choose another place, or change its permissions",
+    errno.ENOTDIR: "a file stands where a directory belongs: choose another place",
+    errno.EEXIST: "a file stands where a directory belongs: choose another place",
+    errno.EISDIR: "a directory stands where a file belongs: choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOSPC: "make room, or choose another place",
+    errno.EDQUOT: "make room, or choose another place",
+    errno.ELOOP: "a link leads back to itself: remove it, or choose another place",
+}
+
+
+def place_fault(error: OSError) -> str:
+    """What is wrong with a file or directory, and what to do, in one line."""
+    if error.errno == errno.ENOENT and error.filename is None:
+        return "the current directory does not exist any more: change into another one"
+    if error.errno is None or error.strerror is None:  # of a library, with a text of its own
+        return one_line(error)
+    place = f"{shown(os.fspath(error.filename), 200)}: " if isinstance(error.filename, (str, os.PathLike)) else ""
+    remedy = _REMEDIES.get(error.errno)
+    return f"{place}{error.strerror}" + (f"; {remedy}" if remedy else "")
+
+
+def home_path(name: str | Path) -> Path:
+    """A path with a leading `~` replaced by the home directory.
+
+    Raises:
+        DataError: there is no such user, or this one has no home.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{shown(str(name))}: {one_line(error)} Write the path out") from error
 
 
 def one_line(error: BaseException | str) -> str:

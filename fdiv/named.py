@@ -27,22 +27,34 @@ __all__ = [
     "lookup",
     "nearest",
     "own_object",
+    "shown",
     "split_spec",
 ]
 
 Entry = TypeVar("Entry")
+_LONGEST_NAME, _MOST_NAMES = 200, 25  # in errors
 
 
 def nearest(word: object, known: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> list[str]:
     """The up to `count` names most like `word`, the nearest first; none below the similarity `cutoff` in [0, 1]."""
-    return difflib.get_close_matches(str(word), known, n=count, cutoff=cutoff)
+    return difflib.get_close_matches(str(word)[:_LONGEST_NAME], known, n=count, cutoff=cutoff)
 
 
 def hint(word: object, known: Iterable[str], otherwise: str = "there are") -> str:
-    """`did you mean 'npo'?`, or the known names after `otherwise` where none is near."""
+    """`did you mean 'npo'?`; where none is near the known names after `otherwise`, of many the five nearest."""
     known = list(known)
     near = nearest(word, known)
-    return f"did you mean {near[0]!r}?" if near else f"{otherwise}: {', '.join(sorted(known)) or 'none'}"
+    if near:
+        return f"did you mean {near[0]!r}?"
+    if len(known) > _MOST_NAMES:
+        return f"the nearest of {len(known)} are: {', '.join(nearest(word, known, count=5, cutoff=0))}"
+    return f"{otherwise}: {', '.join(sorted(known)) or 'none'}"
+
+
+def shown(value: object, most: int = 80) -> str:
+    """`repr` of a value for an error: at most `most` characters, the middle left out."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 23]} … {text[-20:]}"
 
 
 def load(path: str) -> Any:
@@ -69,7 +81,7 @@ def lookup(
     also = ", or module:attribute" if isinstance(table, Table) else ""
     said = hint(name, table)
     said = said if said.endswith("?") else said + also
-    raise error(f"{where}: unknown {what} {name!r}; {said}" if where else f"unknown {what} {name!r}; {said}")
+    raise error(f"{where}: unknown {what} {shown(name)}; {said}" if where else f"unknown {what} {shown(name)}; {said}")
 
 
 def is_path(name: object) -> bool:
@@ -189,7 +201,7 @@ def split_spec(spec: object, what: str, *, error: type[Exception] = ValueError) 
     if isinstance(spec, str):
         return spec, {}
     if not isinstance(spec, Mapping):
-        raise error(f"{what}: a name or a mapping with a `name` is due, got {spec!r}")
+        raise error(f"{what}: a name or a mapping with a `name` is due, got {shown(spec)}")
     keys = dict(spec)
     return keys.pop("name", None), keys
 

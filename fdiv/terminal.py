@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from fdiv import lazy
 
 __all__ = ["binary_size", "error", "info", "is_main_process", "number", "print_table"]
+
+_LONGEST = 1_000  # characters of an error: less than ten lines of a terminal
 
 
 def is_main_process() -> bool:
@@ -18,15 +21,19 @@ def is_main_process() -> bool:
 
 
 def info(message: str) -> None:
-    """A line of progress, on stderr."""
+    """A line of progress, on stderr; a terminal that is closed or full stops no run."""
     if is_main_process():
-        sys.stderr.write(f"{message}\n")
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.write(f"{message}\n")
+            sys.stderr.flush()
 
 
 def error(message: str) -> None:
-    """An error as exactly one line on stderr."""
-    info("fdiv: " + " ".join(message.split()))
+    """An error as exactly one line on stderr; of one that fills the screen the middle is left out."""
+    line = "".join(char if char.isprintable() else "�" for char in " ".join(message.split()))
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST - 300]} … {line[-297:]}"
+    info(f"fdiv: {line}")
 
 
 def number(value: Any) -> str:

@@ -4,17 +4,21 @@ answers at once, and each verb imports what it needs when it runs."""
 from __future__ import annotations
 
 import argparse
+import errno
 import inspect
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import fdiv
 from fdiv import terminal
 from fdiv.catalog import EVAL_COMMANDS
 from fdiv.errors import FdivError, RecipeError
+from fdiv.files import place_fault
 from fdiv.interrupts import stoppable
 from fdiv.models.dtypes import add_dtype
 
@@ -162,10 +166,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         with stoppable(lambda: _GO_ON.get(args.verb, "run the same command again")):
-            return _VERBS[args.verb](args, rest, words)
+            code = _VERBS[args.verb](args, rest, words)
+            sys.stdout.flush()  # here, where it can still be said that nothing more fits
+            return code
     except FdivError as error:
         return _fail(error, args, error.exit_code)
-    except FileNotFoundError as error:
+    except BrokenPipeError:  # the reader has seen enough: `fdiv recipes | head`
+        _abandon_stdout()
+        return 141
+    except OSError as error:
+        if error.filename is None and error.errno == errno.ENOSPC:
+            _abandon_stdout()
         return _fail(error, args, 1)
     except KeyboardInterrupt as interrupt:
         terminal.error(str(interrupt))
@@ -183,8 +194,14 @@ def _fail(error: Exception, args: argparse.Namespace, code: int) -> int:
     """One line for an error with a remedy; its traceback under --debug."""
     if vars(args).get("debug"):
         raise error
-    terminal.error(str(error))
+    terminal.error(place_fault(error) if isinstance(error, OSError) else str(error))
     return code
+
+
+def _abandon_stdout() -> None:
+    """Let what is left in the buffer of stdout go nowhere, so that Python's own flush at the end finds no fault."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:

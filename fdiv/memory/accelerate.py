@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fdiv.errors import RecipeError
 from fdiv.named import lookup
-
-if TYPE_CHECKING:
-    pass
+from fdiv.recipe.yaml_text import load_yaml
 
 __all__ = ["accelerate_config", "process_count", "read_accelerate_config"]
 
@@ -22,7 +21,7 @@ def accelerate_config(name: str) -> Path:
     Raises:
         RecipeError: neither; the message lists the packaged names.
     """
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return Path(name)
     folder = Path(str(resources.files("fdiv.recipes"))) / "accelerate"
     packaged = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
@@ -41,12 +40,9 @@ def read_accelerate_config(name: str) -> tuple[Path, dict[str, Any]]:
     config = accelerate_config(name)
     remedy = "give a file that `accelerate config` wrote, or the name of a packaged configuration"
     try:
-        content: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{config}, line {mark.line + 1}" if mark else str(config)
-        problem = getattr(error, "problem", None) or error
-        raise RecipeError(f"--accelerate {where}: not valid YAML: {problem}; {remedy}") from error
+        content: Any = load_yaml(config.read_text(encoding="utf-8"), str(config), yaml.SafeLoader)[1]
+    except RecipeError as error:
+        raise RecipeError(f"--accelerate {error}; {remedy}") from error
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
         raise RecipeError(f"--accelerate {config}: cannot be read: {error}; {remedy}") from error
     if not isinstance(content, dict):

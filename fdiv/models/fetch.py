@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fdiv.errors import DataError, FdivError
+from fdiv.files import home_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,7 +112,7 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
 def cache_folder() -> Path:
     """Where converted models stand: the folder that `FDIV_MODELS` names, else `~/.cache/fdiv/models`."""
     stated = os.environ.get(CACHE_VARIABLE)
-    return Path(stated).expanduser() if stated else Path.home() / ".cache" / "fdiv" / "models"
+    return home_path(stated or "~/.cache/fdiv/models")
 
 
 def find_model(name: str | None) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fdiv.catalog import EVALUATIONS, METHODS, TASKS, load
 from fdiv.errors import RecipeError
+from fdiv.named import shown
 from fdiv.recipe.document import place_of
 from fdiv.recipe.model import Block, Recipe, ReportKeys, RunKeys
 from fdiv.recipe.overrides import KeyPath
@@ -197,7 +198,7 @@ class _Checker:
         """`value` if it is a mapping."""
         value = value.read() if isinstance(value, CommandLineValue) else value
         if not isinstance(value, dict):
-            raise RecipeError(f"{self.where(path)}: `{'.'.join(path)}:` must be a mapping of keys, got {value!r}")
+            raise RecipeError(f"{self.where(path)}: `{'.'.join(path)}:` must be a mapping of keys, got {shown(value)}")
         return value
 
     def block(self, title: str, value: Any, path: KeyPath) -> Block:
@@ -225,7 +226,7 @@ class _Checker:
             if direction not in ("improved", "increased", "decreased"):
                 raise RecipeError(
                     f"{self.where((*path, 'require', metric))}: `{'.'.join(path)}.require.{metric}` must be improved, "
-                    f"increased or decreased, got {direction!r}"
+                    f"increased or decreased, got {shown(direction)}"
                 )
         return require
 
@@ -247,7 +248,7 @@ class _Checker:
         axes = {name: key for name, key in top_section(self.method).keys.items() if name not in BLOCKS}
         section = Section("sweep", {**STRUCTURE, **axes})
         for name in block.axes:
-            if name not in section.keys and name.split(".")[0] not in ("eval", "prepare", "divergence"):
+            if name not in section.keys and str(name).split(".")[0] not in ("eval", "prepare", "divergence"):
                 raise self.unknown(("sweep", str(name)), section)
         return values
 

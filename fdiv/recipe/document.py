@@ -1,7 +1,4 @@
-"""Reading a recipe file: the YAML 1.2 core types, line numbers, no duplicate keys, and the base that it `extends:`.
-
-PyYAML reads YAML 1.1, where `1e-4` is a string, `no` is False and `2024-01-01` is a date. A recipe means a number, the
-word and the word.
+"""Reading a recipe file: its values, line numbers, no duplicate keys, and the base that it `extends:`.
 
 `extends: NAME` takes every key of a base recipe that the file does not state itself. NAME is a file, relative to the
 folder of the one that names it, or a packaged recipe (`tofu/mini_base`). `merged_values` says how blocks merge.
@@ -9,7 +6,7 @@ folder of the one that names it, or a packaged recipe (`tofu/mini_base`). `merge
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -19,7 +16,8 @@ from typing import Any
 import yaml
 
 from fdiv.errors import RecipeError
-from fdiv.named import lookup
+from fdiv.named import lookup, shown
+from fdiv.recipe.yaml_text import load_yaml, parse_value
 
 __all__ = [
     "Document",
@@ -30,27 +28,11 @@ __all__ = [
     "parse_value",
     "place_of",
     "read_document",
+    "read_text",
 ]
 
 KeyPath = tuple[str, ...]
-
-
-class _CoreLoader(yaml.SafeLoader):
-    """SafeLoader with the implicit types of the YAML 1.2 core schema."""
-
-    yaml_implicit_resolvers: dict[str, list] = {}
-
-
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
-    ("float", r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*\.[0-9]*)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
-    ("float", r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
-    ("merge", r"<<", "<"),
-):
-    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+_MOST_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -143,9 +125,9 @@ def _at(values: Any, path: KeyPath) -> Any:
 def _base(name: Any, path: Path, where: str) -> Path:
     """The file that `extends:` names: relative to the recipe's folder, else a packaged one."""
     if not isinstance(name, str):
-        raise RecipeError(f"{where}: `extends` must be the name or file of one recipe, got {name!r}")
+        raise RecipeError(f"{where}: `extends` must be the name or file of one recipe, got {shown(name)}")
     for file in (path.parent / name, path.parent / f"{name}.yaml"):
-        if file.is_file() and file.resolve() != path.resolve():
+        if os.path.isfile(file) and file.resolve() != path.resolve():
             return file
     return lookup(packaged_files(), name.removesuffix(".yaml"), "base of `extends`", where)
 
@@ -159,13 +141,27 @@ def packaged_files() -> dict[str, Path]:
 
 def _read_file(path: Path) -> Document:
     """One file alone, `extends` among its values."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error}") from error
-    source = str(path)
+    source, text = str(path), read_text(path)
     _, values, lines = compose(text, source)
     return Document(source, values, {key: f"{source}, line {line}" for key, line in lines.items()})
+
+
+def read_text(path: Path) -> str:
+    """The text of a recipe file.
+
+    Raises:
+        RecipeError: it cannot be read, is not UTF-8, or is far longer than a recipe.
+    """
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise RecipeError(f"{path} has {path.stat().st_size} bytes: it is no recipe; data stands in other files")
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"cannot read the recipe {path}: not UTF-8 text ({error.reason}); save it as UTF-8"
+        ) from error
 
 
 def compose(text: str, source: str) -> tuple[yaml.MappingNode, dict[str, Any], dict[KeyPath, int]]:
@@ -174,22 +170,13 @@ def compose(text: str, source: str) -> tuple[yaml.MappingNode, dict[str, Any], d
     Raises:
         RecipeError: not YAML, more than one document, empty, not a mapping, a key twice.
     """
-    loader = _CoreLoader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            raise RecipeError(f"{source} is empty: a recipe is a mapping with at least `method:`")
-        if not isinstance(node, yaml.MappingNode):
-            raise RecipeError(f"{source} must be a mapping of keys to values at the top level")
-        lines: dict[KeyPath, int] = {}
-        _collect_lines(node, (), source, lines)
-        return node, loader.construct_document(node), lines
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source}, line {mark.line + 1}" if mark else source
-        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    finally:
-        loader.dispose()
+    lines: dict[KeyPath, int] = {}
+    node, values = load_yaml(text, source, look=lambda node: _collect_lines(node, (), source, lines))
+    if node is None:
+        raise RecipeError(f"{source} is empty: a recipe is a mapping with at least `method:`")
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{source} must be a mapping of keys to values at the top level")
+    return node, values, lines
 
 
 def _collect_lines(node: yaml.Node, path: KeyPath, source: str, lines: dict[KeyPath, int]) -> None:
@@ -212,22 +199,3 @@ def _collect_lines(node: yaml.Node, path: KeyPath, source: str, lines: dict[KeyP
         if key_node.tag != "tag:yaml.org,2002:merge":
             lines[here] = line
         _collect_lines(value_node, here, source, lines)
-
-
-def parse_value(text: str) -> Any:
-    """One value given as text, as on the command line: `1e-4`, `true`, `[1, 2]`, `{name: alpha, alpha: 0.3}`, a word.
-
-    Text that is not YAML (such as a prompt with a colon) is itself.
-    """
-    loader = _CoreLoader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return text
-        if isinstance(node, yaml.MappingNode) and not node.flow_style:
-            return text  # `a: b` on a command line is a sentence; a mapping is written with braces
-        return loader.construct_document(node)
-    except yaml.YAMLError:
-        return text
-    finally:
-        loader.dispose()

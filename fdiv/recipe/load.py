@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fdiv.catalog import METHODS
 from fdiv.errors import RecipeError
-from fdiv.named import lookup
+from fdiv.named import lookup, shown
 from fdiv.recipe.document import Document, packaged_files, place_of, read_document
 from fdiv.recipe.model import Recipe
 from fdiv.recipe.overrides import KeyPath, parse_overrides, set_value
@@ -38,11 +39,13 @@ def find_recipe(name: str) -> Path:
     Raises:
         RecipeError: it is neither; the message names the nearest packaged recipe.
     """
-    path = Path(name)
-    if path.is_file():
-        return path
+    if os.path.isfile(name):
+        return Path(name)
+    if os.path.exists(name) and name not in packaged_files():
+        kind = "a directory" if os.path.isdir(name) else "no regular file"
+        raise RecipeError(f"the recipe {shown(name)} is {kind}; give a YAML file, or the name of a packaged recipe")
     plain = name.removeprefix("recipes/").removesuffix(".yaml")
-    origin = f"no recipe file {name!r} and no packaged recipe of that name"
+    origin = f"no recipe file {shown(name)} and no packaged recipe of that name"
     try:
         return lookup(packaged_files(), plain, "recipe", origin)
     except RecipeError as error:
@@ -109,7 +112,7 @@ def read_sweep(source: str | Path, overrides: Sequence[str] = ()) -> tuple[str, 
     values, origins = _layers(document, overrides, {})
     block = read_words(values.get("sweep"))
     if block is not None and not isinstance(block, dict):
-        raise RecipeError(f"{document.where(('sweep',))}: `sweep:` must be a mapping of keys, got {block!r}")
+        raise RecipeError(f"{document.where(('sweep',))}: `sweep:` must be a mapping of keys, got {shown(block)}")
     return recipe_name(path), values, parse_sweep(block or {}, lambda key: place_of(key, origins, document.source))
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from fdiv.errors import RecipeError
-from fdiv.named import nearest
-from fdiv.recipe.document import parse_value
+from fdiv.named import hint, nearest, shown
+from fdiv.recipe.yaml_text import parse_value
 
 __all__ = [
     "CommandLineValue",
@@ -133,7 +133,7 @@ def type_name(hint: Any) -> str:
         return names[hint]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(type_name(argument) for argument in arguments))
+        return " or ".join(dict.fromkeys(type_name(option) for option in _options(hint)))
     if origin is Literal:
         return " or ".join(str(argument) for argument in arguments)
     if hint is list or origin in (list, tuple):
@@ -155,23 +155,26 @@ def coerce(value: Any, key: Key, where: str) -> Any:
     Raises:
         RecipeError: it is not, and cannot be read as, that type; or it is none of the key's choices.
     """
-    shown = value
+    said = value
     if isinstance(value, CommandLineValue):
-        shown = " ".join(value.words) if value.words else "nothing"
+        said = " ".join(value.words) if value.words else "nothing"
         value = _read_command_line(value, key, where)
     matched, result = _convert(value, key.type)
     if not matched:
-        raise RecipeError(f"{where}: {key.name!r} must be {type_name(key.type)}, got {_shown(shown)}")
+        members = _members(key.type)
+        due = f"one of {len(members)} names; {hint(value, members)}" if members else type_name(key.type)
+        raise RecipeError(f"{where}: {key.name!r} must be {due}, got {shown(said)}")
     if key.choices and result is not None and result not in key.choices:
         allowed = ", ".join(map(str, key.choices))
         why = f". {key.why}" if key.why else ""
-        raise RecipeError(f"{where}: {key.name!r} must be one of {allowed}, got {_shown(shown)}{why}")
+        raise RecipeError(f"{where}: {key.name!r} must be one of {allowed}, got {shown(said)}{why}")
     return result
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _members(hint: Any) -> list[str]:
+    """The values of an enum, alone or in a union; empty for another type."""
+    kinds = [kind for kind in _options(hint) if isinstance(kind, type) and issubclass(kind, enum.Enum)]
+    return [str(member.value) for kind in kinds for member in kind]
 
 
 def _read_command_line(value: CommandLineValue, key: Key, where: str) -> Any:
@@ -186,7 +189,7 @@ def _read_command_line(value: CommandLineValue, key: Key, where: str) -> Any:
     wants_list = any(option is list or typing.get_origin(option) in (list, tuple) for option in options)
     if len(value.words) > 1 and not wants_list:
         raise RecipeError(
-            f"{where}: --{key.name} takes one value, got {' '.join(value.words)!r}; quote a value that has spaces"
+            f"{where}: --{key.name} takes one value, got {shown(' '.join(value.words))}; quote a value that has spaces"
         )
     if wants_list and len(value.words) > 1:
         return [parse_value(word) for word in value.words]
@@ -202,8 +205,10 @@ def _is_structured(option: Any) -> bool:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    """The members of a union, or the type itself. Text beside an enum is the text of one of its members."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    has_enum = any(isinstance(option, type) and issubclass(option, enum.Enum) for option in options)
+    return tuple(option for option in options if option is not str) if has_enum else options
 
 
 def _convert(value: Any, hint: Any) -> tuple[bool, Any]:
@@ -243,7 +248,7 @@ def _convert_to(value: Any, hint: Any) -> tuple[bool, Any]:
         values = {member.value: member for member in hint}
         if isinstance(value, hint):
             return True, value.value
-        return value in values, value  # TRL's configs want the value and make the member themselves
+        return isinstance(value, str) and value in values, value  # TRL's configs make the member themselves
     if isinstance(hint, type) and issubclass(hint, Path):
         return isinstance(value, (str, Path)), Path(value) if isinstance(value, str) else value
     return True, value  # a class of its own (ParallelismConfig …): its constructor decides
@@ -259,11 +264,11 @@ def _to_bool(value: Any) -> tuple[bool, Any]:
 def _to_number(value: Any, kind: type) -> tuple[bool, Any]:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return False, value
-    if isinstance(value, int):
-        return True, kind(value)
+    if kind is int and isinstance(value, int):
+        return True, value
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return False, value
     if kind is float:
         return True, number

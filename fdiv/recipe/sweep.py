@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from fdiv.errors import RecipeError
-from fdiv.named import nearest
+from fdiv.named import nearest, shown
 from fdiv.recipe.overrides import KeyPath
 from fdiv.recipe.schema import Key, coerce, nearest_key, section_of
 
@@ -167,7 +167,7 @@ def parse_sweep(values: Mapping[str, Any], where: Where) -> SweepBlock:
                 raise RecipeError(
                     f"{where(('sweep', name))}: unknown key {name!r} in `sweep`; did you mean {near[0]!r}?"
                 )
-            raise RecipeError(f"{where(('sweep', name))}: `sweep.{name}` must be a list of values, got {entry!r}")
+            raise RecipeError(f"{where(('sweep', name))}: `sweep.{name}` must be a list of values, got {shown(entry)}")
     arms = _arms(values.get("method"), where)
     screen = values.get("screen")
     block = SweepBlock(
@@ -191,7 +191,8 @@ def _arms(value: Any, where: Where) -> tuple[Arm, ...]:
         return tuple(Arm(name, {"method": name}) for name in value)
     if value is not None and not (isinstance(value, dict) and value):
         raise RecipeError(
-            f"{where(('sweep', 'method'))}: `sweep.method` must be a list of methods, or label → keys, got {value!r}"
+            f"{where(('sweep', 'method'))}: `sweep.method` must be a list of methods, or label → keys, "
+            f"got {shown(value)}"
         )
     return _labelled(value, ("sweep", "method"), where)
 
@@ -205,10 +206,12 @@ def _labelled(value: Any, path: KeyPath, where: Where) -> tuple[Arm, ...]:
         extends, seeds = keys.pop("extends", None), keys.pop("seed", None)
         if extends is not None and not isinstance(extends, str):
             raise RecipeError(
-                f"{where((*here, 'extends'))}: `extends` must be the name of one recipe, got {extends!r}"
+                f"{where((*here, 'extends'))}: `extends` must be the name of one recipe, got {shown(extends)}"
             )
         if seeds is not None and not (isinstance(seeds, list) and seeds and all(isinstance(s, int) for s in seeds)):
-            raise RecipeError(f"{where((*here, 'seed'))}: `seed` of one row must be a list of seeds, got {seeds!r}")
+            raise RecipeError(
+                f"{where((*here, 'seed'))}: `seed` of one row must be a list of seeds, got {shown(seeds)}"
+            )
         flat = _dotted(keys)
         places = {key: where((*here, *key.split("."))) for key in flat}
         arms.append(Arm(str(label), flat, extends, None if seeds is None else tuple(seeds), places))
@@ -237,7 +240,7 @@ def _table(value: Any, where: Where) -> dict[str, Column]:
         if column.format is not None and not re.fullmatch(r"each|\.\d+[efg]", column.format):
             raise RecipeError(
                 f"{where((*path, metric, 'format'))}: `format` must be like .3f, .1e or .3g, or `each`, "
-                f"got {column.format!r}"
+                f"got {shown(column.format)}"
             )
         columns[str(metric)] = column
     return columns
@@ -248,7 +251,7 @@ def _plots(value: Any, where: Where) -> dict[str, tuple[Panel, ...]]:
     plots = {}
     for file, entry in _mapping(value or {}, path, where).items():
         if not re.fullmatch(r"[\w.-]+\.(png|svg|pdf)", str(file)):
-            raise RecipeError(f"{where((*path, file))}: a plot is a file name such as curve.png, got {file!r}")
+            raise RecipeError(f"{where((*path, file))}: a plot is a file name such as curve.png, got {shown(file)}")
         panels = entry if isinstance(entry, list) else [entry]
         plots[file] = tuple(_build(Panel, panel, (*path, file), where) for panel in panels)
         for panel in plots[file]:
@@ -276,7 +279,9 @@ def _minutes(value: Any, where: Where) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-        raise RecipeError(f"{where(('sweep', 'minutes'))}: `sweep.minutes` must be a number from 0, got {value!r}")
+        raise RecipeError(
+            f"{where(('sweep', 'minutes'))}: `sweep.minutes` must be a number from 0, got {shown(value)}"
+        )
     return float(value)
 
 
@@ -300,7 +305,7 @@ def _check_screen(block: SweepBlock, where: Where) -> None:
 
 def _mapping(value: Any, path: KeyPath, where: Where) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise RecipeError(f"{where(path)}: `{'.'.join(path)}` must be a mapping, got {value!r}")
+        raise RecipeError(f"{where(path)}: `{'.'.join(path)}` must be a mapping, got {shown(value)}")
     return value
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from fdiv.errors import RecipeError
-from fdiv.recipe.document import compose, is_replaced, merged_values, read_document
+from fdiv.recipe.document import compose, is_replaced, merged_values, read_document, read_text
 
 __all__ = ["whole_text"]
 
@@ -24,7 +24,7 @@ def whole_text(path: Path) -> str:
     """
     document = read_document(path)
     if document.base is None:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     overlay_head, overlay = _read(path)
     base_head, base = _read(document.base)
     head = [*overlay_head, "#", *base_head, ""] if base_head else [*overlay_head, ""]
@@ -73,7 +73,7 @@ class _Part(NamedTuple):
 
 def _read(path: Path) -> tuple[list[str], _Mapping]:
     """The comment at the top of a file, and its mapping."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     node, values, _ = compose(text, str(path))
     lines = [line.rstrip() for line in text.splitlines()]
     first = 0

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from fdiv.errors import FdivError, RecipeError
 from fdiv.files import read_json
+from fdiv.named import shown
 from fdiv.recipe.load import load_cell, read_sweep
 from fdiv.recipe.model import Recipe
 from fdiv.recipe.schema import CommandLineValue
@@ -281,7 +282,7 @@ def plan_sweep(
     by = block.screen.by if block.screen else None
     labels = dict.fromkeys(label for row in rows for label in (row.arm.label or row.label, row.label))
     if by is not None and by not in labels:
-        raise RecipeError(f"{source}: `sweep.screen.by` must be a row ({', '.join(labels)}), got {by!r}")
+        raise RecipeError(f"{source}: `sweep.screen.by` must be a row ({', '.join(labels)}), got {shown(by)}")
     plan = SweepPlan(source, name, root, tuple(overrides), block, rows, report)
     plan.check()
     return plan

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError, RecipeError
-from fdiv.files import DATA_FORMATS, one_line, read_json_lines
+from fdiv.files import DATA_FORMATS, home_path, one_line, read_json_lines
 from fdiv.models.dtypes import dtype_name
 from fdiv.models.fetch import find_model
 from fdiv.named import nearest
@@ -70,7 +69,7 @@ def named_dataset(name: str, config: str | None = None, streaming: bool = False)
     """
     import datasets
 
-    path = Path(name).expanduser()
+    path = home_path(name)
     options = {"name": config, "streaming": streaming}
     if path.is_file():
         if path.suffix not in DATA_FORMATS:
@@ -101,7 +100,7 @@ def _loaded(load: Any, name: str, quiet: bool = False) -> Any:
     ) as error:  # datasets 5.2: load_from_disk without rows, a json file without lines
         raise DataError(f"the dataset {name!r} is empty or damaged: no table could be read from it") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        path = Path(name).expanduser()
+        path = home_path(name)
         if path.is_file():
             if DATA_FORMATS.get(path.suffix) == "json":
                 read_json_lines(path)  # names the line that is no JSON
@@ -162,7 +161,7 @@ def load_tokenizer(plan: RunPlan) -> PreTrainedTokenizerBase:
 
 
 def _is_missing_path(name: str) -> bool:
-    path = Path(name).expanduser()
+    path = home_path(name)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     return looks_local and not path.exists()
 

@@ -16,15 +16,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fdiv.errors import FdivError, TerminatedError
 from fdiv.files import one_line, plain, read_json, write_json, write_text
 from fdiv.lock import output_lock
 from fdiv.provenance import git_revision, package_versions
+from fdiv.recipe.document import read_document
 from fdiv.recipe.dump import resolved_yaml
 from fdiv.recipe.load import find_recipe, read_sweep
 from fdiv.recipe.sweep import SweepBlock
+from fdiv.recipe.yaml_text import load_yaml
 from fdiv.report.metrics import meanings
 from fdiv.report.table import aggregate, cell_label, markdown, method_of, rows_table, table
 from fdiv.run.cells import Cell, SweepPlan, plan_sweep
@@ -126,8 +126,8 @@ def _check_unchanged(plan: SweepPlan, cell: Cell) -> None:
     if not _finished(plan, cell):
         return
     folder = plan.root / cell.name
-    before = yaml.safe_load((folder / "recipe_resolved.yaml").read_text(encoding="utf-8"))
-    now = yaml.safe_load(resolved_yaml(plan.plan(cell).recipe))
+    before = read_document(folder / "recipe_resolved.yaml").values
+    now = load_yaml(resolved_yaml(plan.plan(cell).recipe), cell.name)[1]
     changed = [key for key in before if key in now and key not in _IGNORED and before[key] != now[key]]
     if changed:
         key = changed[0]

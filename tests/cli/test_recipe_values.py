@@ -67,7 +67,7 @@ def test_command_line_values(write_recipe, words, key, value):
         ("lora_target_modules: {a: 1}\n", "'lora_target_modules' must be a list of text or null, got {'a': 1}"),
         ("dtype: float33\n", "'dtype' must be one of auto, bfloat16, float16, float32, got 'float33'"),
         ("dataset_config: 3\n", "'dataset_config' must be text or null, got 3"),
-        ("lr_scheduler_type: cosin\n", "cosin is not a valid SchedulerType"),
+        ("lr_scheduler_type: cosin\n", "names; did you mean 'cosine'?, got 'cosin'"),
         ("beta: -1\n", "beta=-1.0: must be above 0"),
         ("eval: {name: preferences, batch_size: 0}\n", "batch_size=0: must be at least 1"),
     ],

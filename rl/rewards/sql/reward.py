@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from fdiv.errors import DataError
+from fdiv.files import home_path
 from fdiv.rl.rewards.pool import WorkerPool
 from fdiv.rl.rewards.pooled_reward import PooledReward, reasoning_open
 
@@ -95,7 +96,7 @@ class SQLReward(PooledReward):
         for key, value in (("time_limit", time_limit), ("max_rows", max_rows)):
             if value <= 0:
                 raise ValueError(f"sql reward: {key}={value} must be positive")
-        self.database = Path(database).expanduser()
+        self.database = home_path(database)
         if not self.database.exists():
             raise DataError(f"sql reward: database {self.database}: no such file or folder")
         settings = {
