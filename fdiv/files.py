@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import dataclasses
 import enum
 import errno
@@ -28,6 +29,7 @@ __all__ = [
     "one_line",
     "place_fault",
     "plain",
+    "read_csv_rows",
     "read_json",
     "read_json_lines",
     "write_json",
@@ -104,6 +106,27 @@ def read_json_lines(path: Path) -> list[Any]:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not JSON ({error})") from None
+
+
+def read_csv_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file whose first line names the columns, every value as the text that stands there.
+
+    Raises:
+        DataError: not UTF-8 text, no line of names, a row with another number of values than names.
+        FileNotFoundError: no such file.
+    """
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            names, *lines = [line for line in reader if line] or [[]]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is not CSV in UTF-8: {error}") from None
+    if not names or len(set(names)) < len(names) or not all(names):
+        raise DataError(f"{path}: the first line has to name the columns, each by a name of its own; it is {names}")
+    for number, line in enumerate(lines):
+        if len(line) != len(names):
+            raise DataError(f"{path}, row {number} has {len(line)} values for {len(names)} columns: {str(line)[:80]}")
+    return [dict(zip(names, line, strict=True)) for line in lines]
 
 
 def folded(text: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fdiv.catalog import EVALUATIONS
+from fdiv.errors import DataError
 from fdiv.named import split_spec
 
 __all__ = ["MUSE_TERMS", "TOFU_TERMS", "build_evaluation", "evaluate_epoch", "selection_score"]
@@ -61,7 +62,7 @@ def evaluate_epoch(trainer: Any, evaluation: Any) -> dict[str, float]:
     Metrics that are not defined are left out; so is `eval_selection` where one of the two it needs is.
 
     Raises:
-        ValueError: `metric_for_best_model: selection` needs a metric that the evaluation does not give.
+        DataError: (a ValueError) `metric_for_best_model: selection` needs a metric that the evaluation does not give.
     """
     from fdiv.evaluation import EvalContext
 
@@ -73,6 +74,7 @@ def evaluate_epoch(trainer: Any, evaluation: Any) -> dict[str, float]:
     model.eval()
     values = evaluation.evaluate(model, trainer.processing_class, {}, context)
     model.train(training)
+    notes = values.get("notes", {})
     metrics = {f"eval_{name}": float(value) for name, value in values.items() if isinstance(value, (int, float))}
     needed = MUSE_TERMS if "memory_gap" in values else TOFU_TERMS
     if all(f"eval_{name}" in metrics for name in needed):
@@ -82,9 +84,13 @@ def evaluate_epoch(trainer: Any, evaluation: Any) -> dict[str, float]:
         metrics["eval_selection"] = selection_score(forgotten, useful, start, args.utility_floor)
     elif args.metric_for_best_model in ("selection", "eval_selection"):
         missing = [name for name in needed if f"eval_{name}" not in metrics]
-        raise ValueError(
-            f"metric_for_best_model=selection needs {' and '.join(missing)}, which epoch_evaluation does not give: "
-            "set its retain_logs (made with the same max_items) and leave generate on"
+        reasons = [f"{name}: {notes[name]}" for name in missing if name in notes]
+        raise DataError(
+            f"metric_for_best_model=selection needs {' and '.join(missing)}, which epoch_evaluation does not give"
+            f"{' (' + '; '.join(reasons) + ')' if reasons else ''}: set its "
+            "retain_logs (made with the same max_items) and leave generate on; for rows "
+            "without paraphrases choose another of its metrics, for example eval_retrained_distance with "
+            "greater_is_better: false"
         )
     return metrics
 

@@ -70,7 +70,7 @@ class ModelEvaluation(ABC):
     """
 
     benchmark: ClassVar[str]
-    retain_metric: ClassVar[str]
+    retain_metric: str
     """The metric whose rows a retain log must share."""
     fluency: ClassVar[tuple[str, str, int]]
     """Metric with the generations, name of the classifier's metric, tokens of a generation it reads."""

@@ -38,7 +38,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, config: type[Evaluatio
     compare.add_argument("--retain_model", help="a retain model to score instead")
     compare.add_argument("--reference_model", help="model of the Reference attack (the retain model)")
     how = parser.add_argument_group("how")
-    how.add_argument("--data", help="hub dataset or local folder")
+    how.add_argument("--data", help="hub dataset or local folder; for tofu also a file of forget rows")
     how.add_argument(
         "--preset", metavar="NAME", help=f"metric definitions: {', '.join(config.presets)}, or module:attribute"
     )

@@ -54,14 +54,17 @@ class MuseEvalConfig(EvaluationSettings):
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, datasets: Any, context: EvalContext
-    ) -> dict[str, float | None]:
-        """Evaluate a model in memory (the recipe's `eval:` step); also writes `muse_STAGE/MUSE_EVAL.json`."""
+    ) -> dict[str, Any]:
+        """Evaluate a model in memory (the recipe's `eval:` step); also writes `muse_STAGE/MUSE_EVAL.json`.
+
+        Returns the values by name, None where one is not defined, and under `notes` the reasons.
+        """
         run = MuseEvaluation(self, tokenizer)
         run.retain_log()
         result = run.aggregate(run.run(model, reference_model=run.load_reference() or context.reference_model))
         if process_state().is_main_process:
             write_eval_log(Path(context.output_dir) / f"muse_{context.stage}" / "MUSE_EVAL.json", result.log)
-        return dict(result.values)
+        return {**result.values, "notes": dict(result.notes)}
 
 
 @dataclass

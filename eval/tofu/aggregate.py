@@ -116,10 +116,10 @@ def _put_utility(result: Aggregates) -> None:
 
 def _put_forget_quality(result: Aggregates, ratios: np.ndarray | None, retain: Aggregates | None) -> None:
     names = ("forget_quality", "forget_quality_ks_statistic")
-    if retain is None:
-        reason = "no retain log was given (--retain_logs or --retain_model)"
-    elif ratios is None:
+    if ratios is None:
         reason = result.notes["forget_truth_ratio"]
+    elif retain is None:
+        reason = "no retain log was given (--retain_logs or --retain_model)"
     elif len(ratios) < 2:
         reason = "one forget row: a Kolmogorov-Smirnov test needs at least two"
     else:
@@ -164,7 +164,8 @@ def aggregate_tofu(log: EvalLog, preset: Preset, retain: EvalLog | None = None) 
         ValueError: the retain log is of another split or preset, or a per-item value is NaN or missing from its row.
     """
     if retain is not None:
-        check_retain_log(log, retain, "forget_Q_A_PARA_Prob")
+        paraphrased = "forget_Q_A_PARA_Prob"
+        check_retain_log(log, retain, paraphrased if paraphrased in log.metrics else "forget_Q_A_Prob")
         if log.stamp.get("max_items") is not None:
             retain = retain.restricted_to(log)
     result = Aggregates(preset, fresh(log))
@@ -186,6 +187,8 @@ def aggregate_tofu(log: EvalLog, preset: Preset, retain: EvalLog | None = None) 
         everything, column = result.log.items(name, max_rows=limit), result.log.column(name, "score", max_rows=limit)
         result.mean(name, column, len(everything) - len(column))
     result.attacks(limit)
+    for name in ("min_k", "min_k_plus_plus"):
+        result.mean(f"forget_{name}", result.log.column(f"mia_{name}", "score", "forget", limit))
     result.fluency("forget_ngram_entropy", "forget_Q_A_ROUGE")
     result.classifier("forget_Q_A_gibberish")
     reference = aggregate_tofu(retain, preset) if retain is not None else None

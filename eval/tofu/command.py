@@ -14,8 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fdiv.eval.benchmark.options import add_shared_arguments
     from fdiv.eval.tofu.evaluation import TofuEvalConfig
 
-    parser.add_argument("--split", help="forget01, forget05, forget10, or a NAME with a NAME_perturbed set (forget10)")
-    parser.add_argument("--holdout", help="holdout set of the membership attacks (the split's own)")
+    parser.add_argument(
+        "--split", help="forget01, forget05, forget10, or a set NAME_perturbed or NAME of your own (forget10)"
+    )
+    parser.add_argument("--holdout", help="holdout set, or file, of the membership attacks (the split's own)")
+    parser.add_argument("--retain_data", help="retain set, or file (retain_perturbed, else retain)")
     add_shared_arguments(parser, TofuEvalConfig)
 
 

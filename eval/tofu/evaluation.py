@@ -31,9 +31,12 @@ class TofuEvalConfig(EvaluationSettings):
     """Settings of a TOFU evaluation; as `eval: {name: tofu, …}` of a recipe it runs before and after training.
 
     Args:
-        split: forget split, `forget01`, `forget05`, `forget10`, or any NAME with a `NAME_perturbed` set.
-        holdout: holdout set for the membership attacks; by default the split's own.
-        data: hub dataset (default `locuslab/TOFU`) or local folder, see `fdiv.eval.tofu.data`.
+        split: forget split, `forget01`, `forget05`, `forget10`, or any NAME with a set `NAME_perturbed` or `NAME`; a
+            file of rows is a split of its own.
+        holdout: holdout set or file for the membership attacks; by default the split's own.
+        retain_data: retain set or file; by default `retain_perturbed`, else `retain`.
+        data: hub dataset (default `locuslab/TOFU`), local folder, or a file of forget rows; see
+            `fdiv.eval.tofu.data`.
 
     The other settings are those of `EvaluationSettings`.
     """
@@ -47,11 +50,14 @@ class TofuEvalConfig(EvaluationSettings):
     data: str | None = HUB_DATASET
     split: str = "forget10"
     holdout: str | None = None
+    retain_data: str | None = None
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, datasets: Any, context: EvalContext
-    ) -> dict[str, float | None]:
+    ) -> dict[str, Any]:
         """Evaluate a model in memory (the recipe's `eval:` step); also writes `tofu_STAGE/TOFU_EVAL.json`.
+
+        Returns the values by name, None where one is not defined, and under `notes` the reasons.
 
         `datasets` is not used: TOFU's rows come from `data`. A reference model in the context serves the Reference
         attack when no `reference_model` is named.
@@ -61,14 +67,13 @@ class TofuEvalConfig(EvaluationSettings):
         result = run.aggregate(run.run(model, reference_model=run.load_reference() or context.reference_model))
         if process_state().is_main_process:
             write_eval_log(Path(context.output_dir) / f"tofu_{context.stage}" / "TOFU_EVAL.json", result.log)
-        return dict(result.values)
+        return {**result.values, "notes": dict(result.notes)}
 
 
 class TofuEvaluation(ModelEvaluation):
     """A TOFU evaluation; see `ModelEvaluation`."""
 
     benchmark = "tofu"
-    retain_metric = "forget_Q_A_PARA_Prob"
     fluency = ("forget_Q_A_ROUGE", "forget_Q_A_gibberish", 32)
     config: TofuEvalConfig
     plan: TofuPlan
@@ -76,13 +81,14 @@ class TofuEvaluation(ModelEvaluation):
 
     def _prepare(self) -> None:
         config = self.config
-        self.rows = load_tofu_rows(config.split, config.data, config.holdout)
+        self.rows = load_tofu_rows(config.split, config.data, config.holdout, config.retain_data)
         self.missing = self.rows.missing
         self.plan = plan_tofu(self.rows, self.tokenizer, config.prompt(), self.preset, config.max_items)
+        self.retain_metric = self.plan.forget_metric
 
     def row_stamp(self) -> dict[str, Any]:
         """Split and fingerprint of the forget rows."""
-        return {"split": self.config.split, "forget_rows": self.rows.forget_digest()}
+        return {"split": self.rows.split, "forget_rows": self.rows.forget_digest()}
 
     def build_metrics(
         self, records: Records, generations: Records | None, reference: Records | None, gradnorms: Records | None

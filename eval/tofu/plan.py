@@ -12,6 +12,7 @@ from fdiv.eval.benchmark.log import EvalLog
 from fdiv.eval.benchmark.presets import Preset
 from fdiv.eval.metrics.text_overlap import rouge_scores
 from fdiv.eval.tofu.data import TofuRows
+from fdiv.eval.tofu.rows import Row, encode_row
 from fdiv.inference.greedy import GenerationRequest
 from fdiv.inference.prompting import PromptFormat
 from fdiv.inference.scoring import ScoringRequest
@@ -55,11 +56,18 @@ class TofuPlan:
         """Key of the scored true answer to a generation's question."""
         return key.replace("_Q_A_ROUGE/", "_Q_A_Prob/")
 
+    @property
+    def forget_metric(self) -> str:
+        """The metric whose rows a retain log must share: of the paraphrases where there are any, else the answers."""
+        paraphrased = any("paraphrased_answer" in row for row in self.rows.forget)
+        return "forget_Q_A_PARA_Prob" if paraphrased else "forget_Q_A_Prob"
+
     def empty_log(self) -> EvalLog:
         """A log of the forget rows without values, to check a retain log before any model is loaded."""
-        indices = [request.key.split("/")[1] for request in self.scoring if request.key.startswith("forget_Q_A_PARA")]
+        prefix = f"{self.forget_metric}/"
+        indices = [request.key.split("/")[1] for request in self.scoring if request.key.startswith(prefix)]
         truths = {i: {"ground_truth": self.rows.forget[int(i)]["answer"]} for i in indices}
-        metrics = {"forget_Q_A_PARA_Prob": {"value_by_index": {i: {} for i in indices}}}
+        metrics = {self.forget_metric: {"value_by_index": {i: {} for i in indices}}}
         metrics["forget_Q_A_ROUGE"] = {"value_by_index": truths}
         return EvalLog(metrics, "tofu", self.preset.name, "this evaluation")
 
@@ -78,8 +86,8 @@ def plan_tofu(
     """
     plan = TofuPlan(preset, rows)
 
-    def score(key: str, question: str, answer: str, token_level: bool = False) -> tuple[int, ...]:
-        text = prompt.encode(tokenizer, question, answer)
+    def score(key: str, row: Row, answer: str, token_level: bool = False) -> tuple[int, ...]:
+        text = encode_row(row, answer, prompt, tokenizer)
         group = "attacked" if token_level else key.split("_")[0]
         # The true answers' argmax hits tell how the greedy answers begin.
         plan.scoring.append(ScoringRequest(key, text, token_level, group, hits="_Q_A_Prob" in key))
@@ -92,20 +100,19 @@ def plan_tofu(
         limit = preset.max_rows if name in ("forget", "retain") else None
         for i in selected_rows(len(row_set), limit, max_items):
             row = row_set[i]
-            question = row["question"]
             # The greedy answer goes on from where the labels of the true one begin.
-            prompt_ids = score(f"{name}_Q_A_Prob/{i}", question, row["answer"], token_level=name == "forget")
-            if name in ("forget", "retain"):
-                score(f"{name}_Q_A_PARA_Prob/{i}", question, row["paraphrased_answer"])
-            for k, wrong in enumerate(row["perturbed_answer"]):
-                score(f"{name}_Q_A_PERT_Prob/{i}/{k}", question, wrong)
+            prompt_ids = score(f"{name}_Q_A_Prob/{i}", row, row["answer"], token_level=name == "forget")
+            if name in ("forget", "retain") and "paraphrased_answer" in row:
+                score(f"{name}_Q_A_PARA_Prob/{i}", row, row["paraphrased_answer"])
+            for k, wrong in enumerate(row.get("perturbed_answer", ())):
+                score(f"{name}_Q_A_PERT_Prob/{i}/{k}", row, wrong)
             key = f"{name}_Q_A_ROUGE/{i}"
             bound = preset.answer_tokens - (len(prompt_ids) if preset.answer_bound == "total" else 0)
             expected = len(tokenizer(row["answer"], add_special_tokens=False)["input_ids"])
             plan.generation.append(GenerationRequest(key, prompt_ids, max(0, bound), expected))
-            plan.questions[key], plan.truths[key] = question, row["answer"].strip()
+            plan.questions[key], plan.truths[key] = row["question"], row["answer"].strip()
     for i in selected_rows(len(rows.holdout), preset.max_rows, max_items):
-        score(f"holdout/{i}", rows.holdout[i]["question"], rows.holdout[i]["answer"], token_level=True)
+        score(f"holdout/{i}", rows.holdout[i], rows.holdout[i]["answer"], token_level=True)
     return plan
 
 
@@ -147,11 +154,10 @@ def build_metrics(
     for name, node in scored.items():
         if name != "holdout":
             metrics[name] = {"value_by_index": {str(i): probability_row(node[i]) for i in sorted(node)}}
-    sides = {"forget": scored.get("forget_Q_A_Prob", {}), "holdout": scored.get("holdout", {})}
-    if sides["forget"]:
+    keys = {"forget": "forget_Q_A_Prob", "holdout": "holdout"}
+    sides = {side: scored[key] for side, key in keys.items() if scored.get(key)}
+    if "forget" in sides:
         metrics |= memorization_rows(sides["forget"], plan.preset)
-    if sides["forget"] and sides["holdout"]:
-        keys = {"forget": "forget_Q_A_Prob", "holdout": "holdout"}
         texts = {side: {i: plan.answer_texts[f"{keys[side]}/{i}"] for i in sides[side]} for side in sides}
         other = None
         if reference is not None:

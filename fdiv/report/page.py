@@ -113,9 +113,9 @@ class _Page:
             body += f"<tr>{cell('td', first)}{''.join(f'<td>{html.escape(text)}</td>' for text in others)}</tr>\n"
         self.add(f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>")
 
-    def notes(self, notes: Mapping[str, str]) -> None:
-        """Why a value is missing."""
-        for name, reason in notes.items():
+    def notes(self, notes: Iterable[tuple[str, str]]) -> None:
+        """Why values are missing: (metric, reason)."""
+        for name, reason in notes:
             self.add(f'<p class="note">{html.escape(name)}: {html.escape(reason)}</p>')
 
     def details(self, summary: str, text: str) -> None:
@@ -148,8 +148,8 @@ class _Page:
             if cell["status"] != "finished":
                 reason = html.escape(cell.get("error", cell["status"]))
                 self.add(f'<p class="failed">{html.escape(cell["name"])}: {reason}</p>')
-        for cell in results["cells"]:
-            self.notes(cell.get("values", {}).get("notes", {}))
+        notes = [pair for cell in results["cells"] for pair in cell.get("values", {}).get("notes", {}).items()]
+        self.notes(dict.fromkeys(notes))
         figure = frontier(results)
         if figure is not None:
             self.add("<h2>Frontier</h2>")
@@ -190,7 +190,7 @@ class _Page:
             rows.append((marked(name, method), number(before), number(after), change))
         if rows:
             self.table(("metric", "before", "after", "change"), rows, _hovers(names, method))
-        self.notes(result.get("notes", {}))
+        self.notes(result.get("notes", {}).items())
         for line in result.get("unmet_requirements", ()):
             self.add(f'<p class="failed">required, but {html.escape(line)}</p>')
 

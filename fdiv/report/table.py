@@ -211,6 +211,9 @@ def run_table(result: Mapping[str, Any], output_dir: Any) -> None:
         rows = [(marked(name, method), "–", number(value), "–") for name, value in trained.items()]
         names = list(trained)
     title = f"{result['recipe']} · {divergence_label(result['divergence'])} · seed {result['seed']}"
-    notes = meanings(names, method) + [f"{name}: {reason}" for name, reason in result["notes"].items()]
+    measured = {name.partition("/")[2] for name in result}
+    notes = meanings(names, method)
+    # A metric that is not shown here keeps its reason in result.json and the report.
+    notes += [f"{name}: {why}" for name, why in result["notes"].items() if name in names or name not in measured]
     notes.append(f"{result['steps']} steps in {result['train_seconds']:.1f} s; everything is in {output_dir}")
     print_table(title, ("metric", "before", "after", "change"), rows, notes)

@@ -368,6 +368,16 @@ _BENCHMARKS = (
     ),
     Metric("exact_memorization", "share of the answer's tokens that the model ranks first", _SHARE, "lower"),
     Metric(
+        "forget_min_k",
+        "Min-40 % score: minus the mean log-probability of the least likely tokens of the answers to forget",
+        _NATS,
+    ),
+    Metric(
+        "forget_min_k_plus_plus",
+        "Min-K++ score: the same with each log-probability standardised over the vocabulary",
+        "any",
+    ),
+    Metric(
         "privleak", "distance of the Min-K AUC from the retrained model's, in percent of it", "-100 upwards", "zero"
     ),
     Metric("retrained_distance", "mean distance of ES and Min-K AUC from the retain model's", _SHARE, "lower"),
