@@ -2,15 +2,17 @@
 # and make; the code reward and its tests need bubblewrap as well (apt install bubblewrap).
 # Variables: PYTHON=python3.12, TORCH_INDEX=URL (where torch comes from), VERBOSE=1 (pip's output),
 # PYTEST_ARGS="-k name", WORKERS=2 (processes of `make test`), FDIV_SHARED=DIR (folder with the shared data; tests that
-# need it are skipped without).
+# need it are skipped without), MINUTES=10 and SEED=0 (of `make fuzz`).
 
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST_ARGS ?=
 WORKERS ?= 2
+MINUTES ?= 10
+SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm smollm2 demo demo-real test test-slow test-processor test-all test-gpu test-vllm lint format recipes \
+.PHONY: help setup setup-vllm smollm2 demo demo-real test test-slow test-processor test-all test-gpu test-vllm fuzz lint format recipes \
 	readme metrics docs bench bench-gpu constraints clean
 
 # Tests, demonstration and documentation fetch nothing from a hub.
@@ -71,6 +73,9 @@ test-gpu: setup ## run the tests that need an accelerator
 
 test-vllm: setup setup-vllm ## run the tests that start a vLLM server
 	$(call pytest_marked,vllm)
+
+fuzz: setup ## try damaged and hostile input of every kind for MINUTES=10; fails on any fault
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED) --output benchmarks/results/fuzz.json
 
 lint: setup ## check style, format and the types of the numerical core
 	$(BIN)/ruff check .
