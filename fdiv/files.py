@@ -25,13 +25,16 @@ __all__ = [
     "flush_tree",
     "folded",
     "home_path",
+    "json_text",
     "numbered_json_lines",
     "one_line",
     "place_fault",
     "plain",
+    "read_bytes",
     "read_csv_rows",
     "read_json",
     "read_json_lines",
+    "write_bytes",
     "write_json",
     "write_text",
 ]
@@ -40,38 +43,63 @@ DATA_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv"
 """Suffix of a data file → the loader of `datasets` that reads it."""
 
 
-def write_text(path: Path, content: str) -> None:
-    """Write a text file whole or not at all, without the secrets that `fdiv.secrets` knows."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(redacted(content), encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
+def write_text(path: Path, content: str) -> None:
+    """Write a text file whole or not at all, without the secrets that `fdiv.secrets` knows."""
+    write_bytes(path, redacted(content).encode())
+
+
+def json_text(content: Any) -> str:
+    """JSON in lines, two spaces deep. NaN and infinity, which JSON lacks, become null."""
+    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all. NaN and infinity, which JSON lacks, become null."""
-    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    """Write `json_text` whole or not at all."""
+    write_text(path, json_text(content))
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file.
+
+    Raises:
+        FdivError: it does not exist, or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise FdivError(f"{path} does not exist") from None
+    except OSError as error:
+        raise FdivError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        FdivError: the file is missing or is not JSON.
+        FdivError: the file is missing, cannot be read, or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FdivError(f"{path} does not exist") from None
-    except json.JSONDecodeError as error:
+        return json.loads(read_bytes(path).decode())
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or a number of thousands of digits
         raise FdivError(f"{path} is not valid JSON: {error}") from error
 
 
-def numbered_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def numbered_json_lines(path: Path, *, cut: bool = False) -> Iterator[tuple[int, Any]]:
     """(number, value) of every line of a JSON-lines file (`.gz` too) that is not blank; numbers start at 1.
 
     A byte order mark is passed over. A line ends in LF, CRLF or CR: other characters that Unicode calls line ends
     (U+2028, U+0085, …) are text of the values.
+
+    Args:
+        path: the file.
+        cut: leave out what follows the last line end: the writer may have been killed within a line.
 
     Raises:
         DataError: not UTF-8 text; a line that is not JSON, by its number.
@@ -81,12 +109,13 @@ def numbered_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:  # text mode ends lines at LF, CRLF and CR alone
             for number, line in enumerate(file, start=1):
-                if line.strip():
+                if line.strip() and not (cut and not line.endswith("\n")):
                     try:
                         value = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        reason = f"{path}, line {number} is no JSON ({error.msg}): give one JSON object per line"
-                        raise DataError(reason) from None
+                    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError
+                        reason = getattr(error, "msg", one_line(error))
+                        remedy = "give one JSON object per line"
+                        raise DataError(f"{path}, line {number} is no JSON ({reason}): {remedy}") from None
                     yield number, value
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from None

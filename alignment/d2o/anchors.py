@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,9 @@ import torch
 from accelerate.utils import gather_object
 
 from fdiv.errors import DataError
+from fdiv.files import numbered_json_lines, write_bytes
+from fdiv.sealed import DIGEST, NO_DIGEST, UNSEALED, check_sealed, check_token_ids, sealed
+from fdiv.terminal import info
 
 __all__ = [
     "Anchor",
@@ -30,7 +32,9 @@ __all__ = [
 ]
 
 PLACEHOLDER = "{prompt}"
-_FORMAT = 2
+_FORMAT = 3
+_WITHOUT_DIGEST = 2
+_REMEDY = "remove it, or set another anchor_cache, so that anchors are sampled again before the first step"
 
 
 class Anchor(NamedTuple):
@@ -166,16 +170,20 @@ def draw_offline_anchors(trainer: Any, cache: AnchorCache, rows: Sequence[Mappin
 class AnchorCache:
     """Anchors by prompt, in a JSON-lines file: a line with the sampling settings, then one line for each prompt.
 
+    The first line holds the digest of the whole file.
+
     Args:
         path: the file; read when it is there.
         settings: from which weights and how the anchors are sampled, compared with those in the file.
+        vocab_size: token ids lie below it; None: not compared.
 
     Raises:
-        DataError: the file is no anchor file, was sampled with other settings, or holds an empty completion.
+        DataError: the file is no anchor file, is damaged, was sampled with other settings, or holds an empty
+            completion or a token id outside the vocabulary.
     """
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
-        self.path, self.settings = Path(path), dict(settings)
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], vocab_size: int | None = None) -> None:
+        self.path, self.settings, self.vocab_size = Path(path), dict(settings), vocab_size
         self._groups: dict[str, list[Anchor]] = {}
         if self.path.is_file():
             self._read()
@@ -207,29 +215,51 @@ class AnchorCache:
         if not write:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"fdiv_anchors": _FORMAT, **self.settings}) + "\n")
-            for key, group in self._groups.items():
-                file.write(json.dumps({"prompt": key, "anchors": [anchor._asdict() for anchor in group]}) + "\n")
-        os.replace(partial, self.path)
+        lines = [{"fdiv_anchors": _FORMAT, DIGEST: UNSEALED, **self.settings}]
+        lines += [
+            {"prompt": key, "anchors": [anchor._asdict() for anchor in group]} for key, group in self._groups.items()
+        ]
+        write_bytes(self.path, sealed("".join(json.dumps(line) + "\n" for line in lines).encode()))
 
     def _read(self) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        lines = self._lines()
         try:
-            header, *groups = [json.loads(line) for line in lines]
+            header, *groups = lines
             version = header["fdiv_anchors"]
-            found = {name: header[name] for name in self.settings} if version == _FORMAT else {}
+            if check_sealed(self.path, self.path.read_bytes(), header, _REMEDY):
+                version = _FORMAT  # the one byte of the number may not switch the check off
+            elif version == _WITHOUT_DIGEST:
+                info(f"{self.path}: {NO_DIGEST}")
+            found = {name: header[name] for name in self.settings} if version in (_FORMAT, _WITHOUT_DIGEST) else {}
             self._groups = {group["prompt"]: [Anchor(**anchor) for anchor in group["anchors"]] for group in groups}
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{self.path} is no file of anchors ({error}): remove it, or set anchor_cache") from error
-        if version != _FORMAT:
-            raise DataError(f"{self.path} is an anchor file of format {version}, not {_FORMAT}: remove it")
+        except DataError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{self.path} is no file of anchors ({error}): {_REMEDY}") from error
+        if version not in (_FORMAT, _WITHOUT_DIGEST):
+            raise DataError(f"{self.path} is an anchor file of format {version}, not {_FORMAT}: {_REMEDY}")
         for name, value in self.settings.items():
             if found[name] != value:
                 raise DataError(
                     f"{self.path} was sampled with {name}={found[name]!r}, now it is {value!r}: remove the file, set "
                     "another anchor_cache, or restore the setting"
                 )
-        if any(not anchor.completion_ids for group in self._groups.values() for anchor in group):
-            raise DataError(f"{self.path} holds an empty completion, which has no log-probability: remove its line")
+        for key, group in self._groups.items():
+            for anchor in group:
+                self._check(key, anchor)
+
+    def _lines(self) -> list[Any]:
+        try:
+            return [value for _, value in numbered_json_lines(self.path)]
+        except DataError as error:
+            raise DataError(f"{error}; this is the file of anchors: {_REMEDY}") from None
+
+    def _check(self, key: str, anchor: Anchor) -> None:
+        where = f"{self.path}, prompt {key}"
+        if not isinstance(anchor.completion_ids, list) or not anchor.completion_ids:
+            raise DataError(f"{where}: an empty completion, which has no log-probability: remove its line")
+        check_token_ids(anchor.completion_ids, self.vocab_size, where, _REMEDY)
+        for name in ("log_prob", "harmfulness"):
+            value = getattr(anchor, name)
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+                raise DataError(f"{where}: {name} is {str(value)[:40]}, no finite number: {_REMEDY}")

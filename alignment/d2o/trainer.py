@@ -25,7 +25,7 @@ from fdiv.alignment.d2o.metrics import group_columns, reduce_groups
 from fdiv.alignment.f_dpo.loss import check_f_dpo_divergence
 from fdiv.alignment.scorers import build_scorer, checked_scorer
 from fdiv.errors import DataError
-from fdiv.models.fingerprints import weights_fingerprint
+from fdiv.models.fingerprints import vocabulary_size, weights_fingerprint
 from fdiv.models.loading import checked_tokenizer
 from fdiv.models.logprobs import sequence_log_prob, token_scores
 from fdiv.models.reference import Reference
@@ -162,7 +162,8 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         )
         check_context(self)
         settings = {"start_model": weights_fingerprint(self.model), **args.sampling_settings()}
-        self.anchors = AnchorCache(args.anchor_cache or Path(args.output_dir) / "anchors.jsonl", settings)
+        place = args.anchor_cache or Path(args.output_dir) / "anchors.jsonl"
+        self.anchors = AnchorCache(place, settings, vocabulary_size(self.model))
         self.add_callback(_AnchorCallback(self))
 
     # ---------------------------------------------------------------- set-up

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fdiv.errors import DataError
+from fdiv.sealed import NO_DIGEST, SealedLines, sealed_line
+from fdiv.terminal import info
 
 __all__ = ["ItemCache", "fingerprint"]
 
@@ -23,13 +24,17 @@ class ItemCache:
     """Results by key, appended as they come, so that a killed run continues where it stopped.
 
     Each process appends to its own file and reads everybody's, so a run may be continued with another number of
-    processes. Results made by other weights, data or settings live under another fingerprint and are never reused.
+    processes. Every line holds its digest; one that was cut off by a kill is left out, and said. Results made by other
+    weights, data or settings live under another fingerprint and are never reused.
 
     Args:
         folder: where the caches of an evaluation live; None keeps results in memory only.
         kind: `scores`, `generations`, …
         digest: fingerprint of everything the results depend on.
         rank: this process.
+
+    Raises:
+        DataError: a line of a file is damaged; the line is named.
     """
 
     def __init__(self, folder: Path | None, kind: str, digest: str, rank: int = 0):
@@ -39,30 +44,22 @@ class ItemCache:
             return
         place = Path(folder) / f"{kind}-{digest}"
         place.mkdir(parents=True, exist_ok=True)
+        self._file = place / f"rank{rank}.jsonl"
         for file in sorted(place.glob("rank*.jsonl")):
             self._read(file)
-        self._file = place / f"rank{rank}.jsonl"
-        self._drop_unfinished_line()
 
     def _read(self, file: Path) -> None:
-        lines = file.read_text(encoding="utf-8").split("\n")
-        for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was cut off by a kill
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError:
-                raise DataError(
-                    f"{file}, line {number} is damaged; delete the file to evaluate its items again"
-                ) from None
-            self.items[item["key"]] = item
-
-    def _drop_unfinished_line(self) -> None:
-        if self._file is None or not self._file.exists():
-            return
-        content = self._file.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with self._file.open("r+b") as file:
-                file.truncate(whole)
+        """Take the items of a file; of our own, cut off what cannot be used, so that whole lines follow whole ones."""
+        lines = SealedLines.read(file, "delete the file to evaluate its items again")
+        if not lines.checked:
+            info(f"{file}: {NO_DIGEST}; its {len(lines.items)} items are evaluated again")
+        elif lines.torn:
+            info(f"{file}: its last line was cut off; that item is evaluated again")
+        if lines.checked:
+            self.items |= {item["key"]: item for item in lines.items}
+        if file == self._file and (lines.torn or not lines.checked):
+            with file.open("r+b") as own:
+                own.truncate(lines.whole if lines.checked else 0)
 
     def add(self, items: Iterable[dict[str, Any]]) -> None:
         """Store results; each has a `key`. They are on disk, or with the operating system, when this returns."""
@@ -71,4 +68,4 @@ class ItemCache:
             self.items[item["key"]] = item
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(item) + "\n" for item in items))
+                file.write("".join(sealed_line(item) for item in items))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["data_fingerprint", "files_fingerprint", "tokenizer_fingerprint", "weights_fingerprint"]
+__all__ = ["data_fingerprint", "files_fingerprint", "tokenizer_fingerprint", "vocabulary_size", "weights_fingerprint"]
 
 _SAMPLE = 65_536
 
@@ -31,6 +31,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     special = {role: str(token) for role, token in tokenizer.special_tokens_map.items() if role != "pad_token"}
     text = json.dumps([sorted(tokenizer.get_vocab().items()), special], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """The number of token ids a model takes, by its configuration; None where that does not say."""
+    return getattr(model.config.get_text_config(), "vocab_size", None)
 
 
 @torch.no_grad()

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdiv.files import read_json, write_text
+from fdiv.files import write_text
 from fdiv.report.comparison import before_after_run, before_after_sweep, frontier
 from fdiv.report.curves import training_curves
 from fdiv.report.metrics import hover, marked
 from fdiv.report.metrics.glossary import Better
 from fdiv.report.pass_at_k_curves import pass_at_k_curves
-from fdiv.report.records import RunRecord, SweepRecord, read_records
+from fdiv.report.records import RunRecord, SweepRecord, read_records, read_results
 from fdiv.terminal import divergence_label, number
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def write_report(directories: Sequence[Path], output: Path, title: str | None = 
 
 def write_frontier(root: Path) -> Path | None:
     """Write `frontier.png` of a sweep's directory; None when its results name no axes."""
-    figure = frontier(read_json(root / "results.json"))
+    figure = frontier(read_results(root / "results.json"))
     if figure is None:
         return None
     figure.savefig(root / "frontier.png")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fdiv.errors import FdivError
-from fdiv.files import read_json
-from fdiv.terminal import divergence_label
+from fdiv.errors import DataError, FdivError
+from fdiv.files import numbered_json_lines, read_bytes
+from fdiv.sealed import LISTING, NO_DIGEST, check_listed, read_record
+from fdiv.terminal import divergence_label, info
 
-__all__ = ["RunRecord", "SweepRecord", "read_records"]
+__all__ = ["RERUN", "RunRecord", "SweepRecord", "read_history", "read_records", "read_result", "read_results"]
+
+RERUN = "run it again, or take `digest` out of the file where it was edited on purpose"
+"""What to do about a damaged record."""
+_RERUN_LISTED = f"run it again, or remove {LISTING} where it was edited on purpose"
 
 
 @dataclass
@@ -47,6 +51,7 @@ def read_records(directories: list[Path]) -> tuple[list[RunRecord], list[SweepRe
 
     Raises:
         FdivError: a directory that is neither.
+        DataError: a record that is cut off or damaged.
     """
     runs, sweeps = [], []
     for path in directories:
@@ -66,10 +71,37 @@ def read_records(directories: list[Path]) -> tuple[list[RunRecord], list[SweepRe
     return runs, sweeps
 
 
+def read_results(file: Path) -> dict[str, Any]:
+    """`results.json` of a sweep.
+
+    Raises:
+        FdivError: it does not exist.
+        DataError: it is damaged, or not what `fdiv sweep` writes.
+    """
+    results = read_record(file, RERUN)
+    cells = results.get("cells")
+    if not isinstance(cells, list) or not all(_is_cell(cell) for cell in cells):
+        raise DataError(f"{file} has no list `cells` of runs with name and settings: `fdiv sweep` did not write it")
+    return results
+
+
+def read_result(cell: Path) -> dict[str, Any]:
+    """`result.json` of a finished cell of a sweep.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    return read_record(cell / "result.json", f"remove {cell}, so that the cell runs again")
+
+
+def _is_cell(cell: Any) -> bool:
+    return isinstance(cell, dict) and isinstance(cell.get("name"), str) and isinstance(cell.get("settings"), dict)
+
+
 def _read_sweep(file: Path) -> SweepRecord:
     from fdiv.report.table import cell_label
 
-    results = read_json(file)
+    results = read_results(file)
     sweep = SweepRecord(file.parent, results)
     for cell in results["cells"]:
         folder = file.parent / cell["name"]
@@ -83,19 +115,40 @@ def _read_sweep(file: Path) -> SweepRecord:
 def _read_run(path: Path, name: str) -> RunRecord:
     result, environment = path / "result.json", path / "environment.json"
     recipe, history = path / "recipe_resolved.yaml", path / "metrics.jsonl"
-    return RunRecord(
+    unchecked: list[str] = []
+    record = RunRecord(
         name=name,
         path=path,
-        result=read_json(result) if result.is_file() else {},
-        environment=read_json(environment) if environment.is_file() else {},
-        history=_read_history(history) if history.is_file() else [],
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        result=read_record(result, RERUN, unchecked=unchecked) if result.is_file() else {},
+        environment=read_record(environment, RERUN) if environment.is_file() else {},
+        history=read_history(history) if history.is_file() else [],
+        recipe=_read_recipe(recipe) if recipe.is_file() else "",
     )
+    if unchecked:
+        info(f"{path}: {NO_DIGEST}")  # one line for a run: it was written before records held digests
+    return record
 
 
-def _read_history(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+def _read_recipe(path: Path) -> str:
+    check_listed(path, _RERUN_LISTED)
     try:
-        return [json.loads(line) for line in lines if line.strip()]
-    except json.JSONDecodeError as error:
-        raise FdivError(f"{path} is not one JSON object a line: {error}") from error
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}; {RERUN}") from None
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The log of a run, `metrics.jsonl`. Of an unfinished run, a last line that was cut off is left out, and said.
+
+    Raises:
+        DataError: a line is no JSON object; the file of a finished run has changed.
+    """
+    cut = check_listed(path, _RERUN_LISTED) is None and not read_bytes(path).endswith(b"\n")
+    if cut and path.stat().st_size:
+        info(f"{path}: its last line was cut off and is left out")
+    entries = []
+    for number, entry in numbered_json_lines(path, cut=cut):
+        if not isinstance(entry, dict):
+            raise DataError(f"{path}, line {number} holds {str(entry)[:40]!r}, not an object of named values; {RERUN}")
+        entries.append(entry)
+    return entries

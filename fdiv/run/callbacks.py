@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
-from fdiv.files import write_json
 from fdiv.run.directory import RunDirectory
+from fdiv.sealed import forget_listed, write_record
 from fdiv.terminal import number
 
 __all__ = ["MetricsFile", "ProgressBar", "RecordFiles"]
@@ -49,8 +49,9 @@ class RecordFiles(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write both; the checkpoint has been accepted by now."""
         if state.is_world_process_zero:
+            forget_listed(self.directory.path / "recipe_resolved.yaml")
             self.directory.write("recipe_resolved.yaml", self.recipe)
-            write_json(self.directory.path / "environment.json", dict(self.environment))
+            write_record(self.directory.path / "environment.json", dict(self.environment))
 
 
 class MetricsFile(TrainerCallback):
@@ -62,6 +63,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the file; a resumed run starts from the history in its checkpoint."""
         if state.is_world_process_zero:
+            forget_listed(self.path)
             self.path.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:

@@ -12,13 +12,13 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from fdiv.errors import FdivError, RecipeError
-from fdiv.files import read_json
 from fdiv.named import shown
 from fdiv.recipe.load import load_cell, read_sweep
 from fdiv.recipe.model import Recipe
 from fdiv.recipe.schema import CommandLineValue
 from fdiv.recipe.sweep import Arm, Screen, SweepBlock
 from fdiv.recipe.variables import interpolate
+from fdiv.report.records import read_result
 from fdiv.report.table import cell_label
 from fdiv.run.directory import RunDirectory
 from fdiv.run.plan import RunPlan, plan_run
@@ -186,7 +186,7 @@ class SweepPlan:
                     return None
                 shown[str(value)] = None
                 continue
-            result = read_json(folder / "result.json")
+            result = read_result(folder)
             if screen.metric not in result:
                 known = ", ".join(sorted(name for name in result if "/" in name))
                 raise FdivError(f"screen.metric: {screen.metric!r} is not in {folder}/result.json; it has: {known}")

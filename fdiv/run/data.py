@@ -12,6 +12,7 @@ from fdiv.models.fetch import find_model
 from fdiv.named import nearest
 from fdiv.recipe.model import Configs, Recipe
 from fdiv.run.plan import RunPlan
+from fdiv.sealed import check_listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +66,8 @@ def named_dataset(name: str, config: str | None = None, streaming: bool = False)
     """What `dataset_name` names: its splits, or one table where it has none.
 
     Raises:
-        DataError: a file of another kind, no such file or directory, no such dataset, no table in it.
+        DataError: a file of another kind, or one that changed since we wrote it; no such file or directory, no such
+            dataset, no table in it.
     """
     import datasets
 
@@ -74,6 +76,7 @@ def named_dataset(name: str, config: str | None = None, streaming: bool = False)
     if path.is_file():
         if path.suffix not in DATA_FORMATS:
             raise DataError(f"dataset_name {path}: a file must end in {', '.join(DATA_FORMATS)}")
+        check_listed(path)
         loader = DATA_FORMATS[path.suffix]
         options = {"data_files": str(path), "streaming": streaming}
         return _loaded(lambda: datasets.load_dataset(loader, **options), str(path), quiet=True)

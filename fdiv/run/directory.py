@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fdiv.errors import FdivError
 from fdiv.files import write_text
 from fdiv.lock import LOCK, output_lock, refuse_locked
+from fdiv.sealed import LISTING, listed, write_record
 from fdiv.terminal import is_main_process
 from fdiv.training.checkpoints import checkpoint_folders
 
@@ -19,8 +21,10 @@ FINISHED = "result.json"
 AFTER_TRAINING = "measure it with `fdiv eval`, or train again with --overwrite_output_dir true"
 _WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
 _MARKS = ("recipe_resolved.yaml", "environment.json")
+_LISTED = ("metrics.jsonl", "recipe_resolved.yaml")
 _OUTPUTS = (
     FINISHED,
+    LISTING,
     "metrics.jsonl",
     "eval_before.json",
     "eval_after.json",
@@ -133,6 +137,12 @@ class RunDirectory:
         for folder in (*self.checkpoints(), self.path / "eval", self.path / "plots"):
             if folder.is_dir():
                 shutil.rmtree(folder)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write `result.json`, the last record, when the digests of those that hold none themselves are listed."""
+        with listed(*(self.path / name for name in _LISTED)):
+            pass  # they stand there by now
+        write_record(self.path / FINISHED, result)
 
     def write(self, name: str, content: str) -> None:
         """Write a file so that it is either whole or absent."""

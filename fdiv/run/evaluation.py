@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 
 from fdiv.errors import FdivError
 from fdiv.evaluation import EvalContext
-from fdiv.files import read_json, write_json
 from fdiv.recipe.model import Block
 from fdiv.report.metrics import better
+from fdiv.sealed import read_record, write_record
 
 __all__ = ["Evaluations", "preserved_random_state", "unmet_requirements"]
 
@@ -60,7 +60,7 @@ class Evaluations(TrainerCallback):
         if state.global_step == 0:
             self.measure("before")
         elif earlier.is_file():
-            self.results["before"] = read_json(earlier)["metrics"]
+            self.results["before"] = read_record(earlier, "remove it: the start is then not measured")["metrics"]
         else:
             self.results["before"] = {}
             self.notes["before"] = f"not measured: the run was resumed at step {state.global_step}"
@@ -88,7 +88,7 @@ class Evaluations(TrainerCallback):
         self.notes.update(notes)
         self.seconds += time.perf_counter() - started
         if trainer.is_world_process_zero():
-            write_json(self.output_dir / f"eval_{stage}.json", {"metrics": metrics, "notes": notes})
+            write_record(self.output_dir / f"eval_{stage}.json", {"metrics": metrics, "notes": notes})
         return metrics
 
     def _context(self, stage: str) -> EvalContext:

@@ -13,9 +13,10 @@ from types import MappingProxyType
 from typing import Any
 
 from fdiv.errors import RecipeError
-from fdiv.files import one_line, plain, read_json, write_json
+from fdiv.files import one_line, plain
 from fdiv.recipe.model import Block, Configs, Recipe
 from fdiv.run.directory import RunDirectory
+from fdiv.sealed import read_record, write_record
 from fdiv.terminal import info
 
 __all__ = ["RunPlan", "check_blocks", "plan_run", "prepare"]
@@ -111,10 +112,11 @@ def prepare(plan: RunPlan, root: Path) -> RunPlan:
         except (ValueError, FileNotFoundError) as error:
             raise RecipeError(f"{block.where}: prepare ({block.name}): {one_line(error)}") from error
         relative = {key: _relative(value, folder) for key, value in keys.items()}
-        write_json(marker, {"prepare": json.loads(identity), "keys": relative})
+        write_record(marker, {"prepare": json.loads(identity), "keys": relative})
     else:
         info(f"prepare: {block.name} was built before: {folder}")
-    keys = {key: _absolute(value, folder) for key, value in read_json(marker)["keys"].items()}
+    built = read_record(marker, f"remove {folder}, so that it is built again")
+    keys = {key: _absolute(value, folder) for key, value in built["keys"].items()}
     return _resolved(plan.recipe, keys, {**plan.variables, "prepare": str(folder)})
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fdiv.errors import FdivError, TerminatedError
-from fdiv.files import one_line, plain, write_json, write_text
+from fdiv.files import one_line, plain, write_text
 from fdiv.interrupts import Sigterm, stoppable
 from fdiv.models.fetch import find_model
 from fdiv.provenance import command_line, environment
@@ -27,6 +27,7 @@ from fdiv.recipe.model import Block, Recipe
 from fdiv.run.data import load_datasets, load_tokenizer, model_arguments
 from fdiv.run.directory import AFTER_TRAINING, RunDirectory
 from fdiv.run.plan import RunPlan, plan_run, prepare
+from fdiv.sealed import write_record
 from fdiv.terminal import info
 
 __all__ = ["measure_plan", "run_plan", "run_recipe"]
@@ -114,9 +115,9 @@ def _run(plan: RunPlan, command: str | None, prepared: Path | None, progress: _P
     result["wall_seconds"] = round(time.perf_counter() - started, 3)
     state.wait_for_everyone()
     if state.is_main_process:
-        write_json(directory.path / "environment.json", {**record, "wall_seconds": result["wall_seconds"]})
+        write_record(directory.path / "environment.json", {**record, "wall_seconds": result["wall_seconds"]})
         _append_results(directory.path / "README.md", plan.recipe, result, command)
-        write_json(directory.path / "result.json", result)
+        directory.finish(result)
         if plan.recipe.report:
             from fdiv.report import write_report
 
@@ -305,8 +306,8 @@ def _measure(plan: RunPlan, command: str | None, prepared: Path | None) -> dict[
     }  # fmt: skip
     if state.is_main_process:
         directory.write("recipe_resolved.yaml", resolved_yaml(plan.recipe, plan.settled))
-        write_json(directory.path / "environment.json", record)
-        write_json(directory.path / "result.json", result)
+        write_record(directory.path / "environment.json", record)
+        directory.finish(result)
     state.wait_for_everyone()
     return result
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import statistics
 import time
 import traceback
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fdiv.errors import FdivError, TerminatedError
-from fdiv.files import one_line, plain, read_json, write_json, write_text
+from fdiv.files import one_line, plain, write_text
 from fdiv.lock import output_lock
 from fdiv.provenance import git_revision, package_versions
 from fdiv.recipe.document import read_document
@@ -26,9 +25,11 @@ from fdiv.recipe.load import find_recipe, read_sweep
 from fdiv.recipe.sweep import SweepBlock
 from fdiv.recipe.yaml_text import load_yaml
 from fdiv.report.metrics import meanings
+from fdiv.report.records import read_history, read_result, read_results
 from fdiv.report.table import aggregate, cell_label, markdown, method_of, rows_table, table
 from fdiv.run.cells import Cell, SweepPlan, plan_sweep
 from fdiv.run.directory import RunDirectory
+from fdiv.sealed import check_listed, write_record
 from fdiv.terminal import info, is_main_process, print_table
 
 __all__ = ["collect", "plan_sweep", "print_cells", "run_sweep"]
@@ -126,6 +127,7 @@ def _check_unchanged(plan: SweepPlan, cell: Cell) -> None:
     if not _finished(plan, cell):
         return
     folder = plan.root / cell.name
+    check_listed(folder / "recipe_resolved.yaml", f"remove {folder}, so that the cell runs again")
     before = read_document(folder / "recipe_resolved.yaml").values
     now = load_yaml(resolved_yaml(plan.plan(cell).recipe), cell.name)[1]
     changed = [key for key in before if key in now and key not in _IGNORED and before[key] != now[key]]
@@ -174,7 +176,7 @@ def _record(plan: SweepPlan, cell: Cell, failed: Mapping[str, str]) -> dict[str,
         error = failed.get(cell.name)
         return record | ({"status": "not run"} if error is None else {"status": "failed", "error": error})
     folder = plan.root / cell.name
-    record |= {"status": "finished", "values": read_json(folder / "result.json")}
+    record |= {"status": "finished", "values": read_result(folder)}
     series = _series(plan.block, folder / "metrics.jsonl")
     return record | ({"series": series} if series else {})
 
@@ -184,8 +186,7 @@ def _series(block: SweepBlock, log: Path) -> dict[str, list[float | None]]:
     series: dict[str, list[float | None]] = {}
     for panel in (panel for panels in block.plots.values() for panel in panels if panel.kind == "path"):
         if log.is_file():
-            entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-            entries = [entry for entry in entries if panel.x in entry and panel.y in entry]
+            entries = [entry for entry in read_history(log) if panel.x in entry and panel.y in entry]
             series |= {name: [entry[name] for entry in entries] for name in (panel.x, panel.y) if name and entries}
     return series
 
@@ -218,7 +219,7 @@ def _write(plan: SweepPlan, records: list[dict[str, Any]], command: str, folder:
         "aggregate": aggregate(records),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", results)
+    write_record(folder / "results.json", results)
     _show(plan.block, results, folder)
     if plan.report is not None:
         from fdiv.report import write_report
@@ -259,7 +260,7 @@ def collect(source: str, folder: Path | None = None) -> Path:
     """
     _, _, block = read_sweep(source)
     folder = folder or find_recipe(source).parent
-    results = read_json(folder / "results.json")
+    results = read_results(folder / "results.json")
     labels = {arm.label for arm in block.arms}
     for record in results["cells"]:
         label = record["settings"].get("method")
@@ -318,11 +319,11 @@ def _estimate(plan: SweepPlan, cells: Sequence[Cell], later: int, minutes: float
     """What is left, in minutes: by the cells that finished here, else by the record beside an experiment file."""
     left = sum(not _finished(plan, cell) for cell in cells) + later
     folders = [plan.root / cell.name for cell in cells if _finished(plan, cell)]
-    seconds = [read_json(folder / "result.json").get("wall_seconds") for folder in folders]
+    seconds = [read_result(folder).get("wall_seconds") for folder in folders]
     source = f"{len(folders)} finished cells"
     record = find_recipe(plan.source).parent / "results.json"
     if not seconds and find_recipe(plan.source).stem == "experiment" and record.is_file():
-        values = [cell.get("values", {}) for cell in read_json(record)["cells"]]
+        values = [cell.get("values", {}) for cell in read_results(record)["cells"]]
         seconds = [entry.get("wall_seconds", entry.get("train_seconds")) for entry in values]
         source = f"{record}, training alone where it says no more"
     known = [second for second in seconds if second is not None]

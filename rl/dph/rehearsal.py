@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
@@ -21,7 +20,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fdiv.errors import DataError
-from fdiv.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from fdiv.files import one_line, write_bytes
+from fdiv.models.fingerprints import tokenizer_fingerprint, vocabulary_size, weights_fingerprint
+from fdiv.sealed import DIGEST, NO_DIGEST, UNSEALED, check_sealed, check_token_ids, sealed
+from fdiv.terminal import info
 
 if TYPE_CHECKING:
     from torch import nn
@@ -146,6 +148,7 @@ class RehearsalHeader:
         temperature: the logits were divided by it before the log-softmax: the training temperature.
         model_name: path or hub name of the reference, for messages.
         settings: how the rows were sampled and chosen, JSON-ready; recorded, not compared.
+        vocab_size: token ids lie below it; None: not recorded.
     """
 
     tokenizer: str
@@ -153,10 +156,13 @@ class RehearsalHeader:
     temperature: float
     model_name: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    vocab_size: int | None = None
 
 
 class RehearsalCache:
     """The rehearsal set in memory: a sequence of `RehearsalRow`; on disk one safetensors file with a JSON header.
+
+    The file holds the digest of all its bytes.
 
     Args:
         header: what the rows depend on.
@@ -164,12 +170,13 @@ class RehearsalCache:
         path: where they were read from, for messages.
 
     Raises:
-        DataError: a row without prompt or completion tokens, with another number of log-probabilities than tokens, or
-            with one that is NaN, infinite or above 0.
+        DataError: a row without prompt or completion tokens, with a token id outside the vocabulary, with another
+            number of log-probabilities than tokens, or with one that is NaN, infinite or above 0.
     """
 
     def __init__(self, header: RehearsalHeader, rows: Iterable[RehearsalRow], path: str | Path | None = None) -> None:
         self.header, self.rows, self.path = header, list(rows), None if path is None else Path(path)
+        self._check_vocabulary(header.vocab_size)
         for number, row in enumerate(self.rows):
             self._check_row(number, row)
 
@@ -219,6 +226,8 @@ class RehearsalCache:
                     f"{self.name} was made with another tokenizer{made_with}: vocabulary fingerprint "
                     f"{header.tokenizer}, now {found}, so its token ids mean another text; {_REMEDY}"
                 )
+        if model is not None and not isinstance(model, str):
+            self._check_vocabulary(vocabulary_size(model))
         if model is not None:
             found = model if isinstance(model, str) else weights_fingerprint(model)
             if found != header.model:
@@ -250,7 +259,7 @@ class RehearsalCache:
 
     def save(self, path: str | Path) -> None:
         """Write the file; it is whole or absent, never half written."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,9 +275,7 @@ class RehearsalCache:
             "index": torch.tensor([row.index for row in self.rows], dtype=torch.int64),
         }
         header = json.dumps({"format": _FORMAT, **asdict(self.header)}, sort_keys=True)
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={_METADATA: header})
-        os.replace(partial, path)
+        write_bytes(path, sealed(save(tensors, metadata={_METADATA: header, DIGEST: UNSEALED})))
 
     @classmethod
     def load(cls, path: str | Path) -> RehearsalCache:
@@ -285,14 +292,25 @@ class RehearsalCache:
             raise FileNotFoundError(f"rehearsal_cache: no such file: {path}; `fdiv presample` makes one")
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})[_METADATA])
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if not check_sealed(path, path.read_bytes(), metadata, _REMEDY):
+                info(f"{path}: {NO_DIGEST}")
+            header = json.loads(metadata[_METADATA])
             version = header.pop("format")
             if version != _FORMAT:
                 raise DataError(f"{path} is a rehearsal cache of format {version}, not {_FORMAT}: {_REMEDY}")
             return cls(RehearsalHeader(**header), _rows(tensors), path)
-        except (SafetensorError, KeyError, TypeError, IndexError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"{path} is no rehearsal cache, or a damaged one ({error}): {_REMEDY}") from error
+        except (SafetensorError, KeyError, TypeError, IndexError, ValueError, RuntimeError) as error:
+            if isinstance(error, DataError):
+                raise
+            reason = one_line(error)
+            raise DataError(f"{path} is no rehearsal cache, or a damaged one ({reason}): {_REMEDY}") from error
+
+    def _check_vocabulary(self, size: int | None) -> None:
+        for number, row in enumerate(self.rows):
+            for name in ("prompt_ids", "completion_ids"):
+                check_token_ids(getattr(row, name), size, f"{self.name}, row {number}, {name}", _REMEDY)
 
     def _check_row(self, number: int, row: RehearsalRow) -> None:
         if not row.prompt_ids or not row.completion_ids:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError
-from fdiv.files import read_json, write_json
 from fdiv.inference.processes import process_state
 from fdiv.lock import LOCK
+from fdiv.sealed import NO_DIGEST, check_listed, listed, read_record, write_record
 from fdiv.terminal import info
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = ["EXPLORE", "PARTITION", "REHEARSAL", "Sample", "enter_directory", "wr
 SETTINGS, PARTITION = "settings.json", "partition.json"
 SAMPLES, VERIFICATION = "samples.jsonl", "verification.jsonl"
 EXPLORE, REHEARSAL = "explore.parquet", "rehearsal.safetensors"
+_AGAIN = f"remove {PARTITION} and run `fdiv presample` again: what was sampled is kept in cache/, and used again"
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,25 @@ def enter_directory(
     """Claim `path` for a run with these settings; the content of `partition.json` where that very run is finished.
 
     Raises:
-        DataError: it holds a run with other settings, or something that is no pre-sampling.
+        DataError: it holds a run with other settings, something that is no pre-sampling, or a damaged file.
     """
     state = process_state()
     settings, finished = path / SETTINGS, path / PARTITION
+    unchecked: list[str] = []
     if path.exists() and not path.is_dir():
         raise DataError(f"{path} is a file: choose another output directory")
     if settings.is_file():
-        _compare(path, read_json(settings), json.loads(json.dumps(drawing)))
+        found = read_record(settings, "choose another output directory", unchecked=unchecked)
+        _compare(path, found, json.loads(json.dumps(drawing)))
     elif path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
         raise DataError(f"{path} is not empty and no pre-sampling: choose another output directory")
-    content = read_json(finished) if finished.is_file() else None
+    content = read_record(finished, _AGAIN, unchecked=unchecked) if finished.is_file() else None
     state.wait_for_everyone()  # everybody has looked before anybody writes
     if content is not None:
         if content["decisions"] == decisions:
+            unchecked += check_outputs(path)
+            for line in unchecked:
+                info(line)
             info(f"pre-sampling is finished: {path}")
             return content
         if not repartition:
@@ -75,9 +81,27 @@ def enter_directory(
     if state.is_main_process:
         path.mkdir(parents=True, exist_ok=True)
         finished.unlink(missing_ok=True)
-        write_json(settings, drawing)
+        write_record(settings, drawing)
     state.wait_for_everyone()
     return None
+
+
+def check_outputs(path: Path) -> list[str]:
+    """See that the files of a finished directory are what was written; a line for each that holds no digest.
+
+    Raises:
+        DataError: one is missing, was cut off or has changed, or is no rehearsal cache.
+    """
+    from fdiv.rl.dph.rehearsal import RehearsalCache
+
+    unchecked = []
+    for name in (SAMPLES, VERIFICATION, EXPLORE, REHEARSAL):
+        if not (path / name).is_file():
+            raise DataError(f"{path / name} is missing; {_AGAIN}")
+        if name != REHEARSAL and check_listed(path / name, _AGAIN) is None:
+            unchecked.append(f"{path / name}: {NO_DIGEST}")
+    RehearsalCache.load(path / REHEARSAL)
+    return unchecked
 
 
 def _compare(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -135,13 +159,14 @@ def write_outputs(
         "drawing": dict(drawing),
     }
     if process_state().is_main_process:
-        _write_samples(path / SAMPLES, flat)
-        _write_samples(path / VERIFICATION, sorted(verification, key=lambda sample: (sample.index, sample.number)))
-        write_rows(path / EXPLORE, rows.select(explore))
-        cache.save(path / REHEARSAL)
         from fdiv.provenance import command_line, environment
 
-        write_json(path / PARTITION, {**content, "environment": environment(command_line(), config.seed)})
+        with listed(path / SAMPLES, path / VERIFICATION, path / EXPLORE):
+            _write_samples(path / SAMPLES, flat)
+            _write_samples(path / VERIFICATION, sorted(verification, key=lambda s: (s.index, s.number)))
+            write_rows(path / EXPLORE, rows.select(explore))
+        cache.save(path / REHEARSAL)
+        write_record(path / PARTITION, {**content, "environment": environment(command_line(), config.seed)})
     return content
 
 

@@ -23,7 +23,7 @@ from fdiv.inference.greedy import VLLMSource, stop_token_ids
 from fdiv.inference.processes import process_state
 from fdiv.inference.sampling import SamplingRequest
 from fdiv.lock import output_lock
-from fdiv.models.fingerprints import data_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from fdiv.models.fingerprints import data_fingerprint, tokenizer_fingerprint, vocabulary_size, weights_fingerprint
 from fdiv.models.loading import base_and_adapter, load_model, load_tokenizer
 from fdiv.models.logprobs import token_scores
 from fdiv.rl.dph.rehearsal import Partition, RehearsalCache, RehearsalHeader, RehearsalRow, partition_prompts
@@ -97,6 +97,7 @@ def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, rew
         temperature=config.scoring_temperature,
         model_name=config.model,
         settings={**drawing, **config.decisions(), "dtype": str(next(model.parameters()).dtype)},
+        vocab_size=vocabulary_size(model),
     )
     cache = RehearsalCache(
         header,

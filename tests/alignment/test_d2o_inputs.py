@@ -184,20 +184,25 @@ def test_anchor_file_of_other_settings_or_none_at_all(tmp_path):
     with pytest.raises(DataError, match="sampled with temperature=1.0, now it is 0.8: remove the file"):
         AnchorCache(path, {"temperature": 0.8})
     path.write_text(path.read_text().replace("[1, 2]", "[]"))
+    with pytest.raises(DataError, match="does not agree with its digest"):
+        AnchorCache(path, {"temperature": 1.0})
+    AnchorCache(tmp_path / "empty.jsonl", {"temperature": 1.0}).add({"key": [Anchor([], None, None)]})
     with pytest.raises(DataError, match="empty completion"):
+        AnchorCache(tmp_path / "empty.jsonl", {"temperature": 1.0})
+    path.write_text("not json\n")
+    with pytest.raises(DataError, match="line 1 is no JSON"):
         AnchorCache(path, {"temperature": 1.0})
     for content in (
         "",
         "[]\n",
         '{"prompt": "x"}\n',
-        "not json\n",
         '{"fdiv_anchors": 2, "temperature": 1.0}\n{"a": 2}\n',
     ):
         path.write_text(content)
         with pytest.raises(DataError, match="no file of anchors"):
             AnchorCache(path, {"temperature": 1.0})
     path.write_text('{"fdiv_anchors": 9, "temperature": 1.0}\n')
-    with pytest.raises(DataError, match="format 9, not 2"):
+    with pytest.raises(DataError, match="format 9, not 3"):
         AnchorCache(path, {"temperature": 1.0})
 
 

@@ -23,7 +23,7 @@ FOLDERS = {
 # circle comes of it. `fdiv` itself is the version.
 FLOORS = (
     ("fdiv", "lazy", "moved", "errors", "interrupts", "secrets", "named", "divergences"),
-    ("terminal", "files", "lock", "provenance", "catalog", "evaluation", "statistics"),
+    ("terminal", "files", "sealed", "lock", "provenance", "catalog", "evaluation", "statistics"),
     ("inference", "models", "recipe", "report", "testing"),
     ("training", "memory"),
     ("run", "alignment"),

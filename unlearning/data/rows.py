@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdiv.errors import DataError
 from fdiv.files import DATA_FORMATS, one_line, read_json_lines
+from fdiv.sealed import check_listed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,6 +62,7 @@ def load_rows(name: str, config: str | None = None, split: str = "train") -> Dat
             raise ValueError(
                 f"{name}: cannot read {path.suffix!r} files, use one of {', '.join(sorted(_FILE_FORMATS))}"
             )
+        check_listed(path)
         try:
             rows = load_dataset(_FILE_FORMATS[path.suffix], data_files={split: str(path)}, split=split)
         except (OSError, ValueError, DatasetsError) as error:
