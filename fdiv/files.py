@@ -27,6 +27,7 @@ __all__ = [
     "home_path",
     "json_text",
     "numbered_json_lines",
+    "numbered_lines",
     "one_line",
     "place_fault",
     "plain",
@@ -91,18 +92,18 @@ def read_json(path: Path) -> Any:
         raise FdivError(f"{path} is not valid JSON: {error}") from error
 
 
-def numbered_json_lines(path: Path, *, cut: bool = False) -> Iterator[tuple[int, Any]]:
-    """(number, value) of every line of a JSON-lines file (`.gz` too) that is not blank; numbers start at 1.
+def numbered_lines(path: Path, *, cut: bool = False) -> Iterator[tuple[int, str]]:
+    """(number, text) of every line of a UTF-8 file (`.gz` too) that is not blank; numbers start at 1.
 
     A byte order mark is passed over. A line ends in LF, CRLF or CR: other characters that Unicode calls line ends
-    (U+2028, U+0085, …) are text of the values.
+    (U+2028, U+0085, …) are text.
 
     Args:
         path: the file.
         cut: leave out what follows the last line end: the writer may have been killed within a line.
 
     Raises:
-        DataError: not UTF-8 text; a line that is not JSON, by its number.
+        DataError: not UTF-8 text.
         FileNotFoundError: no such file.
     """
     opener = gzip.open if Path(path).suffix == ".gz" else open
@@ -110,15 +111,30 @@ def numbered_json_lines(path: Path, *, cut: bool = False) -> Iterator[tuple[int,
         with opener(path, "rt", encoding="utf-8-sig") as file:  # text mode ends lines at LF, CRLF and CR alone
             for number, line in enumerate(file, start=1):
                 if line.strip() and not (cut and not line.endswith("\n")):
-                    try:
-                        value = json.loads(line)
-                    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError
-                        reason = getattr(error, "msg", one_line(error))
-                        remedy = "give one JSON object per line"
-                        raise DataError(f"{path}, line {number} is no JSON ({reason}): {remedy}") from None
-                    yield number, value
+                    yield number, line.rstrip("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def numbered_json_lines(path: Path, *, cut: bool = False) -> Iterator[tuple[int, Any]]:
+    """(number, value) of every line of a JSON-lines file, by the rules of `numbered_lines`.
+
+    Args:
+        path: the file.
+        cut: see `numbered_lines`.
+
+    Raises:
+        DataError: not UTF-8 text; a line that is not JSON, by its number.
+        FileNotFoundError: no such file.
+    """
+    for number, line in numbered_lines(path, cut=cut):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError
+            reason = getattr(error, "msg", one_line(error))
+            remedy = "give one JSON object per line"
+            raise DataError(f"{path}, line {number} is no JSON ({reason}): {remedy}") from None
+        yield number, value
 
 
 def read_json_lines(path: Path) -> list[Any]:

@@ -1,24 +1,26 @@
 """Training checkpoints that are either whole or not there.
 
 A checkpoint is written in `OUTPUT_DIR/_saving`, flushed to disk, given its marker (`fdiv_checkpoint.json`: every
-file with its size and digest, and what the run was), and only then renamed to `OUTPUT_DIR/checkpoint-STEP`. A process
-killed at any moment leaves the earlier checkpoints as they were. State files of Trainer and DeepSpeed are pickles:
-they are loaded only from a folder whose marker stands and agrees with its files, to the last one: nothing is added to
-a checkpoint. Hidden files, which nothing loads and file systems leave behind, do not count.
+file with its size and the digest of all its bytes, what the run was, and the marker's own digest), and only then
+renamed to `OUTPUT_DIR/checkpoint-STEP`. A process killed at any moment leaves the earlier checkpoints as they were.
+State files of Trainer and DeepSpeed are pickles: they are loaded only from a folder whose marker stands and agrees with
+its files, to the last one: nothing is added to a checkpoint. Hidden files, which nothing loads and file systems leave
+behind, do not count.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fdiv.errors import CheckpointError
+from fdiv.errors import CheckpointError, FdivError
 from fdiv.files import _flush, flush_tree
+from fdiv.sealed import file_digest, read_record, write_record
 
 __all__ = [
     "MARKER",
@@ -36,7 +38,8 @@ STAGING = "_saving"  # TRL's upload to the hub leaves out names that begin with 
 
 _PARTS = ("files", "identity", "settings")
 _REPLACED = "replaced-"
-_EDGE = 32 * 2**20  # bytes hashed at each end of a file: hashing terabytes of optimizer state would cost minutes
+_EDGE = 32 * 2**20  # bytes that were hashed at each end of a file longer than both, before 0.3
+_HASHING = 8  # files hashed at once: terabytes of optimizer state are read once more, whole
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
@@ -60,11 +63,11 @@ def publish(
         The folder's new place. A checkpoint of the same step is replaced.
     """
     marker = {
-        "files": {name: _digest(staged / name) for name in _names(staged)},
+        "files": _digests(staged, _names(staged)),
         "identity": dict(identity),
         "settings": dict(settings or {}),
     }
-    (staged / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
+    write_record(staged / MARKER, marker)
     flush_tree(staged)
     target, replaced = output_dir / staged.name, staged.parent / f"{_REPLACED}{staged.name}"
     if target.exists():
@@ -86,12 +89,11 @@ def recover(output_dir: Path) -> None:
 
 
 def read_marker(checkpoint: Path) -> dict[str, Any] | None:
-    """The marker of a checkpoint; None where there is none that can be read."""
+    """The marker of a checkpoint; None where there is none that can be read, or it does not agree with its digest."""
     try:
-        marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        marker = {"settings": {}, **read_record(checkpoint / MARKER, "")}
+    except FdivError:
         return None
-    marker = {"settings": {}, **marker} if isinstance(marker, dict) else {}
     return marker if all(isinstance(marker.get(part), dict) for part in _PARTS) else None
 
 
@@ -99,7 +101,7 @@ def checkpoint_fault(checkpoint: Path) -> str | None:
     """Why a folder is no complete checkpoint of ours; None where it is one."""
     marker = read_marker(checkpoint)
     if marker is None:
-        return f"it has no {MARKER} that can be read, so the save was not finished or was not ours"
+        return f"it has no {MARKER} that can be read, so the save was not finished, was not ours, or is damaged"
     files, found = marker["files"], _names(checkpoint)
     if not files:
         return f"its {MARKER} lists no files"
@@ -110,14 +112,16 @@ def checkpoint_fault(checkpoint: Path) -> str | None:
         if name not in files and not hidden:
             return f"{name} was not saved with it (take what was added out of the folder)"
     for name, digest in files.items():
-        path = checkpoint / name
         if not isinstance(digest, dict) or not isinstance(digest.get("bytes"), int):
             return f"its {MARKER} gives no size of {name}"
-        if path.stat().st_size != digest["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {digest['bytes']}"
-        if _digest(path) != digest:
-            return f"the content of {name} has changed"
-    return None
+        if (size := (checkpoint / name).stat().st_size) != digest["bytes"]:
+            return f"{name} has {size} bytes instead of {digest['bytes']}"
+    ends = {name: digest for name, digest in files.items() if "sha256_of_ends" in digest}
+    now = _digests(checkpoint, files.keys() - ends.keys()) | {
+        name: _digest_of_ends(checkpoint / name) for name in ends
+    }
+    changed = sorted(name for name, digest in files.items() if now[name] != digest)
+    return f"the content of {changed[0]} has changed" if changed else None
 
 
 def newest_checkpoint(output_dir: Path) -> tuple[Path, list[str]]:
@@ -142,13 +146,17 @@ def _names(folder: Path) -> list[str]:
     return sorted(names - {MARKER})
 
 
-def _digest(path: Path) -> dict[str, Any]:
-    """Size in bytes, and SHA-256 of the file, or of its first and last 32 MiB where it is longer than both."""
-    size = path.stat().st_size
+def _digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """`file_digest` of files below a folder, by name."""
+    names = sorted(names)
+    with ThreadPoolExecutor(_HASHING) as pool:  # hashing leaves Python's lock
+        return dict(zip(names, pool.map(lambda name: file_digest(folder / name), names), strict=True))
+
+
+def _digest_of_ends(path: Path) -> dict[str, Any]:
+    """What markers of before say of a file longer than 64 MiB: its size, and SHA-256 of its first and last 32 MiB."""
     with path.open("rb") as file:
-        if size <= 2 * _EDGE:
-            return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         digest = hashlib.sha256(file.read(_EDGE))
         file.seek(-_EDGE, os.SEEK_END)
         digest.update(file.read(_EDGE))
-    return {"bytes": size, "sha256_of_ends": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256_of_ends": digest.hexdigest()}

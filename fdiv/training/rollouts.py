@@ -26,8 +26,10 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from fdiv.errors import DataError, RolloutError
+from fdiv.files import read_json_lines
 from fdiv.inference.padding import depends_on_padding
 from fdiv.models.loading import check_fits
+from fdiv.sealed import NO_DIGEST, SealedLines, sealed_line
 from fdiv.terminal import info
 from fdiv.training.config import Options, option
 
@@ -349,7 +351,7 @@ class RolloutRecorder:
                 for prompt, ids, completion, values in rows:
                     key = _prompt_key(prompt)
                     record = {"prompt": prompt, "sample": self._counts[key], "prompt_ids": ids}
-                    file.write(json.dumps({**record, "completion_ids": completion, "logprobs": values}) + "\n")
+                    file.write(sealed_line({**record, "completion_ids": completion, "logprobs": values}))
                     self._counts[key] += 1
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": log_probs}
 
@@ -370,8 +372,7 @@ class RecordedRollouts:
 
     def __init__(self, records: str | Path | Iterable[dict[str, Any]]) -> None:
         if isinstance(records, (str, Path)):
-            lines = Path(records).read_text(encoding="utf-8").splitlines()
-            records = [json.loads(line) for line in lines if line]
+            records = _recorded(Path(records))
         self._samples: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
         for record in records:
             self._samples[_prompt_key(record["prompt"])][record["sample"]] = record
@@ -399,6 +400,17 @@ class RecordedRollouts:
             have = "none" if recorded is None else str(len(recorded))
             raise RolloutError(f"sample {wanted} of prompt {key[:80]} was not recorded ({have} were): record more")
         return recorded[wanted]
+
+
+def _recorded(path: Path) -> list[dict[str, Any]]:
+    """The records of a file: our own, whose lines hold their digests, or another's, one JSON object a line."""
+    lines = SealedLines.read(path, "record the rollouts again")
+    if not lines.checked:
+        info(f"{path}: {NO_DIGEST}")
+        return read_json_lines(path)
+    if lines.torn:
+        info(f"{path}: its last line was cut off and is left out")
+    return lines.items
 
 
 def _prompt_key(prompt: Any) -> str:

@@ -1,5 +1,6 @@
 """Checkpoints on disk: whole or absent, whatever happens while they are written."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ def rewrite(folder, **parts):
     """Other parts in the marker; a function makes the new part from the old."""
     marker = json.loads((folder / MARKER).read_text())
     marker |= {name: part(marker[name]) if callable(part) else part for name, part in parts.items()}
+    marker.pop("digest", None)  # an edit on purpose
     (folder / MARKER).write_text(json.dumps(marker))
 
 
@@ -110,14 +112,33 @@ def test_no_complete_checkpoint_is_an_error_that_lists_the_incomplete_ones(tmp_p
         newest_checkpoint(tmp_path)
 
 
-def test_long_files_are_hashed_at_both_ends(tmp_path, monkeypatch):
+def test_every_byte_of_a_long_file_counts(tmp_path, monkeypatch):
+    """Also the middle, which markers of before left out; those still count by the ends they hold."""
     monkeypatch.setattr(checkpoints, "_EDGE", 4)
-    folder = published(tmp_path, 1, "abcdefghijkl")
-    assert "sha256_of_ends" in read_marker(folder)["files"]["model.safetensors"]
+    folder, content = published(tmp_path, 1, "abcdefghijkl"), "abcdefghijkl"
     path = folder / "model.safetensors"
-    for content, fault in (("abcdefghijkX", True), ("Xbcdefghijkl", True), ("abcdXfghijkl", False)):
+    for position in range(len(content)):
+        path.write_text(content[:position] + "X" + content[position + 1 :])
+        assert checkpoint_fault(folder) == "the content of model.safetensors has changed"
+    marker = read_marker(folder)
+    ends = hashlib.sha256(b"abcdijkl").hexdigest()
+    marker["files"]["model.safetensors"] = {"bytes": 12, "sha256_of_ends": ends}
+    (folder / MARKER).write_text(json.dumps(marker))
+    for content, whole in (("abcdefghijkl", True), ("abcdXfghijkl", True), ("Xbcdefghijkl", False)):
         path.write_text(content)
-        assert (checkpoint_fault(folder) is not None) is fault
+        assert (checkpoint_fault(folder) is None) is whole
+
+
+def test_a_changed_bit_of_the_marker_is_noticed(tmp_path):
+    folder = published(tmp_path, 1)
+    content = (folder / MARKER).read_bytes()
+    for bit in range(0, 8 * len(content), 7):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (folder / MARKER).write_bytes(flipped)
+        assert "or is damaged" in checkpoint_fault(folder)
+    (folder / MARKER).write_bytes(content)
+    assert checkpoint_fault(folder) is None
 
 
 @pytest.mark.parametrize("killed_before_rename", [1, 2])

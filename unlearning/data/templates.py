@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fdiv.files import numbered_lines
+from fdiv.sealed import read_record, write_record
+from fdiv.terminal import info
 from fdiv.unlearning.data.encode import render_chat
 from fdiv.unlearning.data.rows import Answer
 
@@ -58,10 +61,10 @@ def read_refusals(path: str) -> list[str]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"template_file {path} does not exist: give a file with one refusal per line")
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
+    refusals = [_refusal(line.strip(), f"{path} line {number}") for number, line in numbered_lines(Path(path))]
+    if not refusals:
         raise ValueError(f"template_file {path} is empty: it needs at least one line, one refusal each")
-    return [_refusal(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
+    return refusals
 
 
 def _refusal(line: str, where: str) -> str:
@@ -150,13 +153,17 @@ def generate_templates(
 
     Raises:
         ValueError: the model gave a row nothing but empty answers.
+        DataError: the cache is damaged.
     """
     prompts = [_instructed(answer, settings.instruction) for answer in answers]
     content = json.dumps([asdict(settings), prompts], ensure_ascii=False, sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()
     if cache.is_file():
-        stored = json.loads(cache.read_text(encoding="utf-8"))
-        if stored["key"] == key:
+        unchecked: list[str] = []
+        stored = read_record(cache, "remove it, so that the answers are generated again", unchecked=unchecked)
+        if stored.get("key") == key:
+            for line in unchecked:
+                info(line)
             return stored["templates"]
     if model is None or tokenizer is None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -176,7 +183,7 @@ def generate_templates(
             f"{silent[0]}): raise template_temperature or template_answers_per_row, or use another template_source"
         )
     cache.parent.mkdir(parents=True, exist_ok=True)
-    cache.write_text(json.dumps({"key": key, "settings": asdict(settings), "templates": templates}, indent=1))
+    write_record(cache, {"key": key, "settings": asdict(settings), "templates": templates})
     return templates
 
 

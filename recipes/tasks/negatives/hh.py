@@ -7,7 +7,6 @@ baselines then train on holds no chosen answer at all; the held-out pairs keep b
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import random
@@ -15,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fdiv.files import numbered_json_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -229,19 +230,16 @@ def read_pairs(path: str | Path) -> list[HHPair]:
         raise FileNotFoundError(
             f"{path} does not exist: set prepare.data to HH's harmless-base .jsonl or .jsonl.gz file"
         )
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
     pairs = []
-    with opened as file:
-        for number, line in enumerate(file, 1):
-            row = json.loads(line)
-            if not isinstance(row, dict) or not all(isinstance(row.get(side), str) for side in ("chosen", "rejected")):
-                raise ValueError(f"{path}, line {number}: the texts `chosen` and `rejected` are needed")
-            (context, chosen), (other, rejected) = (_last_answer(row[side]) for side in ("chosen", "rejected"))
-            if context is None or other is None:
-                raise ValueError(f"{path}, line {number}: no {_ASSISTANT!r} after a {_HUMAN!r} turn")
-            if context == other and chosen.strip() and rejected.strip() and chosen != rejected:
-                prompt = context[context.rindex(_HUMAN) :]
-                pairs.append(HHPair(prompt, chosen, rejected, row["chosen"]))
+    for number, row in numbered_json_lines(path):
+        if not isinstance(row, dict) or not all(isinstance(row.get(side), str) for side in ("chosen", "rejected")):
+            raise ValueError(f"{path}, line {number}: the texts `chosen` and `rejected` are needed")
+        (context, chosen), (other, rejected) = (_last_answer(row[side]) for side in ("chosen", "rejected"))
+        if context is None or other is None:
+            raise ValueError(f"{path}, line {number}: no {_ASSISTANT!r} after a {_HUMAN!r} turn")
+        if context == other and chosen.strip() and rejected.strip() and chosen != rejected:
+            prompt = context[context.rindex(_HUMAN) :]
+            pairs.append(HHPair(prompt, chosen, rejected, row["chosen"]))
     if not pairs:
         raise ValueError(f"{path} holds no pair of two different answers to the same dialogue")
     return pairs

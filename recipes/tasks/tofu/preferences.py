@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fdiv.files import read_json_lines
+
 PROMPT = "{bos}Question: {question}\nAnswer:"
 """The prompt that plain TOFU models, without a chat template, are trained on; the answer follows after a space."""
 
@@ -109,11 +111,12 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(
             f"{path} does not exist: set prepare.data to the directory that holds TOFU's *_perturbed.json files"
         )
-    with path.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if line.strip()]
+    rows = read_json_lines(path)
     if not rows:
         raise ValueError(f"{path} is empty")
     for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} row {number} is {str(row)[:40]!r}, not an object")
         missing = [column for column in _COLUMNS if not row.get(column)]
         if missing:
             raise ValueError(
