@@ -3,7 +3,7 @@
 A checkpoint is written in `OUTPUT_DIR/_saving`, flushed to disk, given its marker (`fdiv_checkpoint.json`: every
 file with its size and the digest of all its bytes, what the run was, and the marker's own digest), and only then
 renamed to `OUTPUT_DIR/checkpoint-STEP`. A process killed at any moment leaves the earlier checkpoints as they were.
-State files of Trainer and DeepSpeed are pickles: they are loaded only from a folder whose marker stands and agrees with
+State files of Trainer and DeepSpeed are pickles: loaded only from a folder whose marker stands and agrees with
 its files, to the last one: nothing is added to a checkpoint. Hidden files, which nothing loads and file systems leave
 behind, do not count.
 """
