@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -219,4 +219,4 @@ def fresh(log: EvalLog) -> EvalLog:
     metrics = {}
     for name, node in log.metrics.items():
         metrics[name] = {k: copy.copy(v) if k in ("forget", "holdout") else v for k, v in node.items()}
-    return EvalLog(metrics, log.benchmark, log.preset, log.source, dict(log.stamp))
+    return replace(log, metrics=metrics, stamp=dict(log.stamp))

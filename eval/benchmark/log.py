@@ -10,16 +10,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fdiv.errors import DataError
+from fdiv.files import write_bytes
+from fdiv.sealed import DIGEST, UNSEALED, check_sealed, sealed
 
 __all__ = ["STAMP", "EvalLog", "read_eval_log", "write_eval_log"]
 
 STAMP = "fdiv"
 """Top-level key of our own metadata in a log."""
+
+_REMEDY = "make the log again, or take `digest` out of its stamp where it was edited on purpose"
 
 _AUTHORS_PARTS = {
     "eval_log_forget.json": "forget",
@@ -41,6 +45,7 @@ class EvalLog:
         preset: the definitions the per-item values were made with.
         source: where the log comes from, for messages.
         stamp: what `fdiv` wrote about the run; empty for published logs.
+        checked: whether it is what was written; False for a log that was read and holds no digest.
     """
 
     metrics: dict[str, dict[str, Any]]
@@ -48,6 +53,7 @@ class EvalLog:
     preset: str
     source: str
     stamp: dict[str, Any] = field(default_factory=dict)
+    checked: bool = True
 
     def items(self, metric: str, part: str | None = None, max_rows: int | None = None) -> dict[int, dict[str, Any]]:
         """Rows of one metric by index, in order; empty when the log has none. `part` is `forget` or `holdout` of an
@@ -111,7 +117,7 @@ class EvalLog:
                 metrics[name] = keep(node, wanted)
             elif {"forget", "holdout"} <= node.keys() and {"forget", "holdout"} <= wanted.keys():
                 metrics[name] = node | {side: keep(node[side], wanted[side]) for side in ("forget", "holdout")}
-        return EvalLog(metrics, self.benchmark, self.preset, self.source, self.stamp)
+        return replace(self, metrics=metrics)
 
     def truths(self) -> list[str]:
         """True answers of the forget rows where the log keeps text, white space collapsed; else an empty list."""
@@ -179,12 +185,14 @@ def read_eval_log(path: str | Path, benchmark: str | None = None) -> EvalLog:
         benchmark: `tofu` or `muse` refuses a log of the other one.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, not an evaluation log, a summary without per-item values, or another benchmark's log.
+        ValueError: not JSON, not an evaluation log, one that does not agree with its digest, a summary without
+            per-item values, or another benchmark's log.
     """
     source = str(path)
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raw = Path(path).read_bytes()
+        content = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or a number of thousands of digits
         raise DataError(f"{source}: not JSON ({error})") from None
     except FileNotFoundError:
         raise
@@ -192,6 +200,11 @@ def read_eval_log(path: str | Path, benchmark: str | None = None) -> EvalLog:
         raise DataError(f"{source} cannot be read: {error.strerror}; give the *_EVAL.json itself") from None
     if not isinstance(content, dict) or not content:
         raise DataError(f"{source}: expected a JSON object of metrics")
+    stamp = content.get(STAMP, {})
+    if not isinstance(stamp, dict):
+        raise DataError(f"{source}: {STAMP!r} is {str(stamp)[:40]!r}, not an object")
+    checked = check_sealed(Path(path), raw, stamp, _REMEDY)
+    stamp = {name: value for name, value in stamp.items() if name != DIGEST}
     if "eval_log_forget.json" in content:
         log = _from_authors(content, source)
     elif not any(isinstance(value, dict) for value in content.values()):
@@ -199,9 +212,6 @@ def read_eval_log(path: str | Path, benchmark: str | None = None) -> EvalLog:
             f"{source}: aggregates only (a *_SUMMARY.json?); re-aggregation needs the per-item values of *_EVAL.json"
         )
     else:
-        stamp = content.get(STAMP, {})
-        if not isinstance(stamp, dict):
-            raise DataError(f"{source}: {STAMP!r} is {str(stamp)[:40]!r}, not an object")
         metrics = {k: v for k, v in content.items() if k != STAMP and isinstance(v, dict)}
         muse, tofu = (any(mark in name for name in metrics) for mark in ("mem_ROUGE", "_Q_A_"))
         found = stamp.get("benchmark") or ("tofu" if tofu else "muse" if muse else None)
@@ -213,14 +223,14 @@ def read_eval_log(path: str | Path, benchmark: str | None = None) -> EvalLog:
         log = EvalLog(metrics, found, stamp.get("preset", "open_unlearning"), source, stamp)
     if benchmark is not None and log.benchmark != benchmark:
         raise DataError(f"{source}: a {log.benchmark} log; use `fdiv eval {log.benchmark} --from_logs`")
-    return log
+    return replace(log, checked=checked)
 
 
 def write_eval_log(path: str | Path, log: EvalLog) -> None:
-    """Write open-unlearning's `*_EVAL.json`, metrics in alphabetical order, with our stamp under `fdiv`."""
+    """Write open-unlearning's `*_EVAL.json`, metrics in alphabetical order, with our stamp under `fdiv`, and in that
+    the digest of the file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = dict(sorted(log.metrics.items())) | {
-        STAMP: log.stamp | {"benchmark": log.benchmark, "preset": log.preset}
-    }
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    stamp = log.stamp | {"benchmark": log.benchmark, "preset": log.preset, DIGEST: UNSEALED}
+    content = dict(sorted(log.metrics.items())) | {STAMP: stamp}
+    write_bytes(path, sealed(json.dumps(content, indent=1).encode()))

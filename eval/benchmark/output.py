@@ -10,6 +10,7 @@ from typing import Any
 from fdiv.errors import DataError
 from fdiv.eval.benchmark.aggregation import Aggregates
 from fdiv.eval.benchmark.log import EvalLog, write_eval_log
+from fdiv.sealed import listed
 
 __all__ = ["output_paths", "show_table", "write_evaluation", "write_result"]
 
@@ -32,7 +33,7 @@ def write_result(path: Path, result: Aggregates, about: Mapping[str, Any]) -> di
 
     `about` may hold `model`, `split`, `settings` and `environment`.
     """
-    from fdiv.files import write_json
+    from fdiv.sealed import write_record
 
     log = result.log
     content: dict[str, Any] = {"benchmark": log.benchmark, "preset": result.preset.name, "split": log.split()}
@@ -43,7 +44,7 @@ def write_result(path: Path, result: Aggregates, about: Mapping[str, Any]) -> di
     if "environment" in about:
         content["environment"] = about["environment"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, content)
+    write_record(path, content)
     return content
 
 
@@ -81,7 +82,8 @@ def write_evaluation(
     if retain is not None and retain.source == "retain model":
         (folder / "retain").mkdir(exist_ok=True)
         write_eval_log(folder / "retain" / f"{name}_EVAL.json", retain)
-    _write_samples(folder / "samples.jsonl", result.log)
+    with listed(folder / "samples.jsonl"):
+        _write_samples(folder / "samples.jsonl", result.log)
     plot_evaluation(folder, result, retain)
     return write_result(folder / "out.json", result, about)
 

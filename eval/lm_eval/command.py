@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> int:
         DataError: lm-eval is not installed, or a model, task or task file cannot be used.
     """
     from fdiv.eval.benchmark.output import output_paths
-    from fdiv.files import write_json
     from fdiv.provenance import command_line, environment
     from fdiv.report.metrics import marked, meanings
+    from fdiv.sealed import listed, write_record
     from fdiv.terminal import info, is_main_process, number, print_table
 
     folder, path = output_paths(args.output)
@@ -52,8 +52,9 @@ def run(args: argparse.Namespace) -> int:
     content |= {"standard_errors": errors, "task_versions": results["versions"]}
     content |= {"items": {task: n["effective"] for task, n in results.get("n-samples", {}).items()}}
     content |= {"settings": {k: v for k, v in vars(args).items() if k != "debug"}}
-    write_json(path, content | {"environment": environment(command_line(), args.seed)})
-    _write_samples(folder / "samples.jsonl", results.get("samples", {}))
+    write_record(path, content | {"environment": environment(command_line(), args.seed)})
+    with listed(folder / "samples.jsonl"):
+        _write_samples(folder / "samples.jsonl", results.get("samples", {}))
     rows = [(marked(name), number(value), number(errors.get(name))) for name, value in values.items()]
     print_table(f"lm-eval · {args.model}", ("task/metric", "value", "s.e."), rows, meanings(values))
     info(f"written: {path}")

@@ -241,13 +241,13 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         DataError: it holds samples of other settings; names the first that differs.
     """
-    from fdiv.files import read_json, write_json
     from fdiv.inference.processes import process_state
+    from fdiv.sealed import read_record, write_record
 
     mine = {name: value for name, value in settings.items() if name not in _FREE}
     mark = folder / "settings.json"
     if mark.is_file():
-        theirs = read_json(mark)
+        theirs = read_record(mark, "choose another --output")
         for name in mine:
             if theirs.get(name) != mine[name]:
                 raise DataError(
@@ -258,7 +258,7 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
     state.wait_for_everyone()  # everybody has looked before anybody writes
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(mark, mine)
+        write_record(mark, mine)
     state.wait_for_everyone()
 
 
@@ -270,9 +270,9 @@ def _write(
     from fdiv.eval.pass_at_k.aggregate import compare_with_base, describe_counts
     from fdiv.eval.pass_at_k.plot import plot_pass_at_k
     from fdiv.eval.pass_at_k.records import read_counts
-    from fdiv.files import write_json
     from fdiv.provenance import command_line, environment
     from fdiv.report.metrics import marked, meanings
+    from fdiv.sealed import write_record
     from fdiv.terminal import info, number, print_table
 
     folder, path = output_paths(args.output)
@@ -287,7 +287,7 @@ def _write(
     described = describe_counts(counts)
     content = found | described | about | {"environment": environment(command_line(), args.seed)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, content)
+    write_record(path, content)
     if folder is not None:
         plot_pass_at_k(folder / "pass_at_k.png", curves, resamples=args.resamples, seed=args.seed)
     rows = [(marked(name), number(entry["value"]), number(entry["se"])) for name, entry in found.items()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,11 @@ from fdiv.eval.pass_at_k.data import EvalTask, LoadedTasks, load_tasks, tasks_of
 from fdiv.eval.pass_at_k.records import TaskCounts, Unscored, counts_of_samples, read_counts
 from fdiv.eval.pass_at_k.sampling import SamplingSettings, completion_record, sampling_requests
 from fdiv.eval.pass_at_k.scoring import Scorer, make_scorer, score_completions
+from fdiv.files import write_bytes
 from fdiv.inference.cache import ItemCache, fingerprint
 from fdiv.inference.processes import process_state
 from fdiv.inference.prompting import PromptFormat
+from fdiv.sealed import listed
 
 if TYPE_CHECKING:
     from fdiv.evaluation import EvalContext
@@ -288,17 +289,18 @@ def draw_with_transformers(model: Any, tokenizer: Any, batch_size: int) -> Draw:
     return draw
 
 
-def write_samples(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_samples(path: Path, rows: Sequence[Mapping[str, Any]], made_with: Mapping[str, Any] | None = None) -> None:
     """Write the samples to `path` and greedy completions, where there are some, to `greedy.jsonl` (or
-    `NAME_greedy.jsonl`) beside it; each file whole or not at all."""
+    `NAME_greedy.jsonl`) beside it; each file whole or not at all, and listed in `digests.json` with what it was
+    `made_with`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     greedy = [{name: v for name, v in row.items() if name != "sample"} for row in rows if row["sample"] == GREEDY]
-    _write_lines(path, [row for row in rows if row["sample"] != GREEDY])
-    if greedy:
-        _write_lines(path.with_name(path.name.replace("samples.jsonl", "greedy.jsonl")), greedy)
+    beside = path.with_name(path.name.replace("samples.jsonl", "greedy.jsonl"))
+    with listed(path, beside, made_with=made_with):
+        _write_lines(path, [row for row in rows if row["sample"] != GREEDY])
+        if greedy:
+            _write_lines(beside, greedy)
 
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)
+    write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

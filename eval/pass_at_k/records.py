@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,6 +12,7 @@ import numpy as np
 from fdiv.errors import DataError
 from fdiv.files import numbered_json_lines
 from fdiv.named import nearest
+from fdiv.sealed import LISTING, check_listed
 
 __all__ = ["TaskCounts", "Unscored", "counts_of_samples", "read_counts"]
 
@@ -36,6 +37,8 @@ class TaskCounts:
         correct: per task and sample, beside `answers`.
         unscored: number of samples without a score, per task that has some.
         left_out: tasks that `leave_out` removed.
+        made_with: settings that the samples were made with, where `digests.json` beside their file says so; None: not
+            known, and the file was not checked.
     """
 
     task_ids: list[str]
@@ -45,6 +48,7 @@ class TaskCounts:
     correct: list[list[bool | None]] | None = None
     unscored: dict[str, int] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    made_with: dict[str, Any] | None = None
 
     def check_k(self, ks: Sequence[int], source: str) -> None:
         """Refuse a k that some task has not enough scored samples for.
@@ -114,11 +118,12 @@ def read_counts(path: str | Path, unscored: Unscored = "reduce") -> TaskCounts:
 
     Raises:
         DataError: no such file, an empty file, a line that is no JSON object or lacks a column, both kinds in one
-            file, a task given twice, a value of the wrong type; each with the line.
+            file, a task given twice, a value of the wrong type; each with the line. The file is not what we wrote.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"no such file: {path}")
+    made_with = check_listed(path, f"sample again, or remove {LISTING} where the file was edited on purpose")
     rows = list(_rows(path))
     if not rows:
         raise DataError(f"{path} is empty: give one JSON object per sample or per task")
@@ -131,7 +136,8 @@ def read_counts(path: str | Path, unscored: Unscored = "reduce") -> TaskCounts:
                 "task, the same in every line"
             )
         _check_columns(where, row, wanted)
-    return _from_tasks(rows) if per_task else counts_of_samples(_checked_samples(rows), unscored, str(path))
+    counts = _from_tasks(rows) if per_task else counts_of_samples(_checked_samples(rows), unscored, str(path))
+    return replace(counts, made_with=made_with)
 
 
 def _rows(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:

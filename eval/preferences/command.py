@@ -50,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
     """
     from fdiv.eval.preferences.evaluation import PreferencesEvalConfig
     from fdiv.evaluation import EvalContext
-    from fdiv.files import write_json
     from fdiv.inference.processes import process_state
     from fdiv.models.loading import load_model, load_tokenizer
     from fdiv.provenance import command_line, environment
     from fdiv.report.metrics import marked, meanings
+    from fdiv.sealed import write_record
     from fdiv.terminal import info, number, print_table
 
     state = process_state()
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if state.is_main_process:
         stated = {key: value for key, value in vars(args).items() if key != "debug"}
         result = {"metrics": metrics, "arguments": stated, "environment": environment(command_line(), args.seed)}
-        write_json(output / "preferences_eval.json", result)
+        write_record(output / "preferences_eval.json", result)
         shown = [(marked(name), number(value)) for name, value in metrics.items()]
         print_table(f"preferences of {args.model}", ("metric", "value"), shown, meanings(metrics))
         info(f"written: {output / 'preferences_eval.json'}")

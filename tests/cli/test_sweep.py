@@ -195,6 +195,7 @@ def test_rows_and_a_measured_model_for_real(write_recipe, tmp_path):
     assert [line.split(" | ")[:3] for line in lines[3:]] == [["| KL", "1", "9.0"], ["| F", "1", "19.0"]]
     folder = plan.root / "model-untrained"
     assert {path.name for path in folder.iterdir()} == {
+        "digests.json",
         "result.json",
         "recipe_resolved.yaml",
         "environment.json",
