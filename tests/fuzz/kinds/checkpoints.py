@@ -149,6 +149,7 @@ def _forge(marker: Path, file: Path) -> None:
             "bytes": file.stat().st_size,
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         }
+        content.pop("digest", None)
         marker.write_text(json.dumps(content), encoding="utf-8")
     except (OSError, ValueError, KeyError, TypeError):
         return
