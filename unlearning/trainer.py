@@ -20,7 +20,7 @@ from fdiv.memory.step_shape import StepShape
 from fdiv.models.fingerprints import data_fingerprint
 from fdiv.models.loading import checked_tokenizer
 from fdiv.models.reference import Reference
-from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
+from fdiv.statistics.estimates import density_weight_quantiles, log_ratio_quantiles, mean_and_error
 from fdiv.training.config import DivergenceOptions
 from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
 from fdiv.unlearning.config import TemplateConfig, UnlearningConfig
@@ -310,7 +310,9 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
         metrics: dict[str, float] = {}
         for name, values in examples.items():
             if name.startswith("log_ratio/"):
-                metrics |= log_ratio_quantiles(name.removeprefix("log_ratio/"), values)
+                role = name.removeprefix("log_ratio/")
+                metrics |= log_ratio_quantiles(role, values)
+                metrics |= density_weight_quantiles(role, self.metric_divergence, values)
             elif name in ("divergence", "mean_f"):
                 label = f"{name}/{self.metric_divergence.label}"
                 metrics[label], metrics[f"{label}_se"] = mean_and_error(values)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fdiv.divergences import Divergence, get_divergence
-from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error, within_bounds
+from fdiv.statistics.estimates import density_weight_quantiles, log_ratio_quantiles, mean_and_error, within_bounds
 
 if TYPE_CHECKING:
     from fdiv.alignment.d2o.config import D2OConfig
@@ -106,6 +106,7 @@ def reduce_groups(examples: Mapping[str, Tensor], divergence: Divergence, anchor
         "logps/rejected": examples["rejected_log_prob"].mean().item(),
         "clamped_fraction": examples["clamped"].mean().item(),
         **log_ratio_quantiles("rejected", examples["rejected_log_ratio"]),
+        **density_weight_quantiles("rejected", divergence, examples["rejected_log_ratio"]),
     }
     if anchors == 0:
         return metrics
@@ -118,6 +119,7 @@ def reduce_groups(examples: Mapping[str, Tensor], divergence: Divergence, anchor
         "anchors/mean_length": examples["anchor_tokens"].mean().item() / anchors,
         "anchors/clipped_ratio": examples["anchor_cut"].mean().item(),
         **log_ratio_quantiles("anchors", log_ratio),
+        **density_weight_quantiles("anchors", divergence, log_ratio),
     }
     kinds = {"divergence": divergence, "jeffreys": get_divergence("jeffreys")}
     for name, values in examples.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 from fdiv.alignment.f_dpg.estimate import estimate_by_prompt, mean_over_prompts
 from fdiv.alignment.f_dpg.loss import grouped_logsumexp
 from fdiv.divergences import Divergence, get_divergence
-from fdiv.statistics.estimates import clustered_mean, log_ratio_quantiles
+from fdiv.statistics.estimates import clustered_mean, density_weight_quantiles, log_ratio_quantiles
 
 __all__ = ["LOGGED_DIVERGENCES", "f_dpg_metrics", "partition_metrics", "prompt_columns", "slope_columns"]
 
@@ -134,4 +134,5 @@ def f_dpg_metrics(
     }
     if supported.any():
         metrics |= log_ratio_quantiles("target", log_t[supported])
+        metrics |= density_weight_quantiles("target", divergence, log_t[supported])
     return metrics

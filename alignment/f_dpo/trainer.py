@@ -18,7 +18,7 @@ from fdiv.models.loading import check_fits, checked_tokenizer, context_length, k
 from fdiv.models.logprobs import with_position_ids
 from fdiv.models.reference import reference_for_trl
 from fdiv.statistics.calibration import length_normalised_calibration, margin_calibration
-from fdiv.statistics.estimates import log_ratio_quantiles, mean_and_error
+from fdiv.statistics.estimates import density_weight_quantiles, log_ratio_quantiles, mean_and_error
 from fdiv.training.data_checks import check_preference_dataset
 from fdiv.training.row_report import RowReport
 from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
@@ -34,9 +34,9 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
     copy of the model object as passed; a second load of the model named by a string.
 
     Logged beside what `DPOTrainer` logs: `rewards/*` is the f-scored implicit reward β·f′(u), what the loss compares;
-    `rewards_raw/*` is β·log u, TRL's; `log_ratio/{chosen,rejected}_p05|p50|p95`; `mean_f/<name>` with `_se`, the mean
-    of f(u) over the rows; `clamped_fraction`; in evaluation `ece_length_normalised` and `ece_margin`. All are over
-    every example since the last log, on all processes.
+    `rewards_raw/*` is β·log u, TRL's; `log_ratio/{chosen,rejected}_p05|p50|p95`, and the same of u·f″(u) as
+    `density_weight/…`; `mean_f/<name>` with `_se`, the mean of f(u) over the rows; `clamped_fraction`; in evaluation
+    `ece_length_normalised` and `ece_margin`. All are over every example since the last log, on all processes.
 
     Raises:
         DataError: (a ValueError) data without the needed columns or rows, a tokenizer without pad or eos token, no
@@ -209,6 +209,7 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
             metrics[f"rewards/{half}"] = pair["reward"][:, side].mean().item()
             metrics[f"rewards_raw/{half}"] = raw[:, side].mean().item()
             metrics |= log_ratio_quantiles(half, pair["log_ratio"][:, side])
+            metrics |= density_weight_quantiles(half, self.divergence, pair["log_ratio"][:, side])
         # The rows are data, not samples of π_ref: a mean of f over them is no estimate of D_f and has not its bounds.
         divergence = get_divergence(self.args.divergence)
         name = f"mean_f/{divergence.label}"

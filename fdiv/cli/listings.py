@@ -17,6 +17,7 @@ from fdiv.terminal import number, print_table
 
 __all__ = ["divergences", "methods", "recipes"]
 
+_RATIOS, _MORE_RATIOS = (0.1, 10.0), (0.01, 0.1, 1.0, 10.0, 100.0)  # density ratios whose weight t·f''(t) is shown
 _EXAMPLE = 0.5  # any value inside (0, 1): limits that depend on the parameter are shown as formulas by `NAME`
 
 
@@ -59,14 +60,17 @@ def divergences(spec: str | None) -> int:
         parameters = parameters_of(name)
         entry = get_divergence({"name": name, **dict.fromkeys(parameters, _EXAMPLE)})
         limits = (_curvature(entry), entry.derivative_at_zero, entry.slope_at_infinity)
-        shown = ["–" if limit is None else _limit(limit) for limit in limits]
+        weights = [_density_weight(entry, t) for t in _RATIOS]
+        shown = [_limit_or_dash(limit) for limit in (*limits, *weights)]
         rows.append((name, ", ".join(parameters), *shown, ", ".join(aliases_of(name))))
-    columns = ("name", "parameters", "f''(1)", "f'(0)", "f'(inf)", "aliases")
+    weights = [f"t·f'' at {t:g}" for t in _RATIOS]
+    columns = ("name", "parameters", "f''(1)", "f'(0)", "f'(inf)", *weights, "aliases")
     notes = [
         f"Limits that depend on a parameter are those at {_EXAMPLE}. `fdiv divergences NAME` shows one in full, with "
         "the methods that refuse it and why; `fdiv methods` says for every method which it takes.",
+        "t·f''(t) is the weight of a sample with density ratio t = policy/reference: which samples f listens to.",
     ]
-    print_table("Divergences D_f(policy ‖ reference)", columns, rows, notes, text_columns=(0, 1, 5))
+    print_table("Divergences D_f(policy ‖ reference)", columns, rows, notes, text_columns=(0, 1, 5 + len(_RATIOS)))
     return 0
 
 
@@ -90,6 +94,7 @@ def _one_divergence(entry: Any) -> int:
         ("f(0)", _limit(at_zero)),
         ("f'(0)", _limit(entry.derivative_at_zero)),
         ("f'(inf)", _limit(entry.slope_at_infinity)),
+        ("t·f''(t)", ", ".join(f"{_limit_or_dash(_density_weight(entry, t))} at t = {t:g}" for t in _MORE_RATIOS)),
         ("conjugate domain", " to ".join(_limit(bound) for bound in entry.conjugate_domain)),
         ("valid for", _valid_for(entry)),
     ]
@@ -109,6 +114,19 @@ def _curvature(entry: Any) -> float | None:
         return float(entry.curvature)
     except ValueError:  # total variation: the second derivative does not exist
         return None
+
+
+def _density_weight(entry: Any, t: float) -> float | None:
+    import torch
+
+    try:
+        return entry.density_weight(torch.tensor(math.log(t), dtype=torch.float64)).item()
+    except ValueError:  # total variation
+        return None
+
+
+def _limit_or_dash(value: float | None) -> str:
+    return "–" if value is None else _limit(value)
 
 
 def _limit(value: Any) -> str:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdiv.divergences.saturation import as_float, check_max_exponent
+from fdiv.divergences.cells import Cells
+from fdiv.divergences.saturation import DEFAULT_MAX_EXPONENT, as_float, check_max_exponent
 
 
 class Estimate(NamedTuple):
@@ -101,6 +102,17 @@ class Divergence:
         Raises ValueError for a cap outside (0, 80].
         """
         return self._score(as_float(log_t, "log_t"), check_max_exponent(max_exponent))
+
+    def density_weight(self, log_t: Tensor) -> Tensor:
+        """t·f''(t) = d f'(t)/d log t ≥ 0: how strongly the objectives move a sample with density ratio t.
+
+        The weight of f-distill (arXiv:2502.15681), the slope of the f-DPO score, f''(1) at t = 1. For `reverse_kl` it
+        is 1 everywhere; where it falls with t, the f listens to samples that P has lost. It saturates as `derivative`
+        does, and at ±inf it is its value at log t = ±1e4. Raises ValueError where f has no curvature at 1.
+        """
+        _ = self.curvature
+        log_t = as_float(log_t, "log_t").clamp(-1e4, 1e4)
+        return torch.func.grad(lambda x: self._score(x, DEFAULT_MAX_EXPONENT).sum())(log_t)
 
     def capped(self, log_t: Tensor, max_exponent: float | None = None) -> Tensor:
         """Bool tensor: where `score(log_t, max_exponent)` is on its continuation rather than exact."""
@@ -188,16 +200,37 @@ class Divergence:
         with P > Q are computed as P·(f(t)/t), which does not overflow. Gradients flow to both arguments.
         """
         log_p, log_q = torch.broadcast_tensors(as_float(log_p, "log_p"), as_float(log_q, "log_q"))
-        no_p, no_q = torch.isneginf(log_p), torch.isneginf(log_q)
-        empty = no_p | no_q
-        finite_p, finite_q = log_p.masked_fill(empty, 0.0), log_q.masked_fill(empty, 0.0)
-        log_t = finite_p - finite_q
-        below = finite_q.exp() * self._generator(log_t.clamp(max=0.0))
-        above = finite_p.exp() * self._generator_over_t(log_t.clamp(min=0.0))
-        term = torch.where(log_t <= 0, below, above)
+        cells, no_p, no_q = _finite_cells(log_p, log_q)
+        term = self._exact_mass(cells.log_p, cells.log_q)
         term = torch.where(no_p, _mass_times(log_q, no_p & ~no_q, self.at_zero), term)
         term = torch.where(no_q, _mass_times(log_p, no_q & ~no_p, self.slope_at_infinity), term)
         return term.sum(-1)
+
+    def mass(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """Q·f(P/Q) of each cell, same shape: the terms of `exact` by the fused forms, right to the rounding of P + Q.
+
+        For sums over many cells, where speed counts: `exact` keeps the digits of a cell with P ≈ Q, too. No gradient
+        is promised; `mass_derivative` is it.
+        """
+        log_p, log_q = torch.broadcast_tensors(as_float(log_p, "log_p"), as_float(log_q, "log_q"))
+        cells, no_p, no_q = _finite_cells(log_p, log_q)
+        term = self._mass(cells)
+        term = torch.where(no_p, _mass_times(log_q, no_p & ~no_q, self.at_zero), term)
+        return torch.where(no_q, _mass_times(log_p, no_q & ~no_p, self.slope_at_infinity), term)
+
+    def mass_derivative(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """P·f'(P/Q) of each cell, same shape: the derivative of `mass`, Q·f(P/Q), in log P.
+
+        With w = `mass_derivative` and P = softmax(z), ∂D_f(P‖Q)/∂z = w − P·∑w: what the gradient over a vocabulary
+        needs. Bounded wherever D_f is; capped where the generator is (|log t| > 60). Where Q = 0 < P it is P·f'(∞).
+        A cell without P has none, and one whose term is infinite none that is defined: both give 0.
+        """
+        log_p, log_q = torch.broadcast_tensors(as_float(log_p, "log_p"), as_float(log_q, "log_q"))
+        cells, no_p, no_q = _finite_cells(log_p, log_q)
+        weight = self._mass_derivative(cells)
+        slope = 0.0 if math.isinf(self.slope_at_infinity) else self.slope_at_infinity
+        weight = torch.where(no_q, _mass_times(log_p, no_q & ~no_p, slope), weight)
+        return weight.masked_fill(no_p, 0.0)
 
     def estimate(self, log_t: Tensor, sampled_from: str = "q") -> Estimate:
         """Monte-Carlo D_f(P‖Q) from the log-ratios of samples, all elements alike: (value, standard_error).
@@ -239,6 +272,21 @@ class Divergence:
             at_zero=self.slope_at_infinity,
             slope_at_infinity=self.at_zero,
         )
+
+    def _exact_mass(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        log_t = log_p - log_q
+        below = log_q.exp() * self._generator(log_t.clamp(max=0.0))
+        above = log_p.exp() * self._generator_over_t(log_t.clamp(min=0.0))
+        return torch.where(log_t <= 0, below, above)
+
+    def _mass(self, cells: Cells) -> Tensor:
+        return self._exact_mass(cells.log_p, cells.log_q)
+
+    def _mass_derivative(self, cells: Cells) -> Tensor:
+        with torch.enable_grad():
+            log_p = cells.log_p.detach().requires_grad_()
+            term = self._exact_mass(log_p, cells.log_q.detach())
+            return torch.autograd.grad(term.sum(), log_p)[0]
 
     def _generator(self, log_t: Tensor) -> Tensor:
         raise NotImplementedError
@@ -306,6 +354,13 @@ def _largest_below(bound: float, dtype: torch.dtype) -> float:
     if number.double().item() >= bound:
         number = torch.nextafter(number, torch.tensor(-math.inf, dtype=dtype))
     return number.item()
+
+
+def _finite_cells(log_p: Tensor, log_q: Tensor) -> tuple[Cells, Tensor, Tensor]:
+    """The cells, with log 1 = 0 in place of those where P or Q is 0, and where those are."""
+    no_p, no_q = torch.isneginf(log_p), torch.isneginf(log_q)
+    empty = no_p | no_q
+    return Cells(log_p.masked_fill(empty, 0.0), log_q.masked_fill(empty, 0.0)), no_p, no_q
 
 
 def _mass_times(log_mass: Tensor, where: Tensor, factor: float) -> Tensor:

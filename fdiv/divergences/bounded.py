@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fdiv.divergences.base import Divergence
+from fdiv.divergences.cells import Cells
 from fdiv.divergences.saturation import half_sign, soft_cap
 
 
@@ -29,6 +30,12 @@ class LeCam(Divergence):
 
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         return torch.tanh(0.5 * log_t) * (1.0 + 2.0 * torch.sigmoid(-log_t))
+
+    def _mass(self, cells: Cells) -> Tensor:
+        return cells.gap * cells.over_total
+
+    def _mass_derivative(self, cells: Cells) -> Tensor:
+        return cells.p * cells.over_total * (2.0 - cells.over_total)
 
     def _conjugate(self, v: Tensor) -> Tensor:
         q = 0.5 * torch.sqrt(1.0 - v)
@@ -60,6 +67,12 @@ class TotalVariation(Divergence):
 
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         return half_sign(log_t)
+
+    def _mass(self, cells: Cells) -> Tensor:
+        return 0.5 * cells.gap.abs()
+
+    def _mass_derivative(self, cells: Cells) -> Tensor:
+        return cells.p * half_sign(cells.log_t)
 
     def _conjugate(self, v: Tensor) -> Tensor:
         return v

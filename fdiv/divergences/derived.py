@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fdiv.divergences.base import Divergence
+from fdiv.divergences.cells import Cells
 from fdiv.divergences.generator_checks import check_generator, check_slopes, curvature_at_one, limit
 from fdiv.divergences.rootfinding import invert_increasing
 from fdiv.divergences.saturation import DEFAULT_MAX_EXPONENT, as_float, check_max_exponent, soft_cap
@@ -60,6 +61,12 @@ class Scaled(Divergence):
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         return self.factor * self.base._score(log_t, cap)
 
+    def _mass(self, cells: Cells) -> Tensor:
+        return self.factor * self.base._mass(cells)
+
+    def _mass_derivative(self, cells: Cells) -> Tensor:
+        return self.factor * self.base._mass_derivative(cells)
+
     def _activation(self, x: Tensor) -> Tensor:
         return self.factor * self.base.activation(x)
 
@@ -105,6 +112,12 @@ class Sum(Divergence):
 
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         return self.parts[0]._score(log_t, cap) + self.parts[1]._score(log_t, cap)
+
+    def _mass(self, cells: Cells) -> Tensor:
+        return self.parts[0]._mass(cells) + self.parts[1]._mass(cells)
+
+    def _mass_derivative(self, cells: Cells) -> Tensor:
+        return self.parts[0]._mass_derivative(cells) + self.parts[1]._mass_derivative(cells)
 
 
 class FromGenerator(Divergence):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdiv.divergences.base import Divergence, open_unit_interval
+from fdiv.divergences.cells import Cells
 from fdiv.divergences.rootfinding import solve_x_plus_expm1
 from fdiv.divergences.saturation import (
     DEFAULT_MAX_EXPONENT,
@@ -29,6 +30,8 @@ from fdiv.divergences.saturation import (
 
 _INF = math.inf
 _LOG2 = math.log(2.0)
+#: A weight nearer to 0 or 1 than this divides rounding into the digits of a fused form: the general one is taken.
+_EXTREME = 0.02
 
 
 class ReverseKL(Divergence):
@@ -48,6 +51,12 @@ class ReverseKL(Divergence):
 
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         return log_t
+
+    def _mass(self, cells: Cells) -> Tensor:
+        return cells.p * cells.log_t - cells.gap
+
+    def _mass_derivative(self, cells: Cells) -> Tensor:
+        return cells.p * cells.log_t
 
     def _conjugate(self, v: Tensor) -> Tensor:
         return saturating_expm1(v)
@@ -77,6 +86,12 @@ class ForwardKL(Divergence):
 
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         return -capped_expm1(-log_t, cap)
+
+    def _mass(self, cells: Cells) -> Tensor:
+        return cells.gap - cells.q * cells.log_t
+
+    def _mass_derivative(self, cells: Cells) -> Tensor:
+        return cells.gap
 
     def _conjugate(self, v: Tensor) -> Tensor:
         return -torch.log1p(-v)
@@ -165,6 +180,17 @@ class SkewJensenShannon(Divergence):
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         return -self.weight * _log_blend(-log_t, self._rest, self.weight)
 
+    def _mass(self, cells: Cells) -> Tensor:
+        if min(self.weight, self._rest) < _EXTREME:
+            return super()._mass(cells)
+        log_m = cells.blend(self.weight, self._rest)
+        return self.weight * cells.p * (cells.log_p - log_m) + self._rest * cells.q * (cells.log_q - log_m)
+
+    def _mass_derivative(self, cells: Cells) -> Tensor:
+        if min(self.weight, self._rest) < _EXTREME:
+            return super()._mass_derivative(cells)
+        return self.weight * cells.p * (cells.log_p - cells.blend(self.weight, self._rest))
+
     def _conjugate(self, v: Tensor) -> Tensor:
         return self._rest * self._log_m(v)
 
@@ -205,6 +231,13 @@ class JensenShannon(Divergence):
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         return F.logsigmoid(log_t) + _LOG2
 
+    def _mass(self, cells: Cells) -> Tensor:
+        log_m = cells.log_mean
+        return cells.p * (cells.log_p - log_m) + cells.q * (cells.log_q - log_m)
+
+    def _mass_derivative(self, cells: Cells) -> Tensor:
+        return cells.p * (cells.log_p - cells.log_mean)
+
     def _conjugate(self, v: Tensor) -> Tensor:
         return 2.0 * self._half._conjugate(0.5 * v)
 
@@ -233,6 +266,12 @@ class Jeffreys(Divergence):
 
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         return log_t - capped_expm1(-log_t, cap)
+
+    def _mass(self, cells: Cells) -> Tensor:
+        return cells.gap * cells.log_t
+
+    def _mass_derivative(self, cells: Cells) -> Tensor:
+        return cells.p * cells.log_t + cells.gap
 
     def _conjugate(self, v: Tensor) -> Tensor:
         x = self._inverse_derivative(v)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fdiv.divergences.base import Divergence, open_unit_interval
-from fdiv.divergences.logarithmic import ForwardKL
+from fdiv.divergences.cells import Cells
+from fdiv.divergences.logarithmic import ForwardKL, ReverseKL
 from fdiv.divergences.rootfinding import solve_x_plus_expm1
 from fdiv.divergences.saturation import (
     DEFAULT_MAX_EXPONENT,
@@ -25,6 +26,8 @@ from fdiv.divergences.saturation import (
 )
 
 _INF = math.inf
+#: An α nearer to 0 or 1 than this divides rounding into the digits of a fused form: the general one is taken.
+_EXTREME = 0.02
 
 
 class Alpha(Divergence):
@@ -68,6 +71,17 @@ class Alpha(Divergence):
 
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         return _power_score(log_t, self.alpha, cap)
+
+    def _mass(self, cells: Cells) -> Tensor:
+        a, rest = self.alpha, self._rest
+        if min(a, rest) < _EXTREME:
+            return super()._mass(cells)
+        return (rest * cells.p + a * cells.q - torch.exp(rest * cells.log_p + a * cells.log_q)) / (a * rest)
+
+    def _mass_derivative(self, cells: Cells) -> Tensor:
+        if min(self.alpha, self._rest) < _EXTREME:
+            return super()._mass_derivative(cells)
+        return (cells.p - torch.exp(self._rest * cells.log_p + self.alpha * cells.log_q)) / self.alpha
 
     def _conjugate(self, v: Tensor) -> Tensor:
         return -_power_score(-self._inverse_derivative(v), self._rest, DEFAULT_MAX_EXPONENT)
@@ -118,6 +132,12 @@ class SquaredHellinger(Divergence):
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         return -capped_expm1(-0.5 * log_t, cap)
 
+    def _mass(self, cells: Cells) -> Tensor:
+        return (torch.exp(0.5 * cells.log_p) - torch.exp(0.5 * cells.log_q)).square_()
+
+    def _mass_derivative(self, cells: Cells) -> Tensor:
+        return cells.p - torch.exp(0.5 * (cells.log_p + cells.log_q))
+
     def _conjugate(self, v: Tensor) -> Tensor:
         return v / (1.0 - v)
 
@@ -147,6 +167,12 @@ class NeymanChi2(Divergence):
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         return -capped_expm1(-2.0 * log_t, cap)
 
+    def _mass(self, cells: Cells) -> Tensor:
+        return cells.gap + (cells.square_over_p[0] - cells.q)  # P − 2Q + Q²/P
+
+    def _mass_derivative(self, cells: Cells) -> Tensor:
+        return cells.p - cells.square_over_p[1]
+
     def _conjugate(self, v: Tensor) -> Tensor:
         return 2.0 * v / (1.0 + torch.sqrt(1.0 - v))  # = 2 − 2√(1−v), without the cancellation
 
@@ -175,6 +201,13 @@ class PearsonChi2(Divergence):
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         return 2.0 * capped_expm1(log_t, cap)
 
+    def _mass(self, cells: Cells) -> Tensor:
+        return (cells.square_over_q[0] - cells.p) - cells.gap  # P²/Q − 2P + Q
+
+    def _mass_derivative(self, cells: Cells) -> Tensor:
+        square, slope = cells.square_over_q
+        return square + slope - 2.0 * cells.p
+
     def _conjugate(self, v: Tensor) -> Tensor:
         small = v.clamp(max=1e12)
         large = torch.expm1(2.0 * soft_cap(self._inverse_derivative(v), rate=2.0))  # t² − 1, without overflow
@@ -192,6 +225,7 @@ class Chi2KL(Divergence):
     at_zero, derivative_at_zero, slope_at_infinity = 1.5, -_INF, _INF
     curvature = 2.0
     exponents = (1.0,)
+    _pearson, _reverse_kl = PearsonChi2(), ReverseKL()
 
     def _make_dual(self) -> Divergence:
         return NeymanChi2().scaled(0.5) + ForwardKL()
@@ -202,6 +236,12 @@ class Chi2KL(Divergence):
 
     def _score(self, log_t: Tensor, cap: float) -> Tensor:
         return log_t + capped_expm1(log_t, cap)
+
+    def _mass(self, cells: Cells) -> Tensor:
+        return 0.5 * self._pearson._mass(cells) + self._reverse_kl._mass(cells)
+
+    def _mass_derivative(self, cells: Cells) -> Tensor:
+        return 0.5 * self._pearson._mass_derivative(cells) + self._reverse_kl._mass_derivative(cells)
 
     def _conjugate(self, v: Tensor) -> Tensor:
         gain = torch.expm1(soft_cap(self._inverse_derivative(v), rate=2.0))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "clustered_mean",
+    "density_weight_quantiles",
     "divergence_estimate",
     "log_ratio_quantiles",
     "mean_and_error",
@@ -39,9 +40,25 @@ def log_ratio_quantiles(name: str, log_ratio: Tensor) -> dict[str, float]:
 
     Linear interpolation between order statistics, as in numpy.
     """
-    probabilities = torch.tensor([p for _, p in _QUANTILES], dtype=log_ratio.dtype, device=log_ratio.device)
-    values = torch.quantile(log_ratio.flatten(), probabilities).tolist()
-    return {f"log_ratio/{name}_{suffix}": value for (suffix, _), value in zip(_QUANTILES, values, strict=True)}
+    return _quantiles(f"log_ratio/{name}", log_ratio)
+
+
+def density_weight_quantiles(name: str, divergence: Divergence, log_ratio: Tensor) -> dict[str, float]:
+    """The 5, 50 and 95 % quantiles of t·f''(t) at `log_ratio` = log t, as `density_weight/{name}_p05` … `_p95`.
+
+    Which samples f listens to: equal quantiles say all alike, a wide range a few. Empty where f has no curvature.
+    """
+    try:
+        weight = divergence.density_weight(log_ratio)
+    except ValueError:  # total variation: f'' is 0 beside a corner
+        return {}
+    return _quantiles(f"density_weight/{name}", weight)
+
+
+def _quantiles(name: str, values: Tensor) -> dict[str, float]:
+    probabilities = torch.tensor([p for _, p in _QUANTILES], dtype=values.dtype, device=values.device)
+    found = torch.quantile(values.flatten(), probabilities).tolist()
+    return {f"{name}_{suffix}": value for (suffix, _), value in zip(_QUANTILES, found, strict=True)}
 
 
 def divergence_estimate(divergence: Divergence, log_ratio: Tensor) -> tuple[float, float]:

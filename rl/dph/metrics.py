@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fdiv.divergences import get_divergence
 from fdiv.rl.dph.loss import rehearsal_capped, rehearsal_coefficient, rehearsal_loss
-from fdiv.statistics.estimates import clustered_mean, log_ratio_quantiles, within_bounds
+from fdiv.statistics.estimates import clustered_mean, density_weight_quantiles, log_ratio_quantiles, within_bounds
 
 if TYPE_CHECKING:
     from fdiv.divergences import Divergence
@@ -71,6 +71,7 @@ def dph_metrics(examples: dict[str, Tensor], log_ratio: Tensor, divergence: Dive
         "rehearsal/mean_tokens": examples["tokens"][counted].mean().item(),
         "clamped_fraction": rehearsal_capped(log_ratio, divergence, args.max_exponent).double().mean().item(),
         **log_ratio_quantiles("rehearsal", log_ratio),
+        **density_weight_quantiles("rehearsal", divergence, log_ratio),
     }
     for name, column in (("forward_kl", "forward_kl"), (divergence.name, "divergence")):
         values = examples[column][counted]

@@ -83,17 +83,18 @@ def test_divergences_lists_the_registry(capsys):
     rows = {
         cells[0].strip(): [cell.strip() for cell in cells]
         for line in lines
-        if len(cells := line.split("│")[1:-1]) == 6
+        if len(cells := line.split("│")[1:-1]) == 8
     }
     assert set(rows) == set(list_divergences())
-    assert rows["jensen_shannon"][2:5] == ["0.5000", "-inf", "0.6931"]
-    assert rows["total_variation"][2:5] == ["–", "-0.5000", "0.5000"]
+    assert rows["jensen_shannon"][2:7] == ["0.5000", "-inf", "0.6931", "0.9091", "0.0909"]
+    assert rows["total_variation"][2:7] == ["–", "-0.5000", "0.5000", "–", "–"]
 
 
 def test_one_divergence_in_full(capsys, fails):
     assert main(["divergences", "{name: alpha, alpha: 0.25}"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"f'\(inf\) +│ 4.0 ", printed)
+    assert "1.0 at t = 1," in printed and "0.5623 at t = 10," in printed
     assert main(["divergences", "total_variation"]) == 0
     printed = capsys.readouterr().out
     assert "not for f_dpo" in printed

@@ -6,7 +6,7 @@ import mpmath as mp
 import pytest
 import torch
 
-from fdiv.divergences import get_divergence
+from fdiv.divergences import Divergence, get_divergence
 from tests.divergences.reference import IDS, REFERENCES
 
 # dense near t = 1, where cancellation bites, and out to both ends
@@ -83,3 +83,28 @@ def test_the_constants_of_the_table(reference):
         assert divergence.curvature == pytest.approx(reference.curvature, rel=1e-15)
         second = mp.diff(lambda t: reference.df(t), 1)
         assert divergence.curvature == pytest.approx(float(second), rel=1e-12)
+
+
+@pytest.mark.parametrize("reference", [r for r in REFERENCES if r.curvature], ids=[i for r, i in zip(REFERENCES, IDS, strict=True) if r.curvature])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_density_weight(reference, dtype):
+    """t·f''(t) against mpmath's derivative of f'; f''(1) at t = 1; finite, and the far value, at the ends."""
+    divergence = get_divergence(reference.spec)
+    at = [-12.0, -5.0, -1.0, -0.1, 0.0, 0.3, 2.0, 6.0, 12.0]
+    got = divergence.density_weight(torch.tensor(at, dtype=dtype))
+    exact = [mp.exp(mp.mpf(x)) * mp.diff(reference.df, mp.exp(mp.mpf(x))) for x in at]
+    assert_close(got, exact, at, "density_weight")
+    assert got[4].item() == pytest.approx(reference.curvature)
+    ends = divergence.density_weight(torch.tensor([-math.inf, math.inf], dtype=dtype))
+    assert ends.equal(divergence.density_weight(torch.tensor([-1e4, 1e4], dtype=dtype))) and ends.isfinite().all()
+
+
+def test_density_weight_of_derived_ones():
+    log_t = torch.tensor([-1.0, 0.5], dtype=torch.float64)
+    both = get_divergence("jeffreys").scaled(3.0) + get_divergence("pearson_chi2")
+    torch.testing.assert_close(both.density_weight(log_t), 3 * (1 + torch.exp(-log_t)) + 2 * torch.exp(log_t))
+    own = Divergence.from_generator("own", lambda x: torch.exp(2 * x))
+    torch.testing.assert_close(own.density_weight(log_t), 2 * torch.exp(log_t))
+    for corner in (get_divergence("total_variation"), get_divergence("total_variation") + get_divergence("le_cam")):
+        with pytest.raises(ValueError, match="no curvature"):
+            corner.density_weight(log_t)

@@ -84,6 +84,7 @@ _DIVERGENCE = (
         "mean_f/*", "mean of f(π/π_ref) over rows of the data; they are no samples of π_ref, so no divergence", "any"
     ),
     Metric("log_ratio/*_pK", "quantile (5, 50 or 95 %) of log π/π_ref of the named answers", _ANY_NATS),
+    Metric("density_weight/*_pK", "quantile (5, 50 or 95 %) of t·f″(t), t = π/π_ref: whom f listens to", "≥ 0"),
     Metric("divergence", "D_f(π‖π_ref) of the policy from its reference, f being the run's", _D_F),
     Metric("forward_kl", "KL(π_ref‖π) of the reference from the policy", _NATS),
     Metric("reverse_kl", "KL(π‖π_ref) of the policy from its reference", _NATS),
@@ -199,6 +200,12 @@ _F_DPG = (
     Metric("score", "expectation under the policy of the target's first scorer", "that of the scorer", method="f_dpg"),
     Metric("score/*", "expectation under the policy of the named scorer", "that of the scorer", method="f_dpg"),
     Metric("log_ratio/target_pK", "quantile (5, 50 or 95 %) of log π/p over samples", _ANY_NATS, method="f_dpg"),
+    Metric(
+        "density_weight/target_pK",
+        "quantile (5, 50 or 95 %) of t·f″(t), t = π/p, over samples: whom f listens to",
+        "≥ 0",
+        method="f_dpg",
+    ),
     Metric("kl_to_base", "KL(π‖a) of the policy from the base model", _NATS),
     Metric("sequence_entropy", "entropy of whole completions", _NATS),
     Metric("moment_gap", "largest distance of an expectation from the one that the target asks for", "≥ 0", "lower"),

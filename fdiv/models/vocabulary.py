@@ -1,0 +1,514 @@
+"""Divergences over the whole vocabulary, from hidden states and LM heads, without the logits of all rows at once.
+
+For P = softmax(z) the student and Q the teacher, D_f(P‖Q) = ∑_v q_v f(t_v), t = p/q, and with w_v = p_v f'(t_v)
+
+    ∂D_f/∂z_v = w_v − p_v ∑_u w_u,
+
+so that a row needs two numbers beside its normalisers. Rows are taken in blocks, as many as fit a budget of logits;
+the gradient is made from the blocks again (with a frozen head: in the same pass), so nothing of size [N, V] is kept.
+Values and gradients are those of `Divergence.exact` on the log-probabilities, the registry's overflow policy included.
+
+`topk_divergence` compares the k most likely tokens of a teacher and one cell for all others. Joining cells never
+raises an f-divergence, so it is a lower bound of the full one, and grows with k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdiv.divergences import Divergence, DivergenceSpec, get_divergence
+from fdiv.divergences.cells import Cells
+
+__all__ = ["Head", "model_head", "topk_divergence", "topk_vocabulary_divergence", "vocabulary_divergence"]
+
+#: Logits of one model in a block, on the processor and on an accelerator: 32 MiB and 256 MiB of float32.
+_BLOCK, _BLOCK_ON_ACCELERATOR = 2**23, 2**26
+#: Cells handled by one elementwise operation on the processor: its operands stay in the cache.
+_TILE = 2**17
+#: How far above 1 the mass of a teacher's top k may be: what rounding its log-probabilities can do.
+_MASS_ROUNDING = 1e-2
+
+
+class Head(NamedTuple):
+    """An LM head: logits z = softcap·tanh(scale·(W h + b)/softcap), without the tanh where there is no softcap.
+
+    Attributes:
+        weight: W `[V, H]`. bias: b `[V]` or None; −inf takes a token out of the vocabulary.
+        scale: what the logits are multiplied by (Cohere, Granite). softcap: of Gemma, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class TopK(NamedTuple):
+    """A teacher's most likely tokens: `log_probs[N, k]`, their `ids[N, k]` (−1: no token), `log_tail[N]` or None.
+
+    `log_tail` is the log of the mass of all other tokens; None stands for log(1 − ∑ e^log_probs), at least the
+    rounding of the type of `log_probs`.
+    """
+
+    log_probs: Tensor
+    ids: Tensor
+    log_tail: Tensor | None = None
+
+
+def vocabulary_divergence(
+    hidden_p: Tensor,
+    head_p: Tensor,
+    hidden_q: Tensor,
+    head_q: Tensor,
+    divergence: DivergenceSpec,
+    *,
+    temperature: float = 1.0,
+    bias_p: Tensor | None = None,
+    bias_q: Tensor | None = None,
+    scale_p: float = 1.0,
+    scale_q: float = 1.0,
+    softcap_p: float | None = None,
+    softcap_q: float | None = None,
+) -> Tensor:
+    """D_f(P‖Q) of each row, P = softmax(z_p/T) the student, Q = softmax(z_q/T) the teacher → `[N]` float32, nats.
+
+    The gradient goes to `hidden_p`, `head_p` and `bias_p`; the teacher has none. There is no factor T². Half precision
+    is multiplied out into float32; float64 stays. A token whose bias is −inf has no mass; where only one side has it,
+    the row counts P·f'(∞) or Q·f(0⁺), which may be inf.
+
+    Args:
+        hidden_p: `[N, H]` last hidden states of the student. head_p: `[V, H]` its LM head.
+        hidden_q: `[N, H']` those of the teacher. head_q: `[V, H']`.
+        divergence: any spec of `fdiv.divergences.get_divergence`.
+        temperature: T, of both.
+        bias_p, bias_q: `[V]` biases of the heads. scale_p, scale_q: what the logits are multiplied by.
+        softcap_p, softcap_q: z → softcap·tanh(z/softcap), after the scale.
+
+    Raises:
+        ValueError: shapes that do not fit, in particular vocabularies of two sizes; a temperature or soft cap that is
+            not above 0.
+    """
+    student = Head(head_p, bias_p, scale_p, softcap_p)
+    teacher = Head(head_q, bias_q, scale_q, softcap_q)
+    _check_head("p", hidden_p, student, temperature)
+    _check_head("q", hidden_q, teacher, temperature)
+    if hidden_p.shape[0] != hidden_q.shape[0]:
+        raise ValueError(f"hidden_p has {hidden_p.shape[0]} rows and hidden_q {hidden_q.shape[0]}: they are compared")
+    if _rows_of(head_p) != _rows_of(head_q):
+        raise ValueError(
+            f"head_p has {_rows_of(head_p)} tokens and head_q {_rows_of(head_q)}: a divergence compares the same "
+            "tokens. Where one tokenizer was padded to two widths, cut both heads to the shorter one (head[:V])"
+        )
+    measure = _Whole(get_divergence(divergence), teacher, temperature)
+    return _Function.apply(hidden_p, head_p, bias_p, student, temperature, measure, hidden_q, head_q, bias_q)
+
+
+def topk_vocabulary_divergence(
+    hidden_p: Tensor,
+    head_p: Tensor,
+    teacher: tuple[Tensor, ...],
+    divergence: DivergenceSpec,
+    *,
+    tail: bool = True,
+    temperature: float = 1.0,
+    bias_p: Tensor | None = None,
+    scale_p: float = 1.0,
+    softcap_p: float | None = None,
+) -> Tensor:
+    """`topk_divergence` of P = softmax(z_p/T) from the student's hidden states, block by block → `[N]`.
+
+    Arguments and errors as in `vocabulary_divergence` and `topk_divergence`. The teacher's log-probabilities must have
+    been taken at the same temperature.
+    """
+    student = Head(head_p, bias_p, scale_p, softcap_p)
+    _check_head("p", hidden_p, student, temperature)
+    top = _checked_top(teacher, hidden_p.shape[0], _rows_of(head_p), hidden_p.device)
+    measure = _Top(get_divergence(divergence), tail)
+    return _Function.apply(
+        hidden_p, head_p, bias_p, student, temperature, measure, top.log_probs, top.ids, top.log_tail
+    )
+
+
+def topk_divergence(
+    log_p: Tensor, teacher: tuple[Tensor, ...], divergence: DivergenceSpec, *, tail: bool = True
+) -> Tensor:
+    """D_f(P‖Q) over the teacher's k most likely tokens and one cell for all others → `[N]`, nats.
+
+    A lower bound of the divergence over the whole vocabulary for every f, exact where k is its size. With `tail=False`
+    the sum runs over the k cells alone, not renormalised, and nothing holds the student's other mass.
+
+    Args:
+        log_p: `[N, V]` log-probabilities of the student; gradients flow to them.
+        teacher: (`log_probs[N, k]`, `ids[N, k]`), or with `log_tail[N]` as a third, the log of the teacher's other
+            mass, where it is known better than as 1 − ∑. An id of −1 with log-probability −inf is no token: rows may
+            have fewer than k.
+        divergence: any spec of `fdiv.divergences.get_divergence`.
+        tail: whether the cell of all other tokens counts.
+
+    Raises:
+        ValueError: k = 0 or above V, ids outside the vocabulary or twice in a row, NaN, log-probabilities above 0 or
+            of more mass than 1.
+    """
+    if log_p.dim() != 2:
+        raise ValueError(f"log_p is {tuple(log_p.shape)}: it must be [rows, vocabulary]")
+    top = _checked_top(teacher, log_p.shape[0], log_p.shape[1], log_p.device)
+    cells_p, cells_q = _top_cells(log_p, top, tail)
+    return get_divergence(divergence).exact(cells_p, cells_q.to(cells_p.dtype))
+
+
+def model_head(model: Any) -> Head:
+    """The LM head of a transformers model (plain, or under PEFT), with the scale and soft cap of its config.
+
+    Raises:
+        ValueError: the model has no output embeddings, or an adapter sits on them, which would be ignored.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layer = model.get_output_embeddings()
+    if layer is None or getattr(layer, "weight", None) is None:
+        raise ValueError(f"{type(model).__name__} has no LM head to read: get_output_embeddings() gives {layer!r}")
+    if hasattr(layer, "base_layer"):
+        raise ValueError(
+            "an adapter sits on the LM head, whose weight is read directly, so the adapter would be ignored: take "
+            "`lm_head` out of `target_modules`"
+        )
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, getattr(layer, "bias", None), _logit_scale(config), softcap)
+
+
+def _logit_scale(config: Any) -> float:
+    """What a config multiplies the logits by, under the names that models give it; 1 where it has none."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+# ---------------------------------------------------------------- blocks of rows
+def _rows_of(weight: Tensor) -> int:
+    """The vocabulary of a head, sharded by ZeRO-3 or not."""
+    return (getattr(weight, "ds_shape", None) or weight.shape)[0]
+
+
+def _check_head(side: str, hidden: Tensor, head: Head, temperature: float) -> None:
+    shape = tuple(getattr(head.weight, "ds_shape", None) or head.weight.shape)
+    if hidden.dim() != 2 or len(shape) != 2 or hidden.shape[1] != shape[1]:
+        raise ValueError(
+            f"hidden_{side} is {tuple(hidden.shape)} and head_{side} {shape}: they must be [rows, width] and "
+            "[vocabulary, width]"
+        )
+    if not hidden.is_floating_point() or not head.weight.is_floating_point():
+        raise ValueError(f"hidden_{side} and head_{side} must hold floating-point numbers")
+    bias = None if head.bias is None else tuple(getattr(head.bias, "ds_shape", None) or head.bias.shape)
+    if bias is not None and bias != shape[:1]:
+        raise ValueError(f"bias_{side} is {bias}: it must be [vocabulary], here {shape[:1]}")
+    for name, value in (("temperature", temperature), (f"softcap_{side}", head.softcap)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name}={value!r}: must be a number above 0")
+
+
+def _gathered(*weights: Tensor | None) -> AbstractContextManager:
+    """Under ZeRO-3 the weights are whole inside the block; elsewhere nothing happens."""
+    sharded = [weight for weight in weights if hasattr(weight, "ds_status")]
+    if not sharded:
+        return nullcontext()
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    return maybe_gather_lm_head_ctx(*sharded)  # type: ignore[arg-type]
+
+
+def _blocks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+    budget = _BLOCK if device.type == "cpu" else _BLOCK_ON_ACCELERATOR
+    step = max(1, budget // max(1, vocabulary))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _tiles(block: Tensor) -> Iterator[slice]:
+    """Columns of a block to handle at once: all of them on an accelerator."""
+    width = block.shape[1] if block.device.type != "cpu" else max(256, _TILE // max(1, block.shape[0]))
+    return (slice(start, start + width) for start in range(0, block.shape[1], width))
+
+
+def _log_softmax(hidden: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor]:
+    """log softmax of the logits of a block of rows `[n, V]`, and log Z `[n]`, in float32 or float64."""
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    scale = head.scale / (temperature if head.softcap is None else head.softcap)
+    block = _multiply(hidden * scale, head.weight, exact)
+    if head.bias is not None:
+        block += head.bias.to(exact) * scale
+    if head.softcap is not None:
+        banned = torch.isneginf(head.bias) if head.bias is not None else None
+        block.tanh_().mul_(head.softcap / temperature)
+        if banned is not None:
+            block.masked_fill_(banned, -math.inf)
+    top = block.amax(-1, keepdim=True)
+    total = torch.zeros_like(top)
+    for tile in _tiles(block):
+        total += (block[:, tile] - top).exp_().sum(-1, keepdim=True)
+    log_z = top + total.log_()
+    return block.sub_(log_z), log_z.squeeze(-1)
+
+
+def _multiply(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """hidden `[n, H]` times weightᵀ, `[V, H]` → `[n, V]` in `dtype`: products of half precision are not rounded."""
+    if hidden.dtype == weight.dtype == dtype:
+        return hidden @ weight.t()
+    if hidden.device.type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=torch.float32)
+    block = torch.empty(hidden.shape[0], weight.shape[0], dtype=dtype, device=hidden.device)
+    hidden, step = hidden.to(dtype), max(1, _BLOCK // (2 * weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        block[:, start : start + step] = hidden @ weight[start : start + step].to(dtype).t()
+    return block
+
+
+def _multiply_back(block: Tensor, weight: Tensor) -> Tensor:
+    """block `[n, V]` times weight `[V, H]` → `[n, H]` in the type of `block`."""
+    if block.dtype == weight.dtype:
+        return block @ weight
+    result, step = block.new_zeros(block.shape[0], weight.shape[1]), max(1, _BLOCK // (2 * weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        result.addmm_(block[:, start : start + step], weight[start : start + step].to(block.dtype))
+    return result
+
+
+# ---------------------------------------------------------------- what is summed over cells
+class _Whole:
+    """D_f over all tokens: per row D and A = ∑w, and the gradient w − p·A."""
+
+    def __init__(self, divergence: Divergence, head: Head, temperature: float) -> None:
+        self.divergence, self.head, self.temperature = divergence, head, temperature
+
+    def weights(self, teacher: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return teacher[1:]
+
+    def rows(self, teacher: tuple[Tensor | None, ...], rows: slice) -> Tensor:
+        hidden, weight, bias = teacher
+        assert hidden is not None and weight is not None
+        head = self.head._replace(weight=weight, bias=bias)
+        self.holes = self.holes or _has_holes(bias)
+        return _log_softmax(hidden[rows], head, self.temperature)[0]
+
+    holes = False
+
+    def sums(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """D `[n]` and A `[n]` of a block."""
+        value, total = log_p.new_zeros(log_p.shape[0]), log_p.new_zeros(log_p.shape[0])
+        for tile in _tiles(log_p):
+            mass, weight = self._both(log_p[:, tile], log_q[:, tile])
+            value += mass.sum(-1)
+            total += weight.sum(-1)
+        return value, total
+
+    def gradient_(self, log_p: Tensor, log_q: Tensor, total: Tensor) -> None:
+        """Put ∂D/∂z in place of `log_p`."""
+        for tile in _tiles(log_p):
+            columns = log_p[:, tile]
+            cells = Cells(columns, log_q[:, tile])
+            if self.holes:
+                weight = self.divergence.mass_derivative(cells.log_p, cells.log_q)
+            else:
+                weight = self.divergence._mass_derivative(cells)
+            columns.copy_(weight - cells.p * total.unsqueeze(-1))
+
+    def _both(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        if self.holes:
+            return self.divergence.mass(log_p, log_q), self.divergence.mass_derivative(log_p, log_q)
+        cells = Cells(log_p, log_q)
+        return self.divergence._mass(cells), self.divergence._mass_derivative(cells)
+
+
+class _Top:
+    """D_f over k tokens and the rest: per row D, ∑w, and w of each cell."""
+
+    def __init__(self, divergence: Divergence, tail: bool) -> None:
+        self.divergence, self.tail = divergence, tail
+        self.holes = True
+
+    def weights(self, teacher: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return ()
+
+    def rows(self, teacher: tuple[Tensor | None, ...], rows: slice) -> TopK:
+        log_probs, ids, log_tail = teacher
+        assert log_probs is not None and ids is not None
+        return TopK(log_probs[rows], ids[rows], None if log_tail is None else log_tail[rows])
+
+    def sums(self, log_p: Tensor, top: TopK) -> tuple[Tensor, Tensor]:
+        cells_p, cells_q = _top_cells(log_p, top, self.tail)
+        weight = self.divergence.mass_derivative(cells_p, cells_q.to(cells_p.dtype))
+        return self.divergence.exact(cells_p, cells_q.to(cells_p.dtype)), weight.sum(-1)
+
+    def gradient_(self, log_p: Tensor, top: TopK, total: Tensor) -> None:
+        """w_c − p_c·A at the k tokens; elsewhere the cell's w, shared out by p, less p·A."""
+        cells_p, cells_q = _top_cells(log_p, top, self.tail)
+        weight = self.divergence.mass_derivative(cells_p, cells_q.to(cells_p.dtype))
+        shared = torch.zeros_like(total)
+        if self.tail:
+            shared = torch.where(torch.isneginf(cells_p[:, -1]), 0.0, weight[:, -1] / cells_p[:, -1].exp())
+        k = top.ids.shape[1]
+        at_top = weight[:, :k] - cells_p[:, :k].exp() * total.unsqueeze(-1)
+        for tile in _tiles(log_p):
+            log_p[:, tile].exp_().mul_((shared - total).unsqueeze(-1))
+        present = top.ids >= 0
+        rows = torch.arange(len(log_p), device=log_p.device).unsqueeze(-1).expand_as(top.ids)
+        log_p[rows[present], top.ids[present]] = at_top[present]
+
+
+def _has_holes(bias: Tensor | None) -> bool:
+    return bias is not None and bool(torch.isneginf(bias).any())
+
+
+def _top_cells(log_p: Tensor, top: TopK, tail: bool) -> tuple[Tensor, Tensor]:
+    """log-masses `[N, k (+1)]` of the student and of the teacher; −inf where there is no token."""
+    absent = top.ids < 0
+    ids = top.ids.masked_fill(absent, 0)
+    cells_p = log_p.gather(-1, ids).masked_fill(absent, -math.inf)
+    cells_q = top.log_probs.masked_fill(absent, -math.inf)
+    if not tail:
+        return cells_p, cells_q
+    # The student's rest as a sum: 1 − ∑ would lose its digits where the top k hold nearly everything.
+    chosen = torch.zeros_like(log_p, dtype=torch.bool)
+    rows = torch.arange(len(log_p), device=log_p.device).unsqueeze(-1).expand_as(ids)
+    chosen[rows[~absent], ids[~absent]] = True
+    rest_p = _log_sum_exp(log_p.masked_fill(chosen, -math.inf))
+    if top.log_tail is not None:
+        rest_q = top.log_tail
+    else:
+        # Below the rounding of the log-probs nothing is known of the rest, and 0 would make some f infinite.
+        least = torch.finfo(cells_q.dtype).eps
+        rest_q = (1.0 - cells_q.double().exp().sum(-1)).clamp(min=least).log()
+        rest_q = rest_q.masked_fill(chosen.all(-1), -math.inf)
+    return torch.cat([cells_p, rest_p.unsqueeze(-1)], -1), torch.cat([cells_q, rest_q.unsqueeze(-1).to(cells_q)], -1)
+
+
+def _log_sum_exp(values: Tensor) -> Tensor:
+    """logsumexp over the last axis whose gradient is 0, not NaN, for a row of −inf."""
+    empty = torch.isneginf(values).all(-1)
+    return values.masked_fill(empty.unsqueeze(-1), 0.0).logsumexp(-1).masked_fill(empty, -math.inf)
+
+
+def _checked_top(teacher: tuple[Tensor, ...], rows: int, vocabulary: int, device: torch.device) -> TopK:
+    """The teacher's cells on `device`, or ValueError for what no teacher can have said."""
+    if len(teacher) not in (2, 3):
+        raise ValueError(f"the teacher is (log_probs[N, k], ids[N, k]) or with log_tail[N]; got {len(teacher)} parts")
+    top = TopK(*(part.to(device) if part is not None else None for part in teacher))
+    log_probs, ids = top.log_probs.detach(), top.ids
+    if log_probs.dim() != 2 or log_probs.shape != ids.shape or log_probs.shape[0] != rows:
+        raise ValueError(
+            f"the teacher's log_probs are {tuple(log_probs.shape)} and its ids {tuple(ids.shape)}: both must be "
+            f"[{rows}, k]"
+        )
+    k = ids.shape[1]
+    if not 1 <= k <= vocabulary:
+        raise ValueError(f"the teacher gives k={k} tokens a row: it must be at least 1 and at most {vocabulary}")
+    if top.log_tail is not None and top.log_tail.shape != (rows,):
+        raise ValueError(f"the teacher's log_tail is {tuple(top.log_tail.shape)}: it must be [{rows}]")
+    _refuse_rows(torch.isnan(log_probs).any(-1), "the teacher's log_probs hold NaN")
+    if top.log_tail is not None:
+        _refuse_rows(torch.isnan(top.log_tail), "the teacher's log_tail is NaN")
+    _refuse_rows(((ids < -1) | (ids >= vocabulary)).any(-1), f"the teacher's ids leave the {vocabulary} tokens")
+    ordered = ids.sort(-1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    _refuse_rows(twice.any(-1), "the teacher names a token twice")
+    mass = log_probs.masked_fill(ids < 0, -math.inf).double().exp().sum(-1)
+    _refuse_rows(mass > 1 + _MASS_ROUNDING, "the teacher's top tokens have more mass than 1: are these log-probs?")
+    return top._replace(log_probs=log_probs, ids=ids.long())
+
+
+def _refuse_rows(wrong: Tensor, what: str) -> None:
+    if bool(wrong.any()):
+        raise ValueError(f"{what} (row {int(wrong.nonzero()[0])}; {int(wrong.sum())} of {len(wrong)} rows)")
+
+
+# ---------------------------------------------------------------- the function
+class _Function(torch.autograd.Function):
+    """Row values of a measure, and its gradient from the blocks again, or at once where the head is frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        temperature: float,
+        measure: Any,
+        *teacher: Tensor | None,
+    ) -> Tensor:
+        needs_hidden, *needs_head = ctx.needs_input_grad[:3]
+        at_once = needs_hidden and not any(needs_head)
+        device = hidden.device
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        values, totals, log_z = (torch.zeros(len(hidden), dtype=dtype, device=device) for _ in range(3))
+        gradient = torch.zeros(hidden.shape, dtype=dtype, device=device) if at_once else None
+        with _gathered(weight, bias, *measure.weights(teacher)), torch.autocast(device.type, enabled=False):
+            head = head._replace(weight=weight, bias=bias)
+            if isinstance(measure, _Whole):
+                measure.holes = _has_holes(bias)
+            for rows in _blocks(len(hidden), weight.shape[0], device):
+                log_q = measure.rows(teacher, rows)
+                log_p, log_z[rows] = _log_softmax(hidden[rows], head, temperature)
+                values[rows], totals[rows] = measure.sums(log_p, log_q)
+                if gradient is not None:
+                    _gradient_to_logits_(log_p, log_z[rows], head, temperature, measure, log_q, totals[rows])
+                    gradient[rows] = _multiply_back(log_p, weight).mul_(head.scale / temperature)
+        ctx.measure, ctx.head, ctx.temperature = measure, head._replace(weight=hidden, bias=None), temperature
+        if at_once:
+            ctx.save_for_backward(gradient)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, totals, log_z, *teacher)
+        ctx.at_once, ctx.dtype = at_once, hidden.dtype
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        rest = (None,) * (len(ctx.needs_input_grad) - 3)
+        if ctx.at_once:
+            (gradient,) = ctx.saved_tensors
+            return ((gradient * upstream.unsqueeze(-1)).to(ctx.dtype), None, None, *rest)
+        hidden, weight, bias, totals, log_z, *teacher = ctx.saved_tensors
+        measure, temperature, scale = ctx.measure, ctx.temperature, ctx.head.scale / ctx.temperature
+        whole = _gathered(weight, bias, *measure.weights(tuple(teacher)))
+        with whole, torch.autocast(hidden.device.type, enabled=False):
+            head = ctx.head._replace(weight=weight, bias=bias)
+            to_hidden, to_weight, to_bias = (
+                torch.zeros(part.shape, dtype=totals.dtype, device=hidden.device) if needed else None
+                for part, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
+            )
+            for rows in _blocks(len(hidden), weight.shape[0], hidden.device):
+                block, _ = _log_softmax(hidden[rows], head, temperature)
+                log_q = measure.rows(teacher, rows)
+                _gradient_to_logits_(block, log_z[rows], head, temperature, measure, log_q, totals[rows])
+                block.mul_((upstream[rows] * scale).unsqueeze(-1))
+                if to_hidden is not None:
+                    to_hidden[rows] = _multiply_back(block, weight)
+                if to_weight is not None:
+                    to_weight.addmm_(block.t(), hidden[rows].to(block.dtype))
+                if to_bias is not None:
+                    to_bias += block.sum(0)
+        found = (to_hidden, to_weight, to_bias)
+        kinds = (hidden, weight, bias)
+        return (*(None if g is None else g.to(part.dtype) for g, part in zip(found, kinds, strict=True)), *rest)
+
+
+def _gradient_to_logits_(
+    log_p: Tensor, log_z: Tensor, head: Head, temperature: float, measure: Any, log_q: Any, totals: Tensor
+) -> None:
+    """Put the gradient at T·z before the soft cap in place of `log_p`."""
+    squash = None
+    if head.softcap is not None:  # z = softcap/T·tanh(u), so dz/du ∝ 1 − tanh², read from log p + log Z = z
+        squash = ((log_p + log_z.unsqueeze(-1)) * (temperature / head.softcap)).square_().neg_().add_(1.0)
+        squash.masked_fill_(torch.isneginf(squash), 0.0)
+    measure.gradient_(log_p, log_q, totals)
+    if squash is not None:
+        log_p.mul_(squash)

@@ -1,0 +1,443 @@
+"""Divergences over the vocabulary from hidden states, against dense float64 autograd of `Divergence.exact`."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fdiv.divergences import Divergence, get_divergence
+from fdiv.models import vocabulary
+from fdiv.models.vocabulary import Head, topk_divergence, topk_vocabulary_divergence, vocabulary_divergence
+from tests.divergences.reference import IDS, REFERENCES
+
+MADE = {
+    "scaled": lambda: get_divergence("jeffreys").scaled(0.3),
+    "sum": lambda: get_divergence("reverse_kl") + get_divergence("total_variation").scaled(2.0),
+    "dual": lambda: get_divergence("chi2_kl").dual(),
+    "normalized": lambda: get_divergence("le_cam").normalized() + get_divergence("squared_hellinger"),
+    "own": lambda: Divergence.from_generator("cubic", lambda x: torch.exp(3 * x) - x),
+    "own_dual": lambda: Divergence.from_generator("cubic", lambda x: torch.exp(3 * x) - x).dual(),
+    "extreme_alpha": lambda: get_divergence({"name": "alpha", "alpha": 1e-6}),
+    "extreme_skew": lambda: get_divergence({"name": "skew_jensen_shannon", "weight": 1 - 1e-6}),
+}
+ALL = [
+    *[pytest.param(lambda s=r.spec: get_divergence(s), id=i) for r, i in zip(REFERENCES, IDS, strict=True)],
+    *[pytest.param(make, id=name) for name, make in MADE.items()],
+]
+SIX = ["reverse_kl", "forward_kl", "jensen_shannon", "pearson_chi2", "neyman_chi2", "le_cam"]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of a few rows and tiles of a few columns, neither of which divides the sizes used here."""
+    monkeypatch.setattr(vocabulary, "_BLOCK", 2000)
+    monkeypatch.setattr(vocabulary, "_TILE", 900)
+
+
+def models(rows=23, vocabulary=301, width=8, teacher_width=12, spread=1.0, seed=0, dtype=torch.float64):
+    """(hidden_p, head_p, bias_p), (hidden_q, head_q, bias_q): two random models over one vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def one(h):
+        return [spread * random(rows, h), random(vocabulary, h) / math.sqrt(h) * 2, random(vocabulary)]
+
+    return [part.to(dtype) for part in one(width)], [part.to(dtype) for part in one(teacher_width)]
+
+
+def log_softmax(hidden, weight, bias=None, temperature=1.0, scale=1.0, softcap=None):
+    logits = hidden @ weight.t() if bias is None else hidden @ weight.t() + bias
+    logits = logits * scale
+    if softcap is not None:
+        logits = torch.where(torch.isneginf(logits), logits, softcap * torch.tanh(logits / softcap))
+    return (logits / temperature).log_softmax(-1)
+
+
+def gradients(value, leaves, upstream):
+    return torch.autograd.grad(value, leaves, upstream.to(value.dtype), allow_unused=True)
+
+
+def assert_near(got, expected, relative):
+    """Within `relative` of the largest element: what float32 keeps of sums."""
+    assert torch.isfinite(got).all()
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=relative * expected.abs().max().item())
+
+
+# ------------------------------------------------------------------------------------------------------- the registry
+@pytest.mark.parametrize("make", ALL)
+def test_mass_and_its_derivative_are_the_terms_of_exact(make):
+    """Over 10 orders of magnitude of P and of P/Q, and at the ends; the derivative also as P·f'(P/Q)."""
+    divergence = make()
+    log_q = torch.linspace(-25.0, -0.1, 23, dtype=torch.float64).repeat_interleave(28)
+    log_t = torch.linspace(-20.0, 20.0, 28, dtype=torch.float64).repeat(23)
+    log_p = (log_q + log_t).requires_grad_()
+    term = divergence.exact(log_p.unsqueeze(-1), log_q.unsqueeze(-1))
+    (slope,) = torch.autograd.grad(term.sum(), log_p)
+    total = (log_p.exp() + log_q.exp()).detach()
+    for got, expected in (
+        (divergence.mass(log_p, log_q), term),
+        (divergence.mass_derivative(log_p, log_q), slope),
+        (divergence.mass_derivative(log_p, log_q), log_p.exp() * divergence.derivative(log_t)),
+    ):
+        error = (got - expected).detach().abs()
+        assert (error <= 1e-9 * expected.detach().abs() + 1e-9 * total).all(), error.max()
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_mass_derivative_where_one_side_is_empty(make):
+    divergence, none, some = make(), torch.tensor(-math.inf), torch.tensor(math.log(0.2))
+    slope = divergence.slope_at_infinity
+    assert divergence.mass_derivative(some, none).item() == pytest.approx(0 if math.isinf(slope) else 0.2 * slope)
+    assert divergence.mass_derivative(none, some) == 0
+    assert divergence.mass_derivative(none, none) == 0
+    assert divergence.mass(none, none) == 0
+    for p, q in ((some, none), (none, some)):
+        assert divergence.mass(p, q).item() == pytest.approx(divergence.exact(p.unsqueeze(0), q.unsqueeze(0)).item())
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_far_apart_the_mass_is_finite_and_capped_as_the_registry_caps_it(make):
+    divergence = make()
+    log_p = torch.tensor([-0.1, -500.0, -90.0, -1e4, -0.0, -300.0])
+    log_q = torch.tensor([-500.0, -0.1, -0.2, -1e-3, -1e4, -301.0])
+    for got, expected in (
+        (divergence.mass(log_p, log_q), divergence.exact(log_p.unsqueeze(-1), log_q.unsqueeze(-1))),
+        (divergence.mass_derivative(log_p, log_q), slope_of_exact(divergence, log_p, log_q)),
+    ):
+        assert torch.isfinite(got).all()
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
+
+
+def slope_of_exact(divergence, log_p, log_q):
+    log_p = log_p.clone().requires_grad_()
+    return torch.autograd.grad(divergence.exact(log_p.unsqueeze(-1), log_q.unsqueeze(-1)).sum(), log_p)[0]
+
+
+# ------------------------------------------------------------------------------------------------------- the whole head
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("make", ALL)
+def test_values_and_gradients_are_those_of_dense_float64(make, spread, small_blocks):
+    divergence = make()
+    student, teacher = models(spread=spread)
+    upstream = torch.linspace(-1.0, 2.0, len(student[0]), dtype=torch.float64)
+    leaves = [part.requires_grad_() for part in student]
+    dense = divergence.exact(log_softmax(*leaves), log_softmax(*teacher))
+    expected = gradients(dense, leaves, upstream)
+
+    ours = [part.detach().float().requires_grad_() for part in student]
+    hidden, weight, bias = (part.float() for part in teacher)
+    value = vocabulary_divergence(ours[0], ours[1], hidden, weight, divergence, bias_p=ours[2], bias_q=bias)
+    torch.testing.assert_close(value.double(), dense, rtol=3e-5, atol=2e-6)
+    for got, exact in zip(gradients(value, ours, upstream), expected, strict=True):
+        assert_near(got, exact, 2e-4)
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_a_frozen_head_gives_the_same_gradient_in_one_pass(name, small_blocks):
+    student, teacher = models(dtype=torch.float64)
+    hidden = student[0].clone().requires_grad_()
+    upstream = torch.linspace(-1.0, 1.0, len(hidden), dtype=torch.float64)
+    whole = [part.clone().requires_grad_() for part in student[:2]]
+    both = gradients(vocabulary_divergence(*whole, *teacher[:2], name), whole, upstream)
+    alone = gradients(vocabulary_divergence(hidden, student[1], *teacher[:2], name), [hidden], upstream)
+    head = student[1].clone().requires_grad_()
+    frozen_body = gradients(vocabulary_divergence(student[0], head, *teacher[:2], name), [head], upstream)
+    torch.testing.assert_close(alone[0], both[0])
+    torch.testing.assert_close(frozen_body[0], both[1])
+
+
+@pytest.mark.parametrize("name", ["jensen_shannon", "chi2_kl", "total_variation"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["head trained", "head frozen"])
+def test_temperature_scale_and_soft_cap(name, frozen, small_blocks):
+    divergence = get_divergence(name)
+    student, teacher = models()
+    options = {"temperature": 1.7, "scale": 0.6, "softcap": 4.0}
+    upstream = torch.ones(len(student[0]), dtype=torch.float64)
+    leaves = [part.requires_grad_() for part in (student if not frozen else student[:1])]
+    dense = divergence.exact(
+        log_softmax(*student, **options), log_softmax(*teacher, temperature=1.7, scale=1.3, softcap=3.0)
+    )
+    value = vocabulary_divergence(
+        student[0], student[1], teacher[0], teacher[1], name, temperature=1.7, bias_p=student[2], bias_q=teacher[2],
+        scale_p=0.6, scale_q=1.3, softcap_p=4.0, softcap_q=3.0,
+    )  # fmt: skip
+    torch.testing.assert_close(value, dense)
+    for got, exact in zip(gradients(value, leaves, upstream), gradients(dense, leaves, upstream), strict=True):
+        torch.testing.assert_close(got, exact)
+
+
+@pytest.mark.parametrize("soft", [None, 5.0])
+@pytest.mark.parametrize("name", [*SIX, "squared_hellinger", "total_variation"])
+def test_tokens_outside_the_vocabulary(name, soft, small_blocks):
+    """−inf on both sides drops a token; on one side its limit counts, and gradients stay finite."""
+    divergence = get_divergence(name)
+    student, teacher = models()
+    padded = [torch.zeros(301, dtype=torch.float64) for _ in range(2)]
+    for bias in padded:
+        bias[290:] = -math.inf
+    caps = {"softcap_p": soft, "softcap_q": soft}
+    both = vocabulary_divergence(*student[:2], *teacher[:2], name, bias_p=padded[0], bias_q=padded[1], **caps)
+    cut = vocabulary_divergence(student[0], student[1][:290], teacher[0], teacher[1][:290], name, **caps)
+    torch.testing.assert_close(both, cut)
+
+    hidden = student[0].clone().requires_grad_()
+    for sides in ({"bias_p": padded[0]}, {"bias_q": padded[1]}):
+        value = vocabulary_divergence(hidden, student[1], teacher[0], teacher[1], name, **sides, **caps)
+        dense = divergence.exact(
+            log_softmax(hidden, student[1], sides.get("bias_p"), softcap=soft),
+            log_softmax(*teacher[:2], sides.get("bias_q"), softcap=soft),
+        )
+        torch.testing.assert_close(value, dense)
+        ones = torch.ones_like(value)
+        torch.testing.assert_close(gradients(value, [hidden], ones)[0], gradients(dense, [hidden], ones)[0])
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_half_precision_is_multiplied_out_in_float32(name, small_blocks):
+    student, teacher = models(dtype=torch.bfloat16)
+    exact = [[part.double().requires_grad_() for part in side] for side in (student, teacher)]
+    dense = get_divergence(name).exact(log_softmax(*exact[0][:2]), log_softmax(*exact[1][:2]))
+    leaves = [part.requires_grad_() for part in student[:2]]
+    value = vocabulary_divergence(*leaves, *teacher[:2], name)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), dense, rtol=3e-5, atol=2e-6)
+    ones = torch.ones(len(value), dtype=torch.float64)
+    for got, expected in zip(gradients(value, leaves, ones), gradients(dense, exact[0][:2], ones), strict=True):
+        assert got.dtype == torch.bfloat16
+        assert_near(got.float(), expected, 1e-2)
+
+
+def test_no_rows_and_one_token():
+    student, teacher = models(rows=0)
+    hidden = student[0].requires_grad_()
+    value = vocabulary_divergence(hidden, student[1].requires_grad_(), *teacher[:2], "reverse_kl")
+    assert value.shape == (0,)
+    value.sum().backward()
+    assert hidden.grad.shape == (0, 8) and student[1].grad.abs().sum() == 0
+    one, other = models(vocabulary=1)
+    assert vocabulary_divergence(*one[:2], *other[:2], "jeffreys").abs().max() == 0
+
+
+class _Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any operation returns inside the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for part in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(part, torch.Tensor):
+                self.elements = max(self.elements, part.numel())
+        return result
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_nothing_of_the_size_of_all_logits_is_made(frozen, small_blocks):
+    student, teacher = models(rows=200)
+    student[0].requires_grad_(), student[1].requires_grad_(not frozen)
+    logits = log_softmax(*teacher[:2])
+    top = logits.topk(5)
+    with _Largest() as largest:
+        vocabulary_divergence(*student[:2], *teacher[:2], "jensen_shannon").sum().backward()
+        topk_vocabulary_divergence(*student[:2], (top.values, top.indices), "jensen_shannon").sum().backward()
+    assert largest.elements <= max(2000, 301 * 12) < 200 * 301 / 10
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 0.5, 0.75, 1.0])
+def test_trl_has_three_of_them(beta):
+    """TRL's `beta = b` is skew_jensen_shannon(weight = 1 − b); 0 and 1 the two KLs; ½ is half of jensen_shannon."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    student, teacher = models(dtype=torch.float32)
+    names = {0.0: "forward_kl", 1.0: "reverse_kl"}
+    divergence = get_divergence(names.get(beta) or {"name": "skew_jensen_shannon", "weight": 1 - beta})
+    leaves = [part.requires_grad_() for part in student]
+    theirs, _ = ChunkedDivergenceFunction.apply(*leaves, *teacher, beta, 2.0)
+    ours = vocabulary_divergence(
+        *leaves[:2], *teacher[:2], divergence, temperature=2.0, bias_p=leaves[2], bias_q=teacher[2]
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    if beta == 0.5:
+        half = get_divergence("jensen_shannon").scaled(0.5)
+        again = vocabulary_divergence(
+            *leaves[:2], *teacher[:2], half, temperature=2.0, bias_p=leaves[2], bias_q=teacher[2]
+        )
+        torch.testing.assert_close(again, theirs, rtol=1e-5, atol=1e-6)
+    upstream = torch.linspace(-1, 1, len(ours))
+    for got, expected in zip(gradients(ours, leaves, upstream), gradients(theirs, leaves, upstream), strict=True):
+        assert_near(got, expected.double(), 1e-5)
+
+
+def test_under_autocast_the_products_stay_exact():
+    student, teacher = models(dtype=torch.float32)
+    plain = vocabulary_divergence(*student[:2], *teacher[:2], "reverse_kl")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(vocabulary_divergence(*student[:2], *teacher[:2], "reverse_kl"), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", ALL)
+def test_a_vocabulary_of_fifty_thousand(make):
+    divergence = make()
+    student, teacher = models(rows=7, vocabulary=50_257, width=32, teacher_width=48)
+    leaves = [part.requires_grad_() for part in student[:2]]
+    dense = divergence.exact(log_softmax(*leaves), log_softmax(*teacher[:2]))
+    ones = torch.ones(7, dtype=torch.float64)
+    ours = [part.detach().float().requires_grad_() for part in leaves]
+    value = vocabulary_divergence(*ours, *(part.float() for part in teacher[:2]), divergence)
+    torch.testing.assert_close(value.double(), dense, rtol=3e-5, atol=1e-5)
+    for got, expected in zip(gradients(value, ours, ones), gradients(dense, leaves, ones), strict=True):
+        assert_near(got, expected, 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- top k and the rest
+def top_of(teacher, k, temperature=1.0):
+    top = log_softmax(*teacher[:2], temperature=temperature).topk(k)
+    return top.values, top.indices
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_top_k_is_a_lower_bound_that_grows_to_the_whole(make):
+    divergence = make()
+    student, teacher = models()
+    log_p = log_softmax(*student[:2])
+    whole = divergence.exact(log_p, log_softmax(*teacher[:2]))
+    before = torch.zeros_like(whole)
+    for k in (1, 2, 7, 40, 150, 300, 301):
+        value = topk_divergence(log_p, top_of(teacher, k), divergence)
+        assert (value >= before * (1 - 1e-9) - 1e-12).all() and (value <= whole * (1 + 1e-9) + 1e-12).all()
+        before = value
+    torch.testing.assert_close(before, whole)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("make", ALL)
+def test_top_k_from_hidden_states_is_that_of_the_log_probs(make, tail, small_blocks):
+    divergence = make()
+    student, teacher = models(spread=0.7)
+    top = top_of(teacher, 9, temperature=1.5)
+    leaves = [part.requires_grad_() for part in student[:2]]
+    dense = topk_divergence(log_softmax(*leaves, temperature=1.5), top, divergence, tail=tail)
+    value = topk_vocabulary_divergence(*leaves, top, divergence, tail=tail, temperature=1.5)
+    torch.testing.assert_close(value, dense)
+    upstream = torch.linspace(-1, 2, len(value), dtype=torch.float64)
+    for got, expected in zip(gradients(value, leaves, upstream), gradients(dense, leaves, upstream), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_without_the_tail_the_cells_count_as_they_are():
+    log_p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
+    teacher = (torch.tensor([[0.6, 0.3]], dtype=torch.float64).log(), torch.tensor([[1, 0]]))
+    both = topk_divergence(log_p, teacher, "total_variation")
+    assert both.item() == pytest.approx((abs(0.3 - 0.6) + abs(0.5 - 0.3) + abs(0.2 - 0.1)) / 2)
+    assert topk_divergence(log_p, teacher, "total_variation", tail=False).item() == pytest.approx(0.25)
+
+
+def test_rows_with_fewer_tokens_and_a_known_tail():
+    log_p = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], dtype=torch.float64).log().requires_grad_()
+    log_q = torch.tensor([[0.6, 0.3], [0.9, 0.0]], dtype=torch.float64).log()
+    ids = torch.tensor([[1, 0], [2, -1]])
+    value = topk_divergence(log_p, (log_q, ids), "pearson_chi2")
+    assert value.tolist() == pytest.approx([0.3**2 / 0.6 + 0.2**2 / 0.3 + 0.1**2 / 0.1, 0.1**2 / 0.9 + 0.1**2 / 0.1])
+    value.sum().backward()
+    assert torch.isfinite(log_p.grad).all()
+    known = torch.tensor([0.1, 0.05], dtype=torch.float64).log()
+    assert topk_divergence(log_p, (log_q, ids, known), "pearson_chi2")[1].item() == pytest.approx(
+        0.1**2 / 0.9 + 0.15**2 / 0.05
+    )
+
+
+def test_a_tail_below_rounding_is_not_taken_for_none():
+    """float32 log-probs whose masses add to 1: P²/Q over the rest stays finite; only a whole vocabulary has no rest."""
+    log_p = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    teacher = (torch.tensor([[1.0, 1e-9]]).log(), torch.tensor([[1, 0]]))
+    value = topk_divergence(log_p, teacher, "pearson_chi2")
+    assert 0.2**2 / 2.4e-7 < value.item() - 0.5**2 / 1e-9 < 0.2**2 / 1e-7 * 1e3
+    every = (torch.tensor([[0.2, 0.3, 0.5]]).log(), torch.tensor([[1, 0, 2]]))
+    assert topk_divergence(log_p, every, "neyman_chi2").isfinite()
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_finite_differences(name, small_blocks):
+    student, teacher = models(rows=2, vocabulary=23, width=3, spread=0.5)
+    leaves = [part.requires_grad_() for part in student]
+    top = top_of(teacher, 6)
+
+    def whole(hidden, weight, bias):
+        return vocabulary_divergence(
+            hidden, weight, *teacher[:2], name, bias_p=bias, bias_q=teacher[2], softcap_p=6.0, temperature=1.3
+        )
+
+    def first(hidden, weight, bias):
+        return topk_vocabulary_divergence(hidden, weight, top, name, bias_p=bias, softcap_p=6.0)
+
+    assert torch.autograd.gradcheck(whole, leaves, eps=1e-6, atol=1e-5, rtol=1e-3)
+    assert torch.autograd.gradcheck(first, leaves, eps=1e-6, atol=1e-5, rtol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------- what is refused
+def edited(top, change):
+    log_probs, ids = (part.clone() for part in top)
+    change(log_probs, ids)
+    return log_probs, ids
+
+
+BAD_TEACHERS = {
+    "k=0": (lambda top: (top[0][:, :0], top[1][:, :0]), "at least 1"),
+    "more tokens than there are": (lambda top: tuple(part.repeat(1, 80) for part in top), "at most 301"),
+    "NaN": (lambda top: edited(top, lambda p, i: p[3].fill_(math.nan)), r"NaN \(row 3; 1 of 23"),
+    "outside": (lambda top: edited(top, lambda p, i: i[2].fill_(301)), "leave the 301 tokens"),
+    "below −1": (lambda top: edited(top, lambda p, i: i[2].fill_(-2)), "leave the 301 tokens"),
+    "twice": (lambda top: edited(top, lambda p, i: i[5].fill_(7)), "names a token twice"),
+    "logits": (lambda top: (top[0] + 9, top[1]), "more mass than 1"),
+    "rows": (lambda top: (top[0][1:], top[1][1:]), r"must be \[23, k\]"),
+    "shapes": (lambda top: (top[0], top[1][:, 1:]), r"must be \[23, k\]"),
+    "parts": (lambda top: top[:1], "got 1 parts"),
+    "tail": (lambda top: (*top, torch.zeros(22)), r"log_tail is \(22,\)"),
+    "NaN tail": (lambda top: (*top, torch.full((23,), math.nan)), "log_tail is NaN"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEACHERS)
+def test_a_teacher_that_cannot_be(case):
+    change, message = BAD_TEACHERS[case]
+    student, teacher = models()
+    bad = change(top_of(teacher, 4))
+    with pytest.raises(ValueError, match=message):
+        topk_divergence(log_softmax(*student[:2]), bad, "reverse_kl")
+    with pytest.raises(ValueError, match=message):
+        topk_vocabulary_divergence(*student[:2], bad, "reverse_kl")
+
+
+def test_shapes_that_do_not_fit():
+    (hidden, weight, bias), teacher = models()
+    for arguments, options, message in (
+        ((hidden, weight[:, 1:], *teacher[:2]), {}, r"hidden_p is \(23, 8\) and head_p \(301, 7\)"),
+        ((hidden, weight, teacher[0][1:], teacher[1]), {}, "23 rows and hidden_q 22"),
+        ((hidden, weight, teacher[0], teacher[1][1:]), {}, "301 tokens and head_q 300"),
+        ((hidden, weight, *teacher[:2]), {"bias_p": bias[1:]}, r"bias_p is \(300,\)"),
+        ((hidden, weight, *teacher[:2]), {"temperature": 0.0}, "temperature=0.0"),
+        ((hidden, weight, *teacher[:2]), {"softcap_q": -1.0}, "softcap_q=-1.0"),
+        ((hidden.long(), weight, *teacher[:2]), {}, "floating-point"),
+        ((hidden.unsqueeze(0), weight, *teacher[:2]), {}, r"\(1, 23, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vocabulary_divergence(*arguments, "reverse_kl", **options)
+
+
+def test_the_head_of_a_model(tiny_model_dir):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    head = vocabulary.model_head(model)
+    assert head == Head(model.get_output_embeddings().weight, None, 1.0, None)
+    model.config.logits_scaling, model.config.final_logit_softcapping = 8.0, 30.0
+    assert vocabulary.model_head(model)[2:] == (0.125, 30.0)
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(ValueError, match="has no LM head"):
+        vocabulary.model_head(model)
