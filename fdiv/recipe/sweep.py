@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from fdiv.errors import RecipeError
 from fdiv.named import nearest, shown
+from fdiv.recipe.crossing import is_crossing, value_when
 from fdiv.recipe.overrides import KeyPath
 from fdiv.recipe.schema import Key, coerce, nearest_key, section_of
 
@@ -231,6 +232,13 @@ def _dotted(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(value: Any, where: Where) -> dict[str, Column]:
+    found = _columns(value, where)
+    for name in filter(is_crossing, found):
+        value_when(name, ())  # refuses another form
+    return found
+
+
+def _columns(value: Any, where: Where) -> dict[str, Column]:
     path = ("sweep", "table")
     if isinstance(value, list):
         return {str(name): Column() for name in value}

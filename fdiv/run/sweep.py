@@ -19,6 +19,7 @@ from fdiv.errors import FdivError, TerminatedError
 from fdiv.files import one_line, plain, write_text
 from fdiv.lock import output_lock
 from fdiv.provenance import git_revision, package_versions
+from fdiv.recipe.crossing import is_crossing, value_when
 from fdiv.recipe.document import read_document
 from fdiv.recipe.dump import resolved_yaml
 from fdiv.recipe.load import find_recipe, read_sweep
@@ -176,9 +177,19 @@ def _record(plan: SweepPlan, cell: Cell, failed: Mapping[str, str]) -> dict[str,
         error = failed.get(cell.name)
         return record | ({"status": "not run"} if error is None else {"status": "failed", "error": error})
     folder = plan.root / cell.name
-    record |= {"status": "finished", "values": read_result(folder)}
+    record |= {"status": "finished", "values": read_result(folder) | _crossings(plan.block, folder)}
     series = _series(plan.block, folder / "metrics.jsonl")
     return record | ({"series": series} if series else {})
+
+
+def _crossings(block: SweepBlock, folder: Path) -> dict[str, float | None]:
+    """The columns of the form `when METRIC>=LEVEL/WANTED`, from the log of a run."""
+    names = [name for name in block.table if is_crossing(name)]
+    log = folder / "metrics.jsonl"
+    if not names or not log.is_file():
+        return {}
+    history = read_history(log)
+    return {name: value_when(name, history) for name in names}
 
 
 def _series(block: SweepBlock, log: Path) -> dict[str, list[float | None]]:

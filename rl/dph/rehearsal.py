@@ -113,6 +113,7 @@ class RehearsalRow(NamedTuple):
         completion_ids: tokens of the completion, end token included where it was sampled.
         reference_log_probs: log π_ref of each completion token at the training temperature, nats; as many.
         index: row of the prompt in the dataset that was pre-sampled.
+        weight: what the row counts in the mean over rehearsal rows, above 0; 1 on average over a cache.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -120,6 +121,7 @@ class RehearsalRow(NamedTuple):
     completion_ids: list[int]
     reference_log_probs: list[float]
     index: int
+    weight: float = 1.0
 
 
 class RehearsalBatch(NamedTuple):
@@ -129,6 +131,7 @@ class RehearsalBatch(NamedTuple):
         prompt_ids, prompt_mask: `[B, P]`.
         completion_ids, completion_mask: `[B, C]`.
         reference_log_probs: `[B, C]` float32, nats, 0 on padding.
+        weights: `[B]` float32, what each row counts in the mean.
     """
 
     prompt_ids: Tensor
@@ -136,6 +139,7 @@ class RehearsalBatch(NamedTuple):
     completion_ids: Tensor
     completion_mask: Tensor
     reference_log_probs: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -255,6 +259,7 @@ class RehearsalCache:
             completion_ids=_padded(completions, pad_token_id, "right"),
             completion_mask=_padded([torch.ones_like(ids) for ids in completions], 0, "right"),
             reference_log_probs=_padded(log_probs, 0, "right"),
+            weights=torch.tensor([row.weight for row in rows], dtype=torch.float32),
         )
 
     def save(self, path: str | Path) -> None:
@@ -273,6 +278,7 @@ class RehearsalCache:
             "reference_log_probs": _flat([row.reference_log_probs for row in self.rows], torch.float32),
             "completion_offsets": _offsets([row.completion_ids for row in self.rows]),
             "index": torch.tensor([row.index for row in self.rows], dtype=torch.int64),
+            "weight": torch.tensor([row.weight for row in self.rows], dtype=torch.float64),
         }
         header = json.dumps({"format": _FORMAT, **asdict(self.header)}, sort_keys=True)
         write_bytes(path, sealed(save(tensors, metadata={_METADATA: header, DIGEST: UNSEALED})))
@@ -320,6 +326,8 @@ class RehearsalCache:
                 f"{self.name}, row {number}: {len(row.reference_log_probs)} log-probabilities for "
                 f"{len(row.completion_ids)} tokens"
             )
+        if not (math.isfinite(row.weight) and row.weight > 0):
+            raise DataError(f"{self.name}, row {number}: weight {row.weight}: must be a finite number above 0")
         for value in row.reference_log_probs:
             if not (math.isfinite(value) and value <= 0):
                 raise DataError(f"{self.name}, row {number}: {value} is no log-probability of a sampled token")
@@ -351,11 +359,13 @@ def _rows(tensors: Mapping[str, Tensor]) -> list[RehearsalRow]:
         ragged("completion_ids", "completion_offsets"),
         ragged("reference_log_probs", "completion_offsets"),
         tensors["index"].tolist(),
+        # Caches of release 0.2 have no weights: all rows counted the same.
+        tensors["weight"].tolist() if "weight" in tensors else [1.0] * len(tensors["index"]),
         strict=True,
     )
     return [
         RehearsalRow(
-            json.loads(bytes(text.tolist()).decode()), prompt.tolist(), ids.tolist(), log_probs.tolist(), index
+            json.loads(bytes(text.tolist()).decode()), prompt.tolist(), ids.tolist(), log_probs.tolist(), index, weight
         )
-        for text, prompt, ids, log_probs, index in columns
+        for text, prompt, ids, log_probs, index, weight in columns
     ]

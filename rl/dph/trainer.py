@@ -245,10 +245,11 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         r"""GRPO's loss on the rollouts, and beside it a divergence on cached samples of the reference:
 
-            L = L_GRPO + β·KL + w·(1/R) Σ_r ℓ_f(r),    ℓ_f(r) = mean over the tokens of row r of f(π_θ/π_ref)
+            L = L_GRPO + β·KL + w·(1/R) Σ_r w_r ℓ_f(r),    ℓ_f(r) = mean over the tokens of row r of f(π_θ/π_ref)
 
         (arXiv:2509.07430; `level: sequence` takes f of the whole row's ratio, `kl` is off unless asked for, and w
-        follows from `rehearsal_coefficient` and `rehearsal_weighting`). R rows belong to an optimizer step; this
+        follows from `rehearsal_coefficient` and `rehearsal_weighting`; w_r is the row's weight in the cache, 1 unless
+        pre-sampling weighed prompts or modes). R rows belong to an optimizer step; this
         micro-step on this process scores its share of them.
         """
         args, training = self.args, self.model.training
@@ -278,7 +279,7 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         rehearsed = log_policy.new_zeros(())
         if rows is not None:
             log_ratio, mask = log_rehearsal - rows.reference_log_probs, rows.completion_mask
-            row_losses = self._row_losses(log_ratio, mask)
+            row_losses = rows.weights * self._row_losses(log_ratio, mask)
             rehearsed = weight * row_losses.sum() * processes / self._rows_per_step
             columns = self._rehearsal_columns(row_losses, log_ratio.detach(), mask)
         # 4. Jensen–Shannon by definition has a second half, on the policy's own samples.

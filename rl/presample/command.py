@@ -99,8 +99,9 @@ def show_partition(content: dict[str, Any]) -> None:
 
     names = {
         "near_perfect": f"near-perfect (share of correct ≥ {content['threshold']} of {content['num_samples']})",
-        "rehearsal": "  rehearsed: verified sample in the cache",
-        "moved_to_explore": "  without a correct verification sample: explored",
+        "rehearsal": "rehearsed: verified samples in the cache",
+        "rehearsed_and_explored": "  also explored",
+        "moved_to_explore": "near-perfect without a correct verification sample: explored",
         "to_explore": "to explore",
         "wrong": "wrong (no correct sample)",
         "dropped": "  dropped",
@@ -112,9 +113,23 @@ def show_partition(content: dict[str, Any]) -> None:
     tally = content["samples"]
     notes = [
         f"{tally['drawn']} samples: {tally['correct']} correct, {tally['unscored']} not scored, "
-        f"{tally['truncated']} truncated, {tally['empty']} empty"
+        f"{tally['truncated']} truncated, {tally['empty']} empty",
+        f"{content['rehearsal_rows']} rows in the cache; prompts to rehearse without a verified sample: "
+        f"{len(content['without_verified_sample'])}",
+        *(f"warning: {line}" for line in content["coverage"]["warnings"]),
     ]
     print_table(f"{content['counts']['prompts']} prompts", ("part", "prompts", "share"), rows, notes)
+    kinds = content["coverage"]["kinds"]
+    if kinds:
+        lines = [
+            (
+                kind,
+                *(str(row[name]) for name in ("prompts", "rehearsed", "rows", "explored")),
+                f"{row['solve_rate']:.2f}",
+            )
+            for kind, row in kinds.items()
+        ]
+        print_table("by kind", ("kind", "prompts", "rehearsed", "rows", "explored", "solve rate"), lines, [])
 
 
 command = PresampleCommand = sys.modules[__name__]  # names of release 0.1

@@ -8,11 +8,16 @@ from typing import Any
 from fdiv.inference.backends import SAMPLING_BACKENDS
 from fdiv.models.dtypes import dtype_name
 from fdiv.rl.dph.rehearsal import parse_threshold
+from fdiv.rl.modes import resolve_mode
+from fdiv.rl.presample.selection import WEIGHTS
 from fdiv.training.config import Options, option
 
 __all__ = ["DECISIONS", "PresampleConfig"]
 
-DECISIONS = ("threshold", "wrong", "tries", "training_temperature", "reward_threshold", "allow_empty")
+DECISIONS = (
+    "threshold", "wrong", "tries", "training_temperature", "reward_threshold", "allow_empty",
+    "keep", "samples_per_prompt", "mode", "weights", "kind",
+)  # fmt: skip
 """Settings that say what becomes of the samples; the others say how they are sampled and scored."""
 _MACHINE = ("batch_size", "server_url", "vllm_memory")
 
@@ -43,7 +48,9 @@ class PresampleConfig(Options):
         "auto",
         "auto (float32 on a CPU, the checkpoint's own elsewhere), float32, bfloat16, float16: that of the training",
     )
-    num_samples: int = option(8, "n, samples per prompt", least=1)
+    num_samples: int = option(
+        8, "n, samples per prompt; they sort the prompts, and at most as many are cached for one", least=1
+    )
     temperature: float = option(1.0, "Temperature of the sampling", above=0)
     top_p: float = option(0.95, "Nucleus of the sampling", above=0, most=1)
     max_completion_length: int = option(256, "Bound on a completion, in tokens", least=1)
@@ -52,7 +59,35 @@ class PresampleConfig(Options):
         None, "For a reward that is not 0/1: a completion is correct from this reward on"
     )
     threshold: str | float = option(
-        "7/8", "A prompt is near-perfect where at least this share of its n samples is correct: 7/8, 0.875"
+        "7/8",
+        "A prompt is near-perfect where at least this share of its n samples is correct: 7/8, 0.875, or `one` for at "
+        "least one sample",
+    )
+    keep: str = option(
+        "near_perfect",
+        "Whose verified samples are cached: `near_perfect` prompts; `solved` ones, with at least one correct sample; "
+        "`all`, where those without one get up to `tries` more samples. Near-perfect prompts that are cached are not "
+        "explored, all others are",
+        choices=("near_perfect", "solved", "all"),
+    )
+    samples_per_prompt: int = option(
+        1,
+        "Verified samples cached per prompt, distinct modes first. At 1 with `keep: near_perfect` it is the paper's "
+        "one further sample; else correct ones of the n that were drawn, so at most `num_samples`",
+        least=1,
+    )
+    mode: str = option(
+        "answer",
+        "What makes two correct samples the same: answer, expression, sql, text, or `module:function` of a completion",
+    )
+    weights: str = option(
+        "samples",
+        "What counts the same in the rehearsal loss: each cached sample, each mode, each prompt",
+        choices=WEIGHTS,
+    )
+    kind: str | None = option(
+        None,
+        "Column that names the kind of a prompt, for the table; not set: kind, level, difficulty, type or subject",
     )
     wrong: str = option(
         "explore",
@@ -61,8 +96,8 @@ class PresampleConfig(Options):
     )
     tries: int = option(
         1,
-        "How often one more sample is taken for a near-perfect prompt until one is correct; a prompt without is "
-        "explored",
+        "How often one more sample is taken for a prompt that needs one (`samples_per_prompt`, `keep`) until one is "
+        "correct; a prompt without is explored",
         least=1,
     )
     training_temperature: float | None = option(
@@ -92,7 +127,20 @@ class PresampleConfig(Options):
             raise ValueError(f"server_model belongs to backend: server (backend={self.backend})")
         if self.backend == "server" and self.adapter and not self.server_model:
             raise ValueError("with an adapter, say in server_model under which name the server serves it")
+        if self.threshold == "one":
+            self.threshold = f"1/{self.num_samples}"
         parse_threshold(self.threshold)
+        resolve_mode(self.mode)
+        if self.samples_per_prompt > self.num_samples:
+            raise ValueError(
+                f"samples_per_prompt={self.samples_per_prompt} is more than num_samples={self.num_samples}, of which "
+                "the cached samples are taken: raise num_samples"
+            )
+
+    @property
+    def draws_one_more(self) -> bool:
+        """Whether the cached sample of a near-perfect prompt is a further one, as in the paper."""
+        return self.keep == "near_perfect" and self.samples_per_prompt == 1
 
     @property
     def scoring_temperature(self) -> float:
@@ -116,4 +164,5 @@ class PresampleConfig(Options):
             "training_temperature": self.scoring_temperature,
             "reward_threshold": self.reward_threshold,
             "allow_empty": self.allow_empty,
+            **{name: getattr(self, name) for name in ("keep", "samples_per_prompt", "mode", "weights", "kind")},
         }

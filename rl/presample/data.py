@@ -33,6 +33,10 @@ def load_prompts(config: PresampleConfig) -> Dataset:
     rows = splits[config.split]
     if "prompt" not in rows.column_names:
         raise DataError(f"{config.dataset} has no column 'prompt'; it has: {', '.join(rows.column_names)}")
+    if config.kind is not None and config.kind not in rows.column_names:
+        raise DataError(
+            f"{config.dataset} has no column {config.kind!r} (kind); it has: {', '.join(rows.column_names)}"
+        )
     if len(rows) == 0:
         raise DataError(f"{config.dataset}, split {config.split!r}, is empty")
     kind = type(rows[0]["prompt"])

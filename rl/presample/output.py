@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fdiv.errors import DataError
 from fdiv.inference.processes import process_state
 from fdiv.lock import LOCK
+from fdiv.rl.presample.coverage import coverage, coverage_warnings, kind_column
 from fdiv.sealed import NO_DIGEST, check_listed, listed, read_record, write_record
 from fdiv.terminal import info
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from fdiv.rl.dph.rehearsal import Partition, RehearsalCache
     from fdiv.rl.presample.config import PresampleConfig
 
-__all__ = ["EXPLORE", "PARTITION", "REHEARSAL", "Sample", "enter_directory", "write_outputs", "write_rows"]
+__all__ = ["EXPLORE", "PARTITION", "REHEARSAL", "Sample", "enter_directory", "explored", "write_outputs", "write_rows"]
 
 SETTINGS, PARTITION = "settings.json", "partition.json"
 SAMPLES, VERIFICATION = "samples.jsonl", "verification.jsonl"
@@ -118,56 +119,94 @@ def write_outputs(
     config: PresampleConfig,
     drawing: Mapping[str, Any],
     rows: Dataset,
+    prompt_ids: Sequence[Sequence[int]],
     samples: Mapping[int, Sequence[Sample]],
     verification: Sequence[Sample],
     partition: Partition,
     cache: RehearsalCache,
 ) -> dict[str, Any]:
     """Write every file of the directory (main process only), `partition.json` last; returns its content."""
-    kept = {row.index for row in cache}
-    moved = [index for index in partition.near_perfect if index not in kept]
-    dropped = partition.wrong if config.wrong == "drop" else []
-    explore = sorted({*partition.explore, *partition.wrong, *moved} - {*dropped})
-    flat = [sample for index in sorted(samples) for sample in samples[index]]
-    counts = {
-        "prompts": len(rows),
-        "near_perfect": len(partition.near_perfect),
-        "rehearsal": len(kept),
-        "moved_to_explore": len(moved),
-        "to_explore": len(partition.explore),
-        "wrong": len(partition.wrong),
-        "dropped": len(dropped),
-        "explore": len(explore),
-    }
-    parts = {index: name for name, indices in partition._asdict().items() for index in indices}
-    correct = [sum(sample.correct is True for sample in samples[index]) for index in range(len(rows))]
-    histogram = Counter(correct)
+    kept = Counter(row.index for row in cache)
+    explore = explored(partition, kept, config.wrong)
     content = {
-        "counts": counts,
-        "shares": {name: count / len(rows) for name, count in counts.items() if name != "prompts"},
+        **_counted(config, len(rows), kept, partition, explore),
         "threshold": config.decisions()["threshold"],
         "num_samples": config.num_samples,
-        "samples": _tally(flat),
-        "verification": _tally(verification),
-        "prompts_by_correct": [histogram[number] for number in range(config.num_samples + 1)],
-        "prompts": {
-            "correct": correct,
-            "scored": [sum(sample.correct is not None for sample in samples[i]) for i in range(len(rows))],
-            "part": [parts[index] for index in range(len(rows))],
-        },
+        **_sampled(config, samples, verification, partition),
         "decisions": config.decisions(),
         "drawing": dict(drawing),
     }
+    column = kind_column(rows.column_names, config.kind)
+    rates = [count / config.num_samples for count in content["prompts"]["correct"]]
+    compared = coverage(prompt_ids, rates, kept, explore, None if column is None else rows[column])
+    content["coverage"] = {**compared, "warnings": coverage_warnings(compared)}
     if process_state().is_main_process:
         from fdiv.provenance import command_line, environment
 
         with listed(path / SAMPLES, path / VERIFICATION, path / EXPLORE):
-            _write_samples(path / SAMPLES, flat)
+            _write_samples(path / SAMPLES, [sample for index in sorted(samples) for sample in samples[index]])
             _write_samples(path / VERIFICATION, sorted(verification, key=lambda s: (s.index, s.number)))
             write_rows(path / EXPLORE, rows.select(explore))
         cache.save(path / REHEARSAL)
         write_record(path / PARTITION, {**content, "environment": environment(command_line(), config.seed)})
     return content
+
+
+def _counted(
+    config: PresampleConfig, total: int, kept: Mapping[int, int], partition: Partition, explore: Sequence[int]
+) -> dict[str, Any]:
+    """How many prompts are in each part, and which of those to rehearse have no verified sample."""
+    near_perfect, wanted = {*partition.near_perfect}, range(total) if config.keep == "all" else partition.near_perfect
+    counts = {
+        "prompts": total,
+        "near_perfect": len(near_perfect),
+        "rehearsal": len(kept),
+        "rehearsed_and_explored": len(kept.keys() & {*explore}),
+        "moved_to_explore": len(near_perfect - kept.keys()),
+        "to_explore": len(partition.explore),
+        "wrong": len(partition.wrong),
+        "dropped": len({*partition.wrong} - kept.keys()) if config.wrong == "drop" else 0,
+        "explore": len(explore),
+    }
+    return {
+        "counts": counts,
+        "shares": {name: count / total for name, count in counts.items() if name != "prompts"},
+        "rehearsal_rows": sum(kept.values()),
+        "without_verified_sample": [index for index in wanted if index not in kept],
+    }
+
+
+def _sampled(
+    config: PresampleConfig,
+    samples: Mapping[int, Sequence[Sample]],
+    verification: Sequence[Sample],
+    partition: Partition,
+) -> dict[str, Any]:
+    """What was sampled, in all and of each prompt."""
+    groups = [samples[index] for index in range(len(samples))]
+    correct = [sum(sample.correct is True for sample in group) for group in groups]
+    parts = {index: name for name, indices in partition._asdict().items() for index in indices}
+    histogram = Counter(correct)
+    return {
+        "samples": _tally([sample for group in groups for sample in group]),
+        "verification": _tally(verification),
+        "prompts_by_correct": [histogram[number] for number in range(config.num_samples + 1)],
+        "prompts": {
+            "correct": correct,
+            "scored": [sum(sample.correct is not None for sample in group) for group in groups],
+            "part": [parts[index] for index in range(len(groups))],
+        },
+    }
+
+
+def explored(partition: Partition, kept: Mapping[int, Any], wrong: str) -> list[int]:
+    """The explore set: all prompts but the near-perfect ones that are rehearsed, and, with `wrong: drop`, those
+    without any verified sample."""
+    left = {*partition.explore, *partition.wrong, *partition.near_perfect} - {
+        index for index in partition.near_perfect if index in kept
+    }
+    dropped = {index for index in partition.wrong if index not in kept} if wrong == "drop" else set()
+    return sorted(left - dropped)
 
 
 def _tally(samples: Sequence[Sample]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Pre-sampling for DPH-RL: draw n completions per prompt from the reference, score them, split the prompts, keep one
-verified sample with its log-probabilities for each prompt that the reference masters. arXiv:2509.07430, section 4.
+"""Pre-sampling for DPH-RL: draw n completions per prompt from the reference, score them, split the prompts, keep
+verified samples with their log-probabilities: one for each prompt that the reference masters (arXiv:2509.07430,
+section 4), or several, also of prompts that it solves now and then.
 
 What was sampled is kept in `OUTPUT/cache/` as it comes, so a run that was killed goes on where it stopped.
 """
@@ -7,7 +8,7 @@ What was sampled is kept in `OUTPUT/cache/` as it comes, so a run that was kille
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,11 @@ from fdiv.models.fingerprints import data_fingerprint, tokenizer_fingerprint, vo
 from fdiv.models.loading import base_and_adapter, load_model, load_tokenizer
 from fdiv.models.logprobs import token_scores
 from fdiv.rl.dph.rehearsal import Partition, RehearsalCache, RehearsalHeader, RehearsalRow, partition_prompts
+from fdiv.rl.modes import mode_of, resolve_mode
 from fdiv.rl.presample.config import PresampleConfig
 from fdiv.rl.presample.data import load_prompts, load_reward, tokenize_prompts
-from fdiv.rl.presample.output import Sample, enter_directory, write_outputs
+from fdiv.rl.presample.output import Sample, enter_directory, explored, write_outputs
+from fdiv.rl.presample.selection import distinct_first, row_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,13 +83,13 @@ def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, rew
     run = _Run(config, rows, prompt_ids, tokenizer, reward, source, stop_ids, output_dir / "cache", drawing)
     samples = run.draw(range(len(rows)), range(config.num_samples), "sampling")
     partition = run.partition(samples)
-    kept, verification = run.verify(partition)
+    kept, verification = run.rehearsed(samples, partition)
     run.check_not_empty(samples, partition, kept)
     del source, run.source
     model = load_model(config.model, config.adapter, config.dtype) if model is None else model
     log_probs = reference_log_probs(
         model,
-        {f"{i}/{sample.number}": (prompt_ids[i], sample.completion_ids) for i, sample in kept.items()},
+        {f"{i}/{s.number}": (prompt_ids[i], s.completion_ids) for i, group in kept.items() for s in group},
         temperature=config.scoring_temperature,
         batch_size=config.batch_size,
         cache=run.cache(f"log_probs_at_{config.scoring_temperature}"),
@@ -99,16 +102,8 @@ def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, rew
         settings={**drawing, **config.decisions(), "dtype": str(next(model.parameters()).dtype)},
         vocab_size=vocabulary_size(model),
     )
-    cache = RehearsalCache(
-        header,
-        [
-            RehearsalRow(
-                rows[i]["prompt"], prompt_ids[i], list(sample.completion_ids), log_probs[f"{i}/{sample.number}"], i
-            )
-            for i, sample in sorted(kept.items())
-        ],
-    )
-    content = write_outputs(output_dir, config, drawing, rows, samples, verification, partition, cache)
+    cache = RehearsalCache(header, run.cached_rows(kept, log_probs))
+    content = write_outputs(output_dir, config, drawing, rows, prompt_ids, samples, verification, partition, cache)
     process_state().wait_for_everyone()
     return content
 
@@ -147,6 +142,7 @@ class _Run:
     ) -> None:
         self.config, self.rows, self.prompt_ids, self.tokenizer = config, rows, prompt_ids, tokenizer
         self.reward, self.source, self.stop_ids, self.cache_dir = reward, source, stop_ids, cache_dir
+        self._mode = resolve_mode(config.mode)
         self.digest = fingerprint(drawing)
 
     def cache(self, kind: str) -> ItemCache:
@@ -225,24 +221,68 @@ class _Run:
             scored=[sum(sample.correct is not None for sample in group) for group in groups],
         )
 
-    def verify(self, partition: Partition) -> tuple[dict[int, Sample], list[Sample]]:
-        """One more sample for each near-perfect prompt, sampled with numbers of its own until it is correct or `tries`
-        are used up: (the correct one by prompt, all that were sampled)."""
-        kept: dict[int, Sample] = {}
+    def rehearsed(
+        self, samples: Mapping[int, Sequence[Sample]], partition: Partition
+    ) -> tuple[dict[int, list[Sample]], list[Sample]]:
+        """The verified samples to cache, by prompt, and the further ones that were sampled for it.
+
+        Given that it is correct, a sample is distributed alike whether it was among the n that sorted the prompts or
+        came later: prompts are sorted by counts alone.
+        """
+        if self.config.draws_one_more:
+            return self.verify(partition.near_perfect)
+        wanted = partition.near_perfect if self.config.keep == "near_perfect" else range(len(self.rows))
+        kept: dict[int, list[Sample]] = {}
+        for index in wanted:
+            correct = [sample for sample in samples[index] if sample.correct]
+            if correct:
+                order = distinct_first([self.mode(sample) for sample in correct], self.config.samples_per_prompt)
+                kept[index] = [correct[position] for position in order]
+        if self.config.keep != "all":
+            return kept, []
+        found, drawn = self.verify([index for index in wanted if index not in kept])
+        return kept | found, drawn
+
+    def cached_rows(
+        self, kept: Mapping[int, Sequence[Sample]], log_probs: Mapping[str, list[float]]
+    ) -> list[RehearsalRow]:
+        """The rows of the cache, by prompt, with their weights."""
+        flat = [(index, sample) for index in sorted(kept) for sample in kept[index]]
+        weights = row_weights([(index, self.mode(sample)) for index, sample in flat], self.config.weights)
+        return [
+            RehearsalRow(
+                self.rows[index]["prompt"],
+                self.prompt_ids[index],
+                list(sample.completion_ids),
+                log_probs[f"{index}/{sample.number}"],
+                index,
+                weight,
+            )
+            for (index, sample), weight in zip(flat, weights, strict=True)
+        ]
+
+    def mode(self, sample: Sample) -> Hashable:
+        """The mode of a sample."""
+        return mode_of(self._mode, sample.completion, f"sample {sample.index}/{sample.number}")
+
+    def verify(self, indices: Sequence[int]) -> tuple[dict[int, list[Sample]], list[Sample]]:
+        """One more sample for each prompt, sampled with numbers of its own until it is correct or `tries` are used up:
+        (the correct one by prompt, all that were sampled)."""
+        kept: dict[int, list[Sample]] = {}
         drawn: list[Sample] = []
         for attempt in range(self.config.tries):
-            left = [index for index in partition.near_perfect if index not in kept]
+            left = [index for index in indices if index not in kept]
             if not left:
                 break
             number = self.config.num_samples + attempt
             for index, (sample,) in self.draw(left, [number], "verifying").items():
                 drawn.append(sample)
                 if sample.correct:
-                    kept[index] = sample
+                    kept[index] = [sample]
         return kept, drawn
 
     def check_not_empty(
-        self, samples: Mapping[int, Sequence[Sample]], partition: Partition, kept: Mapping[int, Sample]
+        self, samples: Mapping[int, Sequence[Sample]], partition: Partition, kept: Mapping[int, Sequence[Sample]]
     ) -> None:
         """DataError where there is nothing to rehearse, or nothing to explore, unless that is allowed.
 
@@ -251,20 +291,24 @@ class _Run:
         if self.config.allow_empty:
             return
         threshold, n = self.config.decisions()["threshold"], self.config.num_samples
-        if not partition.near_perfect:
+        if not partition.near_perfect and self.config.keep == "near_perfect":
             best = max(sum(sample.correct is True for sample in group) for group in samples.values())
             raise DataError(
                 f"no near-perfect prompts: none of {len(self.rows)} has a share of {threshold} correct samples, the "
                 f"best has {best} of {n}; lower threshold, take a stronger reference or easier prompts, check the "
                 "reward, or write an empty rehearsal cache with allow_empty"
             )
+        if not kept and self.config.keep != "near_perfect":
+            raise DataError(
+                f"none of {len(self.rows)} prompts has a correct sample among {n}: raise num_samples, take a stronger "
+                "reference or easier prompts, check the reward, or write an empty rehearsal cache with allow_empty"
+            )
         if not kept:
             raise DataError(
                 f"none of the {len(partition.near_perfect)} near-perfect prompts got a correct verification sample in "
                 f"{self.config.tries} tries: raise tries, or write an empty rehearsal cache with allow_empty"
             )
-        wrong = len(partition.wrong) if self.config.wrong == "explore" else 0
-        if len(partition.explore) + wrong + len(partition.near_perfect) - len(kept) == 0:
+        if not explored(partition, kept, self.config.wrong):
             raise DataError(
                 f"no prompt is left to explore: {len(kept)} are rehearsed, {len(partition.wrong)} wrong ones dropped; "
                 "raise threshold, add harder prompts, or write an empty explore set with allow_empty"

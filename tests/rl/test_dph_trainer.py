@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 
 from fdiv.models.logprobs import token_scores
 from fdiv.rl.dph.loss import js_on_policy, js_on_reference, rehearsal_loss
+from fdiv.rl.dph.rehearsal import RehearsalCache
 from fdiv.training.rollouts import RecordedRollouts, model_inputs
 from tests.support.runs.dph import cache, correct, flat, load, recorded, reward, sgd, trainer, trl_trainer
 
@@ -154,6 +155,24 @@ def test_rehearsal_gradient_is_that_of_the_rows(tiny_model_dir, tmp_path, record
         # Every second token is off by 0.6 (u = e^0.6, |c| = 0.82), the others by 0.
         off = torch.cat([x.flatten() for x in log_ratios(load(tiny_model_dir), rows)]) > 0.3
         assert entry["rehearsal/clipped_fraction"] == pytest.approx(off.double().mean().item())
+
+
+def test_rows_count_with_their_weights(tiny_model_dir, tmp_path, records):
+    """A row of weight 3 beside two of weight 0.5 …: the gradient is that of the weighted mean."""
+    rows = cache(tiny_model_dir, shift=0.6)
+    weights = [3.0, 0.5, 0.5, 1.0, 0.25, 0.75]
+    weighed = RehearsalCache(rows.header, [row._replace(weight=w) for row, w in zip(rows, weights, strict=True)])
+    shared = {"divergence": "forward_kl", "rehearsal": weighed, "rehearsal_batch_size": 6}
+    made, with_rows = gradient(tiny_model_dir, tmp_path / "a", records, rehearsal_coefficient=0.7, **shared)
+    _, without = gradient(tiny_model_dir, tmp_path / "b", records, rehearsal_coefficient=0.0, **shared)
+    factors = iter(weights)
+    exact = rehearsal_gradient(
+        tiny_model_dir, rows, 0.7, lambda x, mask: next(factors) * rehearsal_loss(x, mask, "forward_kl")
+    )
+    torch.testing.assert_close(with_rows - without, exact, rtol=0, atol=1e-4 * exact.norm().item() + 2e-6)
+    each = [rehearsal_loss(x, torch.ones_like(x), "forward_kl") for x in log_ratios(load(tiny_model_dir), rows)]
+    expected = (torch.cat(each) * torch.tensor(weights)).mean().item()
+    assert made.state.log_history[0]["rehearsal/loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_logged_divergence_and_quantiles(tiny_model_dir, tmp_path, records):

@@ -182,8 +182,8 @@ def test_nothing_near_perfect_is_an_error_and_its_samples_are_used_again(tiny_mo
     monkeypatch.setattr("fdiv.inference.sampling._InverseCDF", None)  # any draw now fails
     content = presample(config(tiny_model_dir, rows, threshold=1, allow_empty=True), output)
     assert content["counts"] == {
-        "prompts": 2, "near_perfect": 0, "rehearsal": 0, "moved_to_explore": 0, "to_explore": 1, "wrong": 1,
-        "dropped": 0, "explore": 2,
+        "prompts": 2, "near_perfect": 0, "rehearsal": 0, "rehearsed_and_explored": 0, "moved_to_explore": 0,
+        "to_explore": 1, "wrong": 1, "dropped": 0, "explore": 2,
     }  # fmt: skip
     assert len(RehearsalCache.load(output / "rehearsal.safetensors")) == 0
 

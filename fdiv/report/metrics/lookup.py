@@ -11,7 +11,7 @@ from fdiv.report.metrics.glossary import GLOSSARY, LABELLED, Better, Metric
 __all__ = ["better", "describe", "documentation", "hover", "marked", "meanings", "plain_name"]
 
 _MARKS: dict[Better, str] = {"higher": "↑", "lower": "↓", "zero": "→ 0"}
-_STAGE = re.compile(r"^(?:(?:before|after|train|late|log)/)?(?:eval_)?")
+_STAGE = re.compile(r"^(?:(?:before|after|train|late|log|when [^/]+)/)?(?:eval_)?")
 
 
 def plain_name(name: str) -> str:
@@ -50,8 +50,8 @@ def describe(name: str, method: str | None = None) -> Metric | None:
     """The entry of a metric; None for one the glossary does not know, such as that of an evaluation of one's own.
 
     Args:
-        name: As in `result.json` or a log: with or without `before/`, `after/`, `train/`, `late/`, `eval_`. `NAME_se`
-            is the standard error of NAME.
+        name: As in `result.json` or a log: with or without `before/`, `after/`, `train/`, `late/`, `when …/`, `eval_`.
+            `NAME_se` is the standard error of NAME.
         method: Of the run. Some names mean another thing in one method: the divergences of f-DPG are to the target.
     """
     plain = plain_name(name)
