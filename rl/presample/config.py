@@ -73,7 +73,7 @@ class PresampleConfig(Options):
     samples_per_prompt: int = option(
         1,
         "Verified samples cached per prompt, distinct modes first. At 1 with `keep: near_perfect` it is the paper's "
-        "one further sample; else correct ones of the n that were drawn, so at most `num_samples`",
+        "one further sample; else correct ones of the n that were sampled, so at most `num_samples`",
         least=1,
     )
     mode: str = option(

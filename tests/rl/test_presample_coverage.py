@@ -172,7 +172,7 @@ def test_a_cache_without_weights_counts_its_rows_alike(solved, tmp_path):
     path = solved[1] / "rehearsal.safetensors"
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys() if name != "weight"}
-        metadata = file.metadata()
+        metadata = {name: value for name, value in file.metadata().items() if name != "digest"}
     assert json.loads(metadata["fdiv_rehearsal"])
     save_file(tensors, tmp_path / "old.safetensors", metadata=metadata)
     assert {row.weight for row in RehearsalCache.load(tmp_path / "old.safetensors")} == {1.0}
