@@ -14,7 +14,9 @@ from fdiv.sealed import check_listed
 __all__ = ["loaded", "named_dataset", "read_file"]
 
 
-def read_file(path: Path, split: str = "train", streaming: bool = False, formats: Mapping[str, str] = DATA_FORMATS):
+def read_file(
+    path: Path, split: str = "train", streaming: bool = False, formats: Mapping[str, str] = DATA_FORMATS
+) -> Any:
     """The rows of one file as a dataset.
 
     Args:
