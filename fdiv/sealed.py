@@ -213,7 +213,7 @@ def file_digest(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def listed(*paths: Path, made_with: Mapping[str, Any] | None = None) -> Iterator[None]:
+def listed(*paths: Path, made_with: Mapping[str, Any] | None = None, listing: str = LISTING) -> Iterator[None]:
     """Write `paths`, files of one folder, inside the block; after it their digests stand in the folder's `LISTING`.
 
     A process killed inside leaves them unlisted. One process writes; the folder exists by the end of the block.
@@ -221,28 +221,29 @@ def listed(*paths: Path, made_with: Mapping[str, Any] | None = None) -> Iterator
     Args:
         paths: the files; one that was not written is not listed.
         made_with: what a reader compares before it uses them (JSON values).
+        listing: another name of the `LISTING`, in a folder that several processes write to.
     """
-    forget_listed(*paths)
+    forget_listed(*paths, listing=listing)
     yield
     entry = {} if made_with is None else {"made_with": dict(made_with)}
     found = {path.name: file_digest(path) | entry for path in paths if path.is_file()}
     if found:
-        listing = paths[0].parent / LISTING
-        write_record(listing, {"files": _listing(listing) | found})
+        file = paths[0].parent / listing
+        write_record(file, {"files": _listing(file) | found})
 
 
-def forget_listed(*paths: Path) -> None:
+def forget_listed(*paths: Path, listing: str = LISTING) -> None:
     """Take `paths`, files of one folder, out of its `LISTING`: they are about to be written."""
-    listing = paths[0].parent / LISTING
-    known = _listing(listing)
+    file = paths[0].parent / listing
+    known = _listing(file)
     left = {name: entry for name, entry in known.items() if name not in {path.name for path in paths}}
     if left:
-        write_record(listing, {"files": left})
+        write_record(file, {"files": left})
     elif known:
-        listing.unlink()
+        file.unlink()
 
 
-def check_listed(path: Path, remedy: str = _REMEDY) -> dict[str, Any] | None:
+def check_listed(path: Path, remedy: str = _REMEDY, *, listing: str = LISTING) -> dict[str, Any] | None:
     """Compare a file with the `LISTING` of its folder.
 
     Returns:
@@ -252,7 +253,7 @@ def check_listed(path: Path, remedy: str = _REMEDY) -> dict[str, Any] | None:
     Raises:
         DataError: size or content are not those listed, or the listing itself is damaged.
     """
-    entry = _listing(path.parent / LISTING).get(path.name)
+    entry = _listing(path.parent / listing).get(path.name)
     if entry is None or not path.is_file():
         return None
     now = file_digest(path)
@@ -260,7 +261,7 @@ def check_listed(path: Path, remedy: str = _REMEDY) -> dict[str, Any] | None:
         sizes = f"it has {now['bytes']} bytes, {entry.get('bytes')} were written"
         raise DataError(f"{path}: {sizes}: it is cut off, damaged, or was edited; {remedy}")
     if now["sha256"] != entry.get("sha256"):
-        raise DataError(f"{path}: its content does not agree with {LISTING}: it is damaged, or was edited; {remedy}")
+        raise DataError(f"{path}: its content does not agree with {listing}: it is damaged, or was edited; {remedy}")
     return dict(entry.get("made_with") or {})
 
 
@@ -269,6 +270,7 @@ def _listing(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     record = read_record(path, "remove it; the files it lists are then not checked")
-    if not isinstance(record.get("files"), dict):
+    files = record.get("files")
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise DataError(f"{path} lists no files; remove it")
-    return record["files"]
+    return files

@@ -4,6 +4,9 @@
 `divergence="reverse_kl"` they train DPO, step for step.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,20 +17,16 @@ from fdiv.alignment.f_dpo.config import FDPOConfig
 from fdiv.alignment.f_dpo.loss import check_f_dpo_divergence, f_dpo_loss, f_dpo_rewards
 from fdiv.divergences import get_divergence
 from fdiv.errors import DataError
+from fdiv.inference.cache import fingerprint
 from fdiv.models.loading import check_fits, checked_tokenizer, context_length, keep_trainable_layout
 from fdiv.models.logprobs import with_position_ids
 from fdiv.models.reference import reference_for_trl
-from fdiv.rows.report import RowReport
+from fdiv.sealed import LISTING, NO_DIGEST, check_listed, listed
 from fdiv.statistics.calibration import length_normalised_calibration, margin_calibration
 from fdiv.statistics.estimates import density_weight_quantiles, log_ratio_quantiles, mean_and_error
 from fdiv.terminal import info
-from fdiv.training.data_checks import (
-    check_preference_dataset,
-    named_rows,
-    preference_report,
-    report_name,
-    with_checked,
-)
+from fdiv.training.data_checks import check_preference_dataset
+from fdiv.training.row_report import RowReport
 from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
 
 __all__ = ["FDPOTrainer"]
@@ -89,8 +88,7 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
     ) -> None:
         args = own_options(type(self), args, model)
         self.divergence = args.resolve_divergence()
-        checked = _check_data(train_dataset, eval_dataset, args)
-        train_dataset, eval_dataset = with_checked(checked, eval_dataset)
+        _check_data(train_dataset, eval_dataset, args)
         processing_class = _checked_processing_class(processing_class, model, args)
         if ref_model is None and peft_config is None and not isinstance(model, str):
             ref_model = reference_for_trl(model, args)
@@ -113,13 +111,7 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
                 f"no training row is left: every prompt fills max_length={args.max_length} alone. Raise max_length"
             )
         _check_lengths(self.train_dataset, self.model, args.max_length)
-        used = named_rows(self.train_dataset, self.eval_dataset)
-        for name, rows in named_rows(train_dataset, eval_dataset).items():
-            report = _report(rows, used[name], args, report_name(name))
-            if report is None:
-                info(f"{report_name(name)}: a stream, whose rows are checked as they are read and not counted")
-            else:
-                self.report_rows(report)
+        _report_rows(train_dataset, self.train_dataset, args)
 
     def objective_settings(self) -> dict[str, Any]:
         """The divergence (as the loss uses it), β and the overflow cap."""
@@ -136,9 +128,16 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
         super().create_model_card(model_name, dataset_name, [*tags, get_divergence(self.args.divergence).name])
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """As TRL's, whose file of values is named by weights and rows; here also by their bound, and checked."""
         keep_trainable_layout(self.model)  # TRL does this while it sets up, before our own turn comes
         self.check_heads()
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+        weights = self._precompute_model_hash
+        self._precompute_model_hash = fingerprint(weights, self.args.max_length, self.args.truncation_mode)
+        try:
+            with _checked_values(dataset, self._precompute_model_hash, self.accelerator.is_main_process):
+                return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = weights
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """As TRL's; with position ids, so that a data collator may pad on either side."""
@@ -244,18 +243,45 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
 _ROWS = ("log_ratio", "reward", "clamped", "logps", "tokens", "attended", "entropy", "mean_logits", "is_top1")
 
 
-def _check_data(train_dataset: Any, eval_dataset: Any, args: FDPOConfig) -> dict[str, Any]:
-    """The datasets by name, checked; streams are checked as they are read."""
-    checked = {}
-    for name, dataset in ({"train_dataset": None} | named_rows(train_dataset, eval_dataset)).items():
-        checked[name] = check_preference_dataset(dataset, name)
+@contextmanager
+def _checked_values(dataset: Any, model_hash: str, is_main_process: bool) -> Iterator[None]:
+    """Compare the reference log-probabilities that an earlier run left with their digest; list those made inside.
+
+    Raises:
+        DataError: they have changed since they were written.
+    """
+    from datasets.fingerprint import Hasher
+
+    find = getattr(dataset, "_get_cache_file_path", None)  # a streamed dataset, which TRL refuses, has none
+    if find is None:
+        yield
+        return
+    path = Path(find(Hasher.hash((dataset._fingerprint, model_hash))))
+    listing = f"{path.name}.{LISTING}"
+    if path.is_file():
+        if check_listed(path, "remove it, so that the reference is scored again", listing=listing) is None:
+            info(f"{path}: {NO_DIGEST}")
+        yield
+        return
+    yield
+    if is_main_process and path.is_file():
+        with listed(path, listing=listing):
+            pass  # TRL has written it
+
+
+def _check_data(train_dataset: Any, eval_dataset: Any, args: FDPOConfig) -> None:
+    evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    named = {f"eval_dataset[{name!r}]" if name else "eval_dataset": dataset for name, dataset in evals.items()}
+    for name, dataset in {"train_dataset": train_dataset, **named}.items():
+        if name != "train_dataset" and dataset is None:
+            continue
+        check_preference_dataset(dataset, name)
         # TRL hands the precomputed values over in a cache file beside the data's own, which such data have not.
         if args.precompute_ref_log_probs and args.world_size > 1 and not getattr(dataset, "cache_files", True):
             raise DataError(
                 f"{name} lies in memory only, so {args.world_size} processes cannot share precomputed reference "
                 "log-probs: load it from a file, or set precompute_ref_log_probs to false"
             )
-    return checked
 
 
 def _checked_processing_class(processing_class: Any, model: Any, args: FDPOConfig) -> Any:
@@ -271,11 +297,25 @@ def _checked_processing_class(processing_class: Any, model: Any, args: FDPOConfi
     return made
 
 
-def _report(given: Any, used: Any, args: FDPOConfig, name: str) -> RowReport | None:
-    """What became of rows that TRL has tokenised; None for a stream, which has not been read."""
-    if not hasattr(used, "__len__") or "prompt_ids" not in used.column_names:
-        return None
-    return preference_report(len(given), used, args.max_length, name, keep_end=args.truncation_mode == "keep_end")
+def _report_rows(given: Any, used: Any, args: FDPOConfig) -> None:
+    """Print how many rows TRL dropped, and how many are cut or say the same twice within `max_length`.
+
+    Raises:
+        DataError: (a ValueError) every pair says the same twice.
+    """
+    if not hasattr(used, "__len__") or "prompt_ids" not in used.column_names or args.truncation_mode != "keep_start":
+        return
+    bound, cut, longest, same = args.max_length, 0, 0, 0
+    for row in used.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
+        room = None if bound is None else bound - len(row["prompt_ids"])
+        tokens = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        longest, cut = max(longest, tokens), cut + (bound is not None and tokens > bound)
+        same += row["chosen_ids"][:room] == row["rejected_ids"][:room]
+    reason = f"prompt fills max_length={bound}"
+    report = RowReport("training rows", len(given), len(used), bound, cut, longest, reason, same)
+    report.show()
+    if same == len(used):
+        raise DataError(f"training rows: {report.faults()[-1]}; raise max_length, or correct the data")
 
 
 def _check_lengths(dataset: Any, model: Any, max_length: int | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from fdiv.eval.benchmark.log import EvalLog
 from fdiv.eval.benchmark.presets import Preset
 from fdiv.eval.metrics.membership import ATTACKS, auc, privleak
 from fdiv.eval.metrics.text_overlap import needs_unicode_words, ngram_entropy, rouge_scores
+from fdiv.sealed import NO_DIGEST
+from fdiv.stamps import compare_stamps
 
 __all__ = ["REQUIRED_KEYS", "Aggregates", "check_retain_log"]
 
@@ -33,6 +36,13 @@ class Aggregates:
     log: EvalLog
     values: dict[str, float | None] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+
+    def compare_retain(self, lines: Sequence[str]) -> None:
+        """Keep what was said of the retain log, and of a log that was read without a digest."""
+        if lines:
+            self.notes["retain_log"] = "; ".join(lines)
+        if not self.log.checked:
+            self.notes["log"] = NO_DIGEST
 
     def put(self, name: str, value: float | None, note: str | None = None) -> None:
         """Store a value; None and non-finite numbers are stored as None and need a note."""
@@ -180,11 +190,15 @@ class Aggregates:
             self.notes["privleak_retain_auc"] = "assumed, see privleak"
 
 
-def check_retain_log(log: EvalLog, retain: EvalLog, metric: str) -> None:
-    """Refuse a retain log that was not made on the same rows with the same definitions.
+def check_retain_log(log: EvalLog, retain: EvalLog, metric: str) -> list[str]:
+    """Refuse a retain log that was not made on the same rows, with the same definitions and the same encoding.
+
+    Returns:
+        Notes: what differs and may be fine (the number type), what could not be compared.
 
     Raises:
-        ValueError: another benchmark, preset, split, number of rows or set of true answers.
+        ValueError: another benchmark, preset, split, number of rows or set of true answers; another chat template,
+            prompt format, system prompt, date or end token.
     """
     where = f"retain log {retain.source}"
     if retain.benchmark != log.benchmark:
@@ -212,6 +226,9 @@ def check_retain_log(log: EvalLog, retain: EvalLog, metric: str) -> None:
         same = sum(a == b for a, b in zip(own_truths, retain_truths, strict=False))
         if same < 0.5 * max(len(own_truths), len(retain_truths)):
             raise DataError(f"{where}: its true answers are not those of the model's log, so it is of another split")
+    remedy = "evaluate the retain model with these settings, or the model with those of the retain log"
+    notes = compare_stamps(log.made_with(), retain.made_with(), where, remedy)
+    return notes if retain.checked else [*notes, f"{where}: {NO_DIGEST}"]
 
 
 def fresh(log: EvalLog) -> EvalLog:

@@ -19,7 +19,6 @@ from fdiv.eval.benchmark.settings import EvaluationSettings
 from fdiv.eval.metrics.gradient_norms import gradient_norms
 from fdiv.inference.greedy import GenerationRequest, draft_from_scores, generate_texts, generates_plain_argmax
 from fdiv.inference.scoring import ScoringRequest, score_texts
-from fdiv.rows.report import RowReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,10 +105,6 @@ class ModelEvaluation(ABC):
         """What identifies the rows: `split`, `forget_rows`, …"""
 
     @abstractmethod
-    def row_reports(self, model: PreTrainedModel) -> list[RowReport]:
-        """What became of the rows of each set, for a model with its context."""
-
-    @abstractmethod
     def build_metrics(
         self, records: Records, generations: Records | None, reference: Records | None, gradnorms: Records | None
     ) -> dict[str, dict[str, Any]]:
@@ -122,6 +117,7 @@ class ModelEvaluation(ABC):
     def stamp(self, model: PreTrainedModel | None) -> dict[str, Any]:
         """What is written about the run into its log."""
         from fdiv import __version__
+        from fdiv.models.fingerprints import tokenizer_fingerprint
 
         config = self.config
         stamp: dict[str, Any] = {
@@ -135,6 +131,7 @@ class ModelEvaluation(ABC):
         }
         if model is not None:
             stamp |= {"model": model.config._name_or_path, "dtype": str(next(model.parameters()).dtype)}
+            stamp["tokenizer"] = tokenizer_fingerprint(self.tokenizer)
         return stamp
 
     def retain_log(self) -> EvalLog | None:

@@ -95,6 +95,12 @@ class EvalLog:
             column[index] = value
         return column
 
+    def made_with(self) -> dict[str, Any]:
+        """The stamp of the encoding, number type, tokenizer and back end; empty for a log without a stamp."""
+        prompt = self.stamp.get("prompt")
+        stamp = dict(prompt) if isinstance(prompt, Mapping) else {}
+        return stamp | {name: self.stamp[name] for name in ("dtype", "tokenizer", "backend") if name in self.stamp}
+
     def split(self) -> str | None:
         """The forget split: as stamped, else by TOFU's row counts (40, 200, 400), else None."""
         if "split" in self.stamp:

@@ -9,13 +9,12 @@ from fdiv.errors import DataError
 from fdiv.eval.benchmark.presets import PRESETS, get_preset
 from fdiv.inference.prompting import PromptFormat
 from fdiv.named import is_path
-from fdiv.training.config import RowOptions
 
 __all__ = ["EvaluationSettings"]
 
 
 @dataclass
-class EvaluationSettings(RowOptions):
+class EvaluationSettings:
     """Shared settings of a benchmark evaluation.
 
     Args:
@@ -33,8 +32,6 @@ class EvaluationSettings(RowOptions):
         fluency_classifier: `auto`, a path or hub name, or `none` (see `fdiv.eval.metrics.gibberish`).
         chat_template, question_format, answer_format: see `PromptFormat`.
         system_prompt, date_string, chat_template_kwargs, end_token: see `fdiv.inference.encoding.Encoding`.
-        min_used_fraction: smallest share of each set's rows that must be left, with labels and within the model's
-            context.
     """
 
     presets: ClassVar[tuple[str, ...]] = tuple(PRESETS)
@@ -60,7 +57,6 @@ class EvaluationSettings(RowOptions):
     end_token: Literal["turn", "appended"] = "turn"
 
     def __post_init__(self):
-        super().__post_init__()
         get_preset(self.preset)
         if self.preset not in self.presets and not is_path(self.preset):
             raise DataError(f"preset {self.preset} does not define these metrics; choose {', '.join(self.presets)}")

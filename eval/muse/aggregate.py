@@ -40,11 +40,13 @@ def aggregate_muse(log: EvalLog, preset: Preset, retain: EvalLog | None = None, 
     Returns:
         `Aggregates` with open-unlearning's metric names; what the log cannot give is None, with its reason in `notes`.
     """
+    said: list[str] = []
     if retain is not None:
-        check_retain_log(log, retain, "forget_knowmem_ROUGE")
+        said = check_retain_log(log, retain, "forget_knowmem_ROUGE")
         if log.stamp.get("max_items") is not None:
             retain = retain.restricted_to(log)
     result = Aggregates(preset, fresh(log))
+    result.compare_retain(said)
     for name in ("forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE"):
         result.rouge(name, "rougeL_f1")
     for name in ("extraction_strength", "exact_memorization"):

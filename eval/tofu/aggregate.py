@@ -163,12 +163,14 @@ def aggregate_tofu(log: EvalLog, preset: Preset, retain: EvalLog | None = None) 
     Raises:
         ValueError: the retain log is of another split or preset, or a per-item value is NaN or missing from its row.
     """
+    said: list[str] = []
     if retain is not None:
         paraphrased = "forget_Q_A_PARA_Prob"
-        check_retain_log(log, retain, paraphrased if paraphrased in log.metrics else "forget_Q_A_Prob")
+        said = check_retain_log(log, retain, paraphrased if paraphrased in log.metrics else "forget_Q_A_Prob")
         if log.stamp.get("max_items") is not None:
             retain = retain.restricted_to(log)
     result = Aggregates(preset, fresh(log))
+    result.compare_retain(said)
     limit = preset.max_rows
     for row_set in SETS:
         rows = limit if row_set in ("forget", "retain") else None

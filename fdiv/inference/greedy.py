@@ -189,7 +189,7 @@ def generate_texts(
         ]
 
     texts = [[r.key, list(r.prompt_ids), r.max_new_tokens] for r in requests]
-    digest = fingerprint(model_digest, texts, "transformers", str(next(model.parameters()).dtype))
+    digest = fingerprint(model_digest, texts, "transformers", str(next(model.parameters()).dtype), sorted(stop_ids))
     cache = ItemCache(cache_dir, "generations", digest, process_state().process_index)
     known = [r for r in requests if r.draft and (len(r.draft) >= r.max_new_tokens or stop_ids & {*r.draft})]
     records = {request.key: _record(request, request.draft, stop_ids, tokenizer) for request in known}
@@ -223,7 +223,9 @@ def generate_with_vllm(
             f"--backend vllm: {error}; install it with `make setup-vllm`, or use --backend transformers"
         ) from None
     texts = [[r.key, list(r.prompt_ids), r.max_new_tokens] for r in requests]
-    cache = ItemCache(cache_dir, "generations", fingerprint(model_digest, texts, "vllm", source.dtype))
+    stop_ids = stop_token_ids(None, tokenizer)
+    digest = fingerprint(model_digest, texts, "vllm", source.dtype, sorted(stop_ids))
+    cache = ItemCache(cache_dir, "generations", digest)
     pending = [request for request in requests if request.key not in cache.items]
     if pending:
         engine = LLM(
@@ -233,7 +235,6 @@ def generate_with_vllm(
             gpu_memory_utilization=source.memory,
         )
         adapter = LoRARequest("adapter", 1, source.adapter) if source.adapter else None
-        stop_ids = stop_token_ids(None, tokenizer)
         for start in range(0, len(pending), chunk):
             part = pending[start : start + chunk]
             outputs = engine.generate(

@@ -78,7 +78,10 @@ def read_results(file: Path) -> dict[str, Any]:
         FdivError: it does not exist.
         DataError: it is damaged, or not what `fdiv sweep` writes.
     """
-    results = read_record(file, RERUN)
+    unchecked: list[str] = []
+    results = read_record(file, RERUN, unchecked=unchecked)
+    for line in unchecked:
+        info(line)
     cells = results.get("cells")
     if not isinstance(cells, list) or not all(_is_cell(cell) for cell in cells):
         raise DataError(f"{file} has no list `cells` of runs with name and settings: `fdiv sweep` did not write it")
@@ -120,12 +123,14 @@ def _read_run(path: Path, name: str) -> RunRecord:
         name=name,
         path=path,
         result=read_record(result, RERUN, unchecked=unchecked) if result.is_file() else {},
-        environment=read_record(environment, RERUN) if environment.is_file() else {},
+        environment=read_record(environment, RERUN, unchecked=unchecked) if environment.is_file() else {},
         history=read_history(history) if history.is_file() else [],
         recipe=_read_recipe(recipe) if recipe.is_file() else "",
     )
-    if unchecked:
-        info(f"{path}: {NO_DIGEST}")  # one line for a run: it was written before records held digests
+    if record.finished and (path / LISTING).is_file() is False:
+        unchecked += [f"{file}: {NO_DIGEST}" for file in (recipe, history) if file.is_file()]
+    for line in unchecked:
+        info(line)
     return record
 
 

@@ -303,9 +303,12 @@ def test_files_without_a_digest_are_read_and_it_is_said(tmp_path, capsys):
             assert read(path).checked is False
         elif write is run:
             assert read(path)[0]["after/loss"] == 0.25
-            assert f"{folder}: no digest: not checked" in capsys.readouterr().err
+            said = capsys.readouterr().err.splitlines()
+            names = ("result.json", "recipe_resolved.yaml", "metrics.jsonl")
+            assert said == [f"{folder / name}: no digest: not checked" for name in names]
         else:
             assert read_records([path])[1][0].results["aggregate"] == []
+            assert f"{path}: no digest: not checked" in capsys.readouterr().err
 
 
 def test_a_rehearsal_cache_without_a_digest_is_read_and_it_is_said(tmp_path, capsys):

@@ -165,6 +165,7 @@ def test_writer_round_trip_and_stamp(logs, tmp_path):
     before.log.stamp["split"] = "forget01"
     write_eval_log(tmp_path / "TOFU_EVAL.json", before.log)
     raw = json.loads((tmp_path / "TOFU_EVAL.json").read_text())
+    assert raw[STAMP].pop("digest").startswith("sha256:")
     assert raw[STAMP] == {"benchmark": "tofu", "preset": "open_unlearning", "split": "forget01"}
     assert raw["mia_min_k"]["forget"]["value_by_index"]["0"].keys() == {"score"}
     again = read_eval_log(tmp_path / "TOFU_EVAL.json")
