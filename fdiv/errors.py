@@ -36,7 +36,7 @@ class DataError(FdivError, ValueError):
 
 
 class NonFiniteLossError(FdivError):
-    """The loss became NaN or infinite. Raised before the optimizer step: the last good weights stand."""
+    """The loss, a gradient or a weight became NaN or infinite. The message says which, and what is saved."""
 
 
 class RequirementError(FdivError):

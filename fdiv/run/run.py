@@ -95,9 +95,13 @@ def _run(plan: RunPlan, command: str | None, prepared: Path | None, progress: _P
     state.wait_for_everyone()
     trainer.force_resume = plan.value("force_resume", False)
     training_started = time.perf_counter()
+    trainer.clocks |= {  # checkpoints hold them, so a resumed run counts the seconds of its earlier parts
+        "train_seconds": lambda: time.perf_counter() - training_started - evaluations.seconds,
+        "wall_seconds": lambda: time.perf_counter() - started,
+    }
     progress.training = True
     terminated = _train(plan, trainer, bar, resume)
-    training_seconds = time.perf_counter() - training_started - evaluations.seconds
+    training_seconds = trainer.run_seconds("train_seconds")
     _save(plan, trainer)  # before anything else can fail: it may be the only copy of the weights
     progress.saved = True
     if terminated:
@@ -112,7 +116,7 @@ def _run(plan: RunPlan, command: str | None, prepared: Path | None, progress: _P
         trainer.push_to_hub(dataset_name=_hub_dataset(plan))
     result = _result(plan, trainer, evaluations)
     result["train_seconds"] = round(training_seconds, 3)
-    result["wall_seconds"] = round(time.perf_counter() - started, 3)
+    result["wall_seconds"] = round(trainer.run_seconds("wall_seconds"), 3)
     state.wait_for_everyone()
     if state.is_main_process:
         write_record(directory.path / "environment.json", {**record, "wall_seconds": result["wall_seconds"]})
@@ -202,13 +206,15 @@ def _trainer(plan: RunPlan, record: Mapping[str, Any]) -> tuple[Any, Any, Any]:
 
 def _save(plan: RunPlan, trainer: Any) -> None:
     """The model, its tokenizer and its card, in `output_dir`."""
+    from fdiv.training.finite import what_stands
+
     try:
         trainer.save_model(str(plan.output_dir))
         trainer.create_model_card(model_name=plan.output_dir.name, dataset_name=_hub_dataset(plan))
     except (OSError, SafetensorError) as error:
         raise FdivError(
-            f"the trained model could not be written to {plan.output_dir}: {one_line(error)}; make room, and go on "
-            "from the last checkpoint with --resume_from_checkpoint true"
+            f"the trained model could not be written to {plan.output_dir}: {one_line(error)}. Make room. "
+            f"{what_stands(trainer)}"
         ) from error
 
 

@@ -18,6 +18,7 @@ from fdiv.inference.tied_weights import adapter_on_tied_weights
 from fdiv.models.dtypes import DTYPES, dtype_name
 from fdiv.models.fetch import find_model
 from fdiv.models.loading import check_causal, load_tokenizer
+from fdiv.training.finite import refuse_broken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,8 @@ def merge_adapter(
 
     Raises:
         DataError: no adapter at `adapter`, one that is not made of weights (prompt tuning and the like), no base, or a
-            base it does not fit; one on the embeddings or the head of a model that ties them.
+            base it does not fit; one on the embeddings or the head of a model that ties them; weights of the base, or
+            of the two together, that are NaN or infinite.
         FdivError: `output` holds something or cannot be written.
     """
     output = Path(output)
@@ -65,6 +67,9 @@ def merge_adapter(
     if not base:
         raise DataError(f"the adapter {adapter} does not name its base model: give it with --base")
     loaded = _load_base(base, dtype, quantization)
+    refuse_broken(
+        loaded, f"the base model {base}", "choose a number type that holds them with --dtype, or another base"
+    )
     was_quantised = getattr(loaded, "hf_quantizer", None) is not None
     if was_quantised:
         loaded = loaded.dequantize(dtype=loaded.dtype)
@@ -80,6 +85,7 @@ def merge_adapter(
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # safe_merge: weights that are not finite
         raise DataError(f"the adapter {adapter} cannot be merged: {_first_line(error)}") from error
+    refuse_broken(merged, f"{base} with the adapter {adapter}", "take a wider --dtype, or an earlier checkpoint")
     card = _card(str(adapter), base, settings.peft_type.value, quantization is not None)
     # What transformers undoes to save in the format it read does not exist for weights it read in 4 bits (5.23).
     _publish(merged, load_tokenizer(base, str(adapter)), card, output, save_original_format=not was_quantised)

@@ -10,16 +10,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from fdiv.errors import CheckpointError, NonFiniteLossError
+from fdiv.errors import CheckpointError
 from fdiv.models.fingerprints import data_fingerprint
 from fdiv.secrets import is_secret_name, without_secrets
 from fdiv.terminal import info
 from fdiv.training.checkpoints import STAGING, checkpoint_fault, newest_checkpoint, publish, read_marker, recover
+from fdiv.training.finite import check_weights, what_stands
+from fdiv.training.sums import RunSumsMixin
 
 __all__ = ["ResumableMixin"]
 
@@ -32,7 +32,7 @@ _SETTINGS = (
 _WRITER_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
-class ResumableMixin:
+class ResumableMixin(RunSumsMixin):
     """Put it before a `transformers.Trainer` in the bases. See `fdiv.training.checkpoints` for what a checkpoint is.
 
     `train(resume_from_checkpoint=True)` takes the newest complete checkpoint of `output_dir` and says so; a path is
@@ -45,10 +45,6 @@ class ResumableMixin:
 
     force_resume = False
     _staging: Path | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.add_callback(_LogBeforeSaving())
 
     # ---------------------------------------------------------------- to be overridden
     def save_method_state(self, folder: Path) -> None:
@@ -69,6 +65,10 @@ class ResumableMixin:
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
         }
+
+    def json_identity(self) -> dict[str, Any]:
+        """`run_identity` as a marker holds it."""
+        return _json_values(self.run_identity())
 
     def run_settings(self) -> dict[str, Any]:
         """What a resumed run may change, and is told of."""
@@ -91,30 +91,25 @@ class ResumableMixin:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output_dir = Path(super()._get_output_dir(trial))
-        self._check_weights()
+        check_weights(self)  # before anything is written
         with self._saving_errors(output_dir):
             staged = self._write_staged(output_dir, model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                publish(staged, output_dir, self.run_identity(), _json_values(self.run_settings()))
+                publish(staged, output_dir, self.json_identity(), _json_values(self.run_settings()))
                 shutil.rmtree(output_dir / STAGING, ignore_errors=True)  # NFS may have left something in it
                 limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
                 rotate_checkpoints(str(output_dir), limit, best, use_mtime=True)
         self.accelerator.wait_for_everyone()
 
-    def _check_weights(self) -> None:
-        """Stop before a checkpoint of weights that are NaN or infinite.
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer, on all processes.
 
         Raises:
-            NonFiniteLossError: on all processes, when a trained weight of any of them is not finite.
+            NonFiniteLossError: a trained weight is NaN or infinite.
         """
-        trained = (weight.detach() for weight in self.model.parameters() if weight.requires_grad)
-        broken = torch.tensor([float(any(not torch.isfinite(weight).all() for weight in trained))])
-        if self.accelerator.reduce(broken.to(self.args.device)).item() > 0:
-            raise NonFiniteLossError(
-                f"step {self.state.global_step}: the optimizer step made the weights NaN or infinite; no checkpoint "
-                "of them is written; earlier checkpoints stand. Remedy: a lower learning_rate"
-            )
+        check_weights(self)
+        super().save_model(output_dir, _internal_call)
 
     def _write_staged(self, output_dir: Path, model: Any, trial: Any) -> Path:
         """Everything of the checkpoint except its marker, by all processes, in the staging folder."""
@@ -130,6 +125,7 @@ class ResumableMixin:
                 self.state.best_model_checkpoint = str(output_dir / staged.name)
                 if self.args.should_save:
                     self.state.save_to_json(str(staged / "trainer_state.json"))
+            self._save_sums(staged)
             self.save_method_state(staged)
         finally:
             self._staging = None
@@ -147,8 +143,7 @@ class ResumableMixin:
             reason = " ".join(str(error).split())
             raise CheckpointError(
                 f"the checkpoint of step {self.state.global_step} could not be written to {output_dir}: {reason}. "
-                "Earlier checkpoints are untouched: make room or set another output_dir, and go on with "
-                "resume_from_checkpoint: true"
+                f"Make room, or set another output_dir. {what_stands(self)}"
             ) from error
 
     # ---------------------------------------------------------------- resuming
@@ -180,7 +175,7 @@ class ResumableMixin:
                     f"cannot resume from {checkpoint}: {fault}. Its pickled state is loaded only from a complete "
                     "checkpoint of fdiv; to start from its weights alone, give it as model_name_or_path"
                 )
-        marker, identity = read_marker(checkpoint), _json_values(self.run_identity())
+        marker, identity = read_marker(checkpoint), self.json_identity()
         differences = _differences(marker["identity"], identity)
         if differences and not self.force_resume:
             raise CheckpointError(
@@ -205,6 +200,7 @@ class ResumableMixin:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            self._load_sums(Path(checkpoint))
             self.load_method_state(Path(checkpoint))
 
 
@@ -216,15 +212,6 @@ def _same_number_types(model: Any) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if name in before and parameter.dtype != before[name]:
             parameter.data = parameter.data.to(before[name])
-
-
-class _LogBeforeSaving(TrainerCallback):
-    """Logs are averages since the last log, and a checkpoint does not hold the unfinished sums: log when saving."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_log = control.should_log or control.should_save
-
-    on_epoch_end = on_step_end
 
 
 def _json_values(settings: dict[str, Any]) -> dict[str, Any]:

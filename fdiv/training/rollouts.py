@@ -32,6 +32,7 @@ from fdiv.models.loading import check_fits
 from fdiv.sealed import NO_DIGEST, SealedLines, sealed_line
 from fdiv.terminal import info
 from fdiv.training.config import Options, option
+from fdiv.training.finite import check_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,6 +54,8 @@ __all__ = [
     "without_trl_reference",
 ]
 
+
+_COMPLETIONS_FILE = "completions.json"
 
 GRPO_LOSS_KEYS = (
     "delta", "entropy_coef", "entropy_coef_delta", "entropy_coef_max", "entropy_coef_min", "entropy_target", "epsilon",
@@ -143,8 +146,11 @@ class RolloutMixin:
         return prompt_ids, images, fields
 
     def save_method_state(self, folder: Path) -> None:
-        """The rollouts of this process that later micro-steps still need, and which of them is next."""
+        """The rollouts of this process that later micro-steps still need, and which of them is next; the last
+        completions, which logs look at."""
         super().save_method_state(folder)
+        if self.args.should_save:
+            (folder / _COMPLETIONS_FILE).write_text(json.dumps(self._shown(), default=str), encoding="utf-8")
         if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
             return  # the next micro-step generates
         tensors = {}
@@ -157,6 +163,8 @@ class RolloutMixin:
     def load_method_state(self, folder: Path) -> None:
         """Read them back."""
         super().load_method_state(folder)
+        if (folder / _COMPLETIONS_FILE).is_file():
+            self._show(json.loads((folder / _COMPLETIONS_FILE).read_text(encoding="utf-8")))
         path = self._rollouts_file(folder)
         if not path.is_file():
             return
@@ -170,6 +178,17 @@ class RolloutMixin:
 
     def _rollouts_file(self, folder: Path) -> Path:
         return folder / f"rollouts_{self.accelerator.process_index}.safetensors"
+
+    def _shown(self) -> dict[str, Any]:
+        """TRL's table of the completions of the last generation, on all processes."""
+        shown = {name: list(self._logs[name]) for name in ("prompt", "completion", "advantages")}
+        return shown | {"rewards": {name: list(values) for name, values in self._logs["rewards"].items()}}
+
+    def _show(self, shown: dict[str, Any]) -> None:
+        for name, values in shown.pop("rewards").items():
+            self._logs["rewards"][name].extend(values)
+        for name, values in shown.items():
+            self._logs[name].extend(values)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         return super()._get_per_token_logps_and_entropies(
@@ -189,6 +208,7 @@ class RolloutMixin:
         shown.extend(advantages.tolist())
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        check_weights(self)  # samplers fail on them in words of their own, or give noise
         if self.use_vllm or self.use_transformers_continuous_batching:
             completion_ids, log_probs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         else:
@@ -293,6 +313,7 @@ def _checked(rollout_func: Callable) -> Callable:
     name = getattr(rollout_func, "__name__", type(rollout_func).__name__)
 
     def checked(prompts: list, trainer: Any) -> dict[str, Any]:
+        check_weights(trainer)
         output = rollout_func(prompts, trainer)
         missing = {"prompt_ids", "completion_ids", "logprobs"} - output.keys()
         if missing:

@@ -55,8 +55,16 @@ class StopOnSigterm(TrainerCallback):
         """Save and stop, on all processes in the same step, once one of them was asked to."""
         if self._anyone(args):
             self.stopped_at = state.global_step
-            # The log comes before the save: a checkpoint does not hold the sums of an unfinished average.
-            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Trainer comes here when it stops, too: in the middle of an epoch nothing of its end is due; at its end, the
+        checkpoint is written again after log and evaluation."""
+        if self.stopped_at is None:
+            return
+        ends = float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        control.should_save = ends and (control.should_log or control.should_evaluate or control.should_save)
+        control.should_log, control.should_evaluate = control.should_log and ends, control.should_evaluate and ends
 
     def _anyone(self, args: Any) -> bool:
         if args.world_size == 1:

@@ -23,6 +23,7 @@ from fdiv.files import write_text
 from fdiv.models.loading import check_causal, keep_trainable_layout
 from fdiv.models.logprobs import aux_loss_fault, check_fused_head
 from fdiv.terminal import info
+from fdiv.training.finite import broken_weight, broken_weights_stop, what_stands
 from fdiv.training.resume import ResumableMixin
 
 if TYPE_CHECKING:
@@ -223,13 +224,22 @@ class ObjectiveTrainerMixin(ResumableMixin):
         last_metrics = ", ".join(f"{key}={last[key]:.4g}" for key in shown) or "none yet"
         step = self.state.global_step
         place = f"step {step + 1}" if training else f"evaluation at step {step}"
-        stopped = "Training stopped before the optimizer step, so the weights are those of the last good step. "
         raise NonFiniteLossError(
             f"{place}: the loss is {value} ({settings}); the example that made it so: "
             + ", ".join(f"{name}={number:.6g}" for name, number in example.items())
-            + f"; last logged metrics: {last_metrics}. {stopped if training else ''}Remedies: a lower "
-            "learning_rate, max_exponent or max_grad_norm, float32 instead of half precision, or resuming from "
-            "the last checkpoint"
+            + f"; last logged metrics: {last_metrics}. {self._stopped(training)}"
+        )
+
+    def _stopped(self, training: bool = True) -> str:
+        """The state that a loss or gradient which is not finite leaves behind, and what to do."""
+        broken = broken_weight(self.model, trained=False)
+        if broken is not None:
+            return broken_weights_stop(self, broken)
+        stopped = "Training stopped before the optimizer step: the" if training else "The"
+        return (
+            f"{stopped} weights in memory are those after step {self.state.global_step}, and finite. Remedies: a "
+            "lower learning_rate, max_exponent or max_grad_norm, float32 instead of half precision. "
+            f"{what_stands(self)}"
         )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -243,9 +253,7 @@ class ObjectiveTrainerMixin(ResumableMixin):
             settings = ", ".join(f"{name}={setting}" for name, setting in self.objective_settings().items())
             raise NonFiniteLossError(
                 f"step {self.state.global_step + 1}: the gradient norm is {float(norm)} with a finite loss "
-                f"({settings}). Training stopped before the optimizer step, so the weights are those of the last good "
-                "step. Remedies: a lower learning_rate or max_exponent, float32 instead of half precision, or "
-                "resuming from the last checkpoint"
+                f"({settings}). {self._stopped()}"
             )
         return norm
 

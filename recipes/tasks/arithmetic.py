@@ -227,6 +227,7 @@ class ArithmeticTaskConfig:
         import torch
 
         from fdiv.models.tiny import train_tiny_model
+        from fdiv.training.finite import refuse_broken
 
         output_dir, draw = Path(output_dir), random.Random(self.seed)
         base, train, test = self._split(draw)
@@ -237,6 +238,7 @@ class ArithmeticTaskConfig:
                 _new_model(tokenizer, self.hidden_size, self.layers), tokenizer, _sampler(base, draw), self.steps,
                 batch_size=self.batch_size, learning_rate=self.learning_rate, max_grad_norm=1.0,
             )  # fmt: skip
+        refuse_broken(model, "the base model that was trained", "lower learning_rate")
         for part in (model, tokenizer):
             part.save_pretrained(output_dir / "model")
         data = output_dir / "data"

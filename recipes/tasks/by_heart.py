@@ -29,6 +29,7 @@ def learn_by_heart(
     from transformers import AutoModelForCausalLM
 
     from fdiv.models.logprobs import token_scores
+    from fdiv.training.finite import refuse_broken
     from fdiv.unlearning.data import UnlearningCollator
 
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -46,4 +47,5 @@ def learn_by_heart(
         loss.backward()
         optimizer.step()
         schedule.step()
+    refuse_broken(model, "the model that was trained on the texts", "lower learning_rate")
     model.save_pretrained(folder)

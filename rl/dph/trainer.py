@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
@@ -348,6 +349,22 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         log_ratio = gathered_log_ratios(self.accelerator, self._log_ratios)
         self._log_ratios = []
         return dph_metrics(examples, log_ratio, self.divergence, self.args)
+
+    # ---------------------------------------------------------------- checkpoints
+    def save_method_state(self, folder: Path) -> None:
+        """The log-ratios of this process that are not logged yet."""
+        super().save_method_state(folder)
+        if self._log_ratios:
+            save_file({"log_ratios": torch.cat(self._log_ratios)}, self._log_ratios_file(folder))
+
+    def load_method_state(self, folder: Path) -> None:
+        """Read them back."""
+        super().load_method_state(folder)
+        path = self._log_ratios_file(folder)
+        self._log_ratios = [load_file(path)["log_ratios"]] if path.is_file() else []
+
+    def _log_ratios_file(self, folder: Path) -> Path:
+        return folder / f"log_ratios_{self.accelerator.process_index}.safetensors"
 
 
 def _loaded(args: DPHConfig) -> RehearsalCache | None:

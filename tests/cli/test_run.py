@@ -319,8 +319,48 @@ def test_no_secret_is_in_anything_a_run_writes(write_recipe, tmp_path, monkeypat
 def test_weights_that_are_not_finite_are_no_checkpoint(write_recipe, tmp_path, capsys):
     path = write_recipe(save_strategy="steps", save_steps=1, learning_rate=1e300)
     assert main(["run", str(path)]) == 1
-    assert "fdiv: step 1: the optimizer step made the weights NaN or infinite" in capsys.readouterr().err
+    assert "fdiv: step 1: the optimizer made weights NaN or infinite" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_the_result_of_a_resumed_run_is_that_of_the_whole(write_recipe, tmp_path, monkeypatch):
+    """Cut in the third step, after the last step, and not at all; the records are equal but for what a clock says."""
+    import fdiv.run.run
+    from fdiv.alignment import FDPOTrainer
+
+    path = write_recipe("eval: {name: weights}", save_strategy="steps", save_steps=1, max_steps=5, logging_steps=2)
+    assert main(["run", str(path), "--output_dir", str(tmp_path / "whole")]) == 0
+    step, save = FDPOTrainer.training_step, fdiv.run.run._save
+
+    def cut_step(trainer, *arguments, **options):
+        if trainer.state.global_step == 2:
+            raise OSError("cut")
+        return step(trainer, *arguments, **options)
+
+    monkeypatch.setattr(FDPOTrainer, "training_step", cut_step)
+    with pytest.raises(OSError, match="cut"):
+        main(["run", str(path)])
+    monkeypatch.setattr(FDPOTrainer, "training_step", step)
+    monkeypatch.setattr("fdiv.run.run._save", lambda *_: (_ for _ in ()).throw(OSError("cut")))
+    with pytest.raises(OSError, match="cut"):
+        main(["run", str(path), "--resume_from_checkpoint", "true"])
+    monkeypatch.setattr("fdiv.run.run._save", save)
+    assert main(["run", str(path), "--resume_from_checkpoint", "true"]) == 0
+
+    def records(folder):
+        result = json.loads((tmp_path / folder / "result.json").read_text())
+        lines = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        return [
+            {name: value for name, value in entry.items() if not any(part in name for part in ("second", "runtime"))}
+            for entry in (result, *lines)
+        ]
+
+    assert records("out") == records("whole")
+    parts = json.loads((tmp_path / "out" / "checkpoint-5" / "trainer_state.json").read_text())
+    assert parts["global_step"] == 5
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["train_seconds"] <= result["wall_seconds"]
+    assert result["train/train_runtime"] <= result["train_seconds"] + 0.1
 
 
 @pytest.mark.parametrize("verb", ["run", "sweep", "eval", "presample"])

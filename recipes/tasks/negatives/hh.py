@@ -110,12 +110,15 @@ class HHNegativesConfig:
         )  # fmt: skip
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from fdiv.training.finite import refuse_broken
+
         tokenizer = AutoTokenizer.from_pretrained(output_dir / "model")
         model = AutoModelForCausalLM.from_pretrained(output_dir / "model")
         windows = [window for text in dialogues for window in self._windows(tokenizer, text)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self._train(model, windows)
+        refuse_broken(model, "the base model that was trained", "lower learning_rate")
         model.save_pretrained(output_dir / "model")
 
         kept = {name: [pair for pair in part if self._short(tokenizer, pair)] for name, part in parts.items()}

@@ -180,6 +180,7 @@ class ChinookTaskConfig:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from fdiv.models.tiny import build_tiny_model, train_tiny_model
+        from fdiv.training.finite import refuse_broken
 
         output_dir, draw = Path(output_dir), random.Random(self.seed)
         problems = chinook_problems(self.database)
@@ -194,6 +195,7 @@ class ChinookTaskConfig:
             model, tokenizer, self._sampler(base, draw), self.steps, batch_size=self.batch_size,
             learning_rate=self.learning_rate, max_grad_norm=1.0,
         )  # fmt: skip
+        refuse_broken(model, "the base model that was trained", "lower learning_rate")
         model.save_pretrained(model_dir)
         data = output_dir / "data"
         data.mkdir(parents=True, exist_ok=True)

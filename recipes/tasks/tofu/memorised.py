@@ -148,6 +148,7 @@ class TofuMemorisedConfig:
         from trl import SFTConfig, SFTTrainer
 
         from fdiv.models.fetch import find_model
+        from fdiv.training.finite import refuse_broken
 
         set_seed(self.seed)
         source = find_model(self.model)
@@ -179,6 +180,7 @@ class TofuMemorisedConfig:
             peft_config=LoraConfig(r=self.lora_r, lora_alpha=2 * self.lora_r, target_modules="all-linear"),
         )
         trainer.train()
+        refuse_broken(trainer.model, "the model that was trained", "lower learning_rate")
         trainer.model.merge_and_unload().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")

@@ -35,10 +35,12 @@ def _args(config, tmp_path, **options):
         "gradient_checkpointing": False,
         "bf16": False,
         "use_cpu": True,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
     } | options
-    return config(
-        output_dir=str(tmp_path), logging_steps=1, report_to=[], save_strategy=options.pop("save_strategy", "no"), disable_tqdm=True, **options,
-    )  # fmt: skip
+    return config(output_dir=str(tmp_path), **options)
 
 
 def make_trainer(model_dir, rows, tmp_path, *, trainer=FDPOTrainer, config=FDPOConfig, model=None, **kwargs):
