@@ -169,11 +169,11 @@ class RolloutMixin:
         if not path.is_file():
             return
         batches: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        with safe_open(path, framework="pt", device=str(self.accelerator.device)) as file:
+        with safe_open(path, framework="pt") as file:  # it does not know the device cpu:0 of a process
             self._step = int(file.metadata()["step"])
             for key in file.keys():
                 number, _, name = key.partition(".")
-                batches[int(number)][name] = file.get_tensor(key)
+                batches[int(number)][name] = file.get_tensor(key).to(self.accelerator.device)
         self._buffered_inputs = [batches[number] for number in sorted(batches)]
 
     def _rollouts_file(self, folder: Path) -> Path:

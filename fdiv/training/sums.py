@@ -73,10 +73,11 @@ class RunSumsMixin:
             step = self.state.global_step
             info(f"resume: {folder.name} holds no {_FILE}: train_loss, num_tokens and times count from step {step}")
             return
-        with safe_open(path, framework="pt", device=str(self.accelerator.device)) as file:
+        with safe_open(path, framework="pt") as file:
             self._stored_sums = sums = json.loads(file.metadata()["sums"])
             sums["loss"] = file.get_tensor("loss")
-            self._examples["train"] = [file.get_tensor("examples")] if "examples" in file.keys() else []
+            recorded = [file.get_tensor("examples")] if "examples" in file.keys() else []
+        self._examples["train"] = [table.to(self.accelerator.device) for table in recorded]
         self._example_columns = tuple(sums["columns"])
         self._total_train_tokens = sums["tokens"]
         self._metrics["train"].clear()
