@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
+
+    from fdiv.rows.report import RowReport
 
 __all__ = ["EvalContext"]
 
@@ -26,6 +28,8 @@ class EvalContext:
             at stage `"before"` the policy *is* the reference; otherwise the reference-based numbers are None.
         seed: Seed of everything random in the evaluation. Same seed, same samples, whatever the batch size.
         stage: `"before"` or `"after"` training, `"standalone"` for `fdiv eval …`.
+        row_reports: What became of the rows the evaluation reads; it appends a `fdiv.rows.RowReport` for each of its
+            data paths, and `result.json` has them.
         extra: Objects a family of evaluations needs besides (a rollout back end, a reward function).
     """
 
@@ -35,3 +39,15 @@ class EvalContext:
     seed: int = 0
     stage: Literal["before", "after", "standalone"] = "standalone"
     extra: dict[str, Any] | None = None
+    row_reports: list[RowReport] = field(default_factory=list)
+
+    def report_rows(self, report: RowReport, min_used_fraction: float) -> None:
+        """Keep what became of the rows of a data path, and print it where the run has not said so before.
+
+        Raises:
+            DataError: (a ValueError) less than `min_used_fraction` of the rows is left.
+        """
+        if report not in self.row_reports:
+            self.row_reports.append(report)
+            report.show()
+        report.check(min_used_fraction)

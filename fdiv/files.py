@@ -25,6 +25,7 @@ __all__ = [
     "flush_tree",
     "folded",
     "home_path",
+    "is_json_array",
     "json_text",
     "numbered_json_lines",
     "numbered_lines",
@@ -137,18 +138,25 @@ def numbered_json_lines(path: Path, *, cut: bool = False) -> Iterator[tuple[int,
         yield number, value
 
 
+def is_json_array(path: Path) -> bool:
+    """Whether a file holds one JSON array rather than JSON lines."""
+    opener = gzip.open if Path(path).suffix == ".gz" else open
+    with opener(path, "rb") as file:
+        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
 def read_json_lines(path: Path) -> list[Any]:
     """Values of a file of JSON lines, or of one JSON array, in order.
 
     Raises:
         DataError, FileNotFoundError: see `numbered_json_lines`.
     """
-    with Path(path).open("rb") as file:
-        head = file.read(64)
-    if not head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+    if not is_json_array(path):
         return [value for _, value in numbered_json_lines(path)]
+    opener = gzip.open if Path(path).suffix == ".gz" else open
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            return json.load(file)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not JSON ({error})") from None
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from trl import SFTConfig
 
-from fdiv.training.config import Options, divergence_option, named_divergence, option, refuse
+from fdiv.filling import check_template
+from fdiv.training.config import RowOptions, divergence_option, named_divergence, option, refuse
 from fdiv.unlearning.data.templates import TEMPLATE_SOURCES, GenerationSettings
 from fdiv.unlearning.selection import build_evaluation
 
@@ -35,7 +36,7 @@ def retain_option(default: str, *others: str, why: str = "") -> Any:
 
 
 @dataclass
-class UnlearningConfig(Options, SFTConfig):
+class UnlearningConfig(RowOptions, SFTConfig):
     r"""What all unlearning methods share: loss = γ·forget term + α·retain term, the mean over examples.
 
     The forget rows are the training dataset; their formats are in `fdiv.unlearning.data.rows`. One retain row meets
@@ -97,8 +98,8 @@ class UnlearningConfig(Options, SFTConfig):
         if self.router_aux_loss_coef not in (None, 0):
             raise ValueError("router_aux_loss_coef: unlearning losses have no load-balancing term. Leave it out")
         self.router_aux_loss_coef = 0.0
-        if self.prompt_format is not None and "{question}" not in self.prompt_format:
-            raise ValueError(f"prompt_format={self.prompt_format!r} has no {{question}} in it")
+        if self.prompt_format is not None:
+            check_template(self.prompt_format, ("question",), needs=("question",), what="prompt_format")
         if self.max_length is None:
             raise ValueError("max_length is not set: it bounds every row and cuts raw text into chunks")
         named_divergence(self.retain_divergence, "retain_divergence")
@@ -164,6 +165,8 @@ class TemplateConfig(UnlearningConfig):
                 )
             if name in ("template_text", "template_column") and source == self.template_source and not value:
                 raise ValueError(f"template_source={source!r} needs {name}")
+        if self.template_instruction is not None:
+            check_template(self.template_instruction, ("question", "answer"), what="template_instruction")
         self.generation_settings("")  # refuses several greedy answers
 
     def generation_settings(self, model: str) -> GenerationSettings:

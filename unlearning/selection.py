@@ -69,7 +69,9 @@ def evaluate_epoch(trainer: Any, evaluation: Any) -> dict[str, float]:
     args, model = trainer.args, trainer.model
     folder = Path(args.output_dir) / "epoch_evaluation"
     folder.mkdir(parents=True, exist_ok=True)
-    context = EvalContext(args, folder, seed=args.seed, stage="standalone", extra={"trainer": trainer})
+    context = EvalContext(
+        args, folder, seed=args.seed, stage="standalone", extra={"trainer": trainer}, row_reports=trainer.row_reports
+    )
     training = model.training
     model.eval()
     values = evaluation.evaluate(model, trainer.processing_class, {}, context)

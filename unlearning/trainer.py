@@ -97,7 +97,9 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
         processing_class = checked_tokenizer(processing_class, model, pad_token=args.pad_token)
         self.uses_template = isinstance(args, TemplateConfig)
         self._model_at_start, self._model_name = model, name
-        self._retain_rows = read_retain_rows(retain_dataset, args, processing_class)
+        self._retain_rows = read_retain_rows(
+            retain_dataset, args, processing_class, lambda report: self.report_rows(report, args)
+        )
         self.epoch_evaluation = None if args.epoch_evaluation is None else build_evaluation(args.epoch_evaluation)
         self._own_evaluation = eval_dataset is not None
         if self.epoch_evaluation is not None and eval_dataset is None:
@@ -207,8 +209,10 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
         train = dataset_name == "train"
         retain = self._retain_rows if args.retain_term != "none" or not train else ()
         return build_forget_dataset(
-            dataset, retain, args, processing_class, getattr(self, "_model_at_start", None), self._model_name
-        )
+            dataset, retain, args, processing_class, getattr(self, "_model_at_start", None), self._model_name,
+            name="forget" if train else f"{dataset_name} forget",
+            report=lambda report: self.report_rows(report, args),
+        )  # fmt: skip
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["index", "forget", "retain", "template"]

@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 
 from fdiv.errors import DataError
 from fdiv.files import numbered_json_lines, write_bytes
+from fdiv.filling import fill
 from fdiv.sealed import DIGEST, NO_DIGEST, UNSEALED, check_sealed, check_token_ids, sealed
 from fdiv.terminal import info
 
@@ -58,11 +59,11 @@ def instructed_prompt(prompt: str | list[dict[str, Any]], template: str) -> str 
         DataError: a conversation without a user message of plain text.
     """
     if isinstance(prompt, str):
-        return template.replace(PLACEHOLDER, prompt)
+        return fill(template, prompt=prompt)
     for position in range(len(prompt) - 1, -1, -1):
         message = prompt[position]
         if message["role"] == "user" and isinstance(message["content"], str):
-            changed = {**message, "content": template.replace(PLACEHOLDER, message["content"])}
+            changed = {**message, "content": fill(template, prompt=message["content"])}
             return [*prompt[:position], changed, *prompt[position + 1 :]]
     raise DataError(f"anchor_instruction_templates: this prompt has no user message of plain text: {prompt!r:.120}")
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from fdiv.alignment.d2o.anchors import PLACEHOLDER
 from fdiv.alignment.d2o.loss import d2o_experimental_reason
 from fdiv.alignment.f_dpo.loss import check_f_dpo_divergence
 from fdiv.alignment.scorers import build_scorer
 from fdiv.divergences import Divergence
+from fdiv.filling import check_template
 from fdiv.memory.step_shape import StepShape, rollout_tokens, sampled_at_once
 from fdiv.training.config import CappedDivergenceOptions, check_options, divergence_option, option, refuse
 from fdiv.training.rollouts import GRPO_LOSS_KEYS, RolloutConfig
@@ -127,8 +127,7 @@ class D2OConfig(CappedDivergenceOptions, RolloutConfig, GRPOConfig):
                 "refresh_every renews the default reference, but ref_pos and ref_neg replace it: unset it"
             )
         for template in self.anchor_instruction_templates or ():
-            if PLACEHOLDER not in template:
-                raise ValueError(f"anchor_instruction_templates: {template!r} has no {PLACEHOLDER} in it")
+            check_template(template, ("prompt",), needs=("prompt",), what="anchor_instruction_templates")
 
     def warn_if_experimental(self, *, one_reference: bool) -> None:
         """A UserWarning with the reason where the f-generalisation is a heuristic."""

@@ -6,14 +6,18 @@ list of answers to use instead of sampled ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fdiv.errors import DataError
-from fdiv.training.data_checks import tokenize_preferences
+from fdiv.rows.checks import Check, answer_fault, check_columns, check_one_format, check_rows, prompt_fault, shown
+from fdiv.rows.report import RowReport
+from fdiv.rows.sources import Source, source_of
+from fdiv.training.data_checks import report_name, tokenize_preferences
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,25 +29,32 @@ __all__ = ["check_negatives", "collate_groups", "prepare_negatives", "tokenize_n
 
 
 def prepare_negatives(
-    rows: Any, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, anchors: int, name: str
+    rows: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    anchors: int,
+    name: str,
+    report: Callable[[RowReport], None] = RowReport.show,
 ) -> Dataset:
     """`check_negatives`, then `tokenize_negatives`; rows that went through it before are returned as they are."""
     if "prompt_ids" in (getattr(rows, "column_names", None) or ()):
         return rows
     check_negatives(rows, name, anchors)
-    return tokenize_negatives(rows, tokenizer, max_length=max_length, anchors=anchors, name=name)
+    return tokenize_negatives(rows, tokenizer, max_length=max_length, anchors=anchors, name=name, report=report)
 
 
 def check_negatives(dataset: Any, name: str, anchors: int) -> None:
-    """Check that `dataset` (called `name` in messages) holds rows for D²O; looks at every row.
+    """Check that `dataset` holds rows for D²O; looks at every row.
 
     Args:
         dataset: what the trainer was given.
-        name: for messages.
+        name: for messages, where the file of the rows is not known.
         anchors: K, which an `anchors` column must provide for.
 
     Raises:
-        DataError: missing, empty or streamed data, a missing column, an empty answer, too few given anchors.
+        DataError: missing, empty or streamed data, a missing column, rows that are whole in another format too, a
+            prompt or an answer that is empty or neither text nor messages, too few given anchors.
     """
     from datasets import Dataset
 
@@ -53,42 +64,45 @@ def check_negatives(dataset: Any, name: str, anchors: int) -> None:
             f"{name} is a {type(dataset).__name__}: {remedy}, as a datasets.Dataset (not a stream: anchors belong to "
             "all prompts)"
         )
-    missing = [column for column in ("prompt", "rejected") if column not in dataset.column_names]
-    if missing:
-        raise DataError(f"{name} has no column {missing[0]!r}; it has {sorted(dataset.column_names)}: {remedy}")
+    needed = ("prompt", "rejected")
+    check_columns(dataset.column_names, Source(name), needed, remedy)
     if len(dataset) == 0:
         raise DataError(f"{name} is empty: {remedy}. Check the split name and the filters applied to it")
-    for number, row in enumerate(dataset):
-        for column in ("prompt", "rejected"):
-            if not _text(row[column]).strip():
-                raise DataError(f"{name}, row {number}: {column!r} is empty ({row[column]!r:.80}): leave the row out")
-        given = row.get("anchors")
-        if given is None:
-            continue
-        if len(given) < anchors:
-            raise DataError(
-                f"{name}, row {number}: `anchors` holds {len(given)} answers and num_generations={anchors} asks for "
-                "more: lower num_generations or add answers"
-            )
-        if not all(_text(answer).strip() for answer in given):
-            raise DataError(f"{name}, row {number}: an answer in `anchors` is empty: leave it out")
+    source = source_of(dataset, name)
+    check_one_format(dataset.column_names, source, needed, beside=("question", "answer", "chosen", "completion"))
+    checks: dict[str, Check] = {"prompt": prompt_fault, "rejected": answer_fault}
+    optional: tuple[str, ...] = ()
+    if "anchors" in dataset.column_names:
+        checks["anchors"], optional = partial(_anchors_fault, count=anchors), ("anchors",)
+    check_rows(dataset.select_columns(list(checks)), source, checks, remedy, one_kind=needed, optional=optional)
 
 
-def _text(value: Any) -> str:
-    """The plain text of a string or of messages; empty for anything else."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(message, Mapping) for message in value):
-        return " ".join(str(message.get("content", "")) for message in value)
-    return ""
+def _anchors_fault(value: Any, count: int) -> str | None:
+    """At least `count` answers are due."""
+    if not isinstance(value, list):
+        return f"is {shown(value)}, not a list of answers"
+    if len(value) < count:
+        return (
+            f"holds {len(value)} answers and num_generations={count} asks for more: lower num_generations or add "
+            "answers"
+        )
+    faults = ((number, answer_fault(answer)) for number, answer in enumerate(value))
+    return next((f"has an answer {number} that {fault}" for number, fault in faults if fault), None)
 
 
 def tokenize_negatives(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, anchors: int, name: str
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    anchors: int,
+    name: str,
+    report: Callable[[RowReport], None] = RowReport.show,
 ) -> Dataset:
     """Add `prompt_ids`, `rejected_ids` and, for rows with `anchors`, `anchor_ids`, tokenised as by TRL's DPO trainer.
 
-    Sequences are cut to `max_length` tokens at their end; rows whose prompt alone fills it are dropped.
+    Sequences are cut to `max_length` tokens at their end; rows whose prompt alone fills it are dropped. What became
+    of the rows is passed to `report`.
 
     Raises:
         DataError: nothing is left after the drop.
@@ -101,17 +115,25 @@ def tokenize_negatives(
         for number, row in enumerate(dataset.select_columns("prompt"))
         for answer in answers[number]
     ]
-    tokenized = tokenize_preferences(type(dataset).from_list(pairs), tokenizer, max_length=max_length, name=name)
+    pairs = type(dataset).from_list(pairs)
+    tokenized = tokenize_preferences(pairs, tokenizer, max_length=max_length, name=name, method="D2O")
     groups: dict[int, list[Mapping[str, Any]]] = {}
     for pair in tokenized:
         groups.setdefault(pair["row"], []).append(pair)
     kept = [number for number, group in groups.items() if len(group) == len(answers[number])]
     prompt_ids, rejected_ids, anchor_ids = [], [], []
+    cut = longest = 0
     for number in kept:
+        tokens = max(len(row["prompt_ids"]) + len(row["rejected_ids"]) for row in groups[number])
+        longest, cut = max(longest, tokens), cut + (max_length is not None and tokens > max_length)
         prompt, completions = _common_prompt(groups[number], max_length)
         prompt_ids.append(prompt)
         rejected_ids.append(completions[0])
         anchor_ids.append(completions[1:])
+    dropped = {f"prompt fills max_length={max_length}": len(dataset) - len(kept)}
+    report(
+        RowReport(report_name(name), len(dataset), dropped=dropped, max_length=max_length, cut=cut, longest=longest)
+    )
     result = dataset.select(kept).add_column("prompt_ids", prompt_ids).add_column("rejected_ids", rejected_ids)
     return result.add_column("anchor_ids", anchor_ids) if given else result
 

@@ -26,7 +26,7 @@ from fdiv.alignment.f_dpo.loss import check_f_dpo_divergence
 from fdiv.alignment.scorers import build_scorer, checked_scorer
 from fdiv.errors import DataError
 from fdiv.models.fingerprints import vocabulary_size, weights_fingerprint
-from fdiv.models.loading import checked_tokenizer
+from fdiv.models.loading import checked_tokenizer, load_second_model
 from fdiv.models.logprobs import sequence_log_prob, token_scores
 from fdiv.models.reference import Reference
 from fdiv.training.rollouts import RolloutMixin, without_trl_reference
@@ -134,8 +134,9 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         scorer = harmfulness_func or (build_scorer(args.harmfulness_scorer) if args.harmfulness_scorer else None)
         starting_adapter = not isinstance(model, str) and is_peft_model(model)
         self._prepare = lambda rows, split: prepare_negatives(
-            rows, processing_class, max_length=args.max_length, anchors=args.num_generations, name=split
-        )
+            rows, processing_class, max_length=args.max_length, anchors=args.num_generations, name=split,
+            report=lambda report: self.report_rows(report, args),
+        )  # fmt: skip
         # TRL would load a second model for β > 0, and bake the sampling temperature into the scores.
         with without_trl_reference(args, temperature=1.0):
             super().__init__(
@@ -344,6 +345,4 @@ def _loaded(
     """The reference given as an object, or by its path in the config, loaded as the policy; None: the start model."""
     if model is not None or path is None:
         return model
-    from trl.trainer.utils import create_model_from_path
-
-    return create_model_from_path(path, **(args.model_init_kwargs or {}), **loading)
+    return load_second_model(path, **(args.model_init_kwargs or {}), **loading)

@@ -12,10 +12,15 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from fdiv.rows.checks import Check, shown
+
 if TYPE_CHECKING:
     from fdiv.alignment.f_dpg.config import FDPGConfig
 
-__all__ = ["empty_prompts", "given_log_z", "prompt_keys"]
+__all__ = ["empty_prompts", "given_log_z", "log_z_checks", "prompt_keys"]
+
+
+_NEEDS_LOG_Z = "z_estimate: given needs a finite log Z for every prompt: set log_z, or a dataset column log_z"
 
 
 def empty_prompts(args: FDPGConfig) -> Dataset:
@@ -37,10 +42,26 @@ def given_log_z(rows: list[dict[str, Any]], default: float | None) -> Tensor:
     """
     values = [row.get("log_z", default) for row in rows]
     if any(value is None or not math.isfinite(value) for value in values):
-        raise ValueError(
-            "z_estimate: given needs a finite log Z for every prompt: set log_z, or a dataset column log_z"
-        )
+        raise ValueError(_NEEDS_LOG_Z)
     return torch.tensor(values, dtype=torch.float64)
+
+
+def log_z_checks(args: FDPGConfig, rows: Any) -> dict[str, Check]:
+    """The check of the column `log_z`, where it has to give log Z of every prompt.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    if args.z_estimate != "given" or args.log_z is not None:
+        return {}
+    if "log_z" not in (getattr(rows, "column_names", None) or ("log_z",)):
+        raise ValueError(_NEEDS_LOG_Z)
+    return {"log_z": _log_z_fault}
+
+
+def _log_z_fault(value: Any) -> str | None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return None if number and math.isfinite(value) else f"is {shown(value)}, not a finite number"
 
 
 def prompt_keys(batch: dict[str, Tensor]) -> Tensor:

@@ -14,7 +14,9 @@ from fdiv.alignment.f_dpg.loss import effective_sample_size, log_partition
 from fdiv.alignment.f_dpg.targets import as_scores
 from fdiv.alignment.scorers import checked_scorer
 from fdiv.errors import DataError
+from fdiv.rows.report import RowReport
 from fdiv.statistics.estimates import mean_and_error
+from fdiv.training.config import RowOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +29,7 @@ _DIVERGENCES = ("forward_kl", "reverse_kl", "total_variation", "jensen_shannon")
 
 
 @dataclass
-class TargetEvalConfig:
+class TargetEvalConfig(RowOptions):
     """Recipe block `eval: {name: target}`.
 
     Half of the samples come from the policy, half from the base, and every estimate of a distance is over the mixture
@@ -37,6 +39,7 @@ class TargetEvalConfig:
         num_samples: completions per prompt from each of the two models.
         num_prompts: distinct prompts, the first ones of the training split.
         batch_size: completions per forward pass.
+        min_used_fraction: has no effect here, where every prompt is used or refused.
     """
 
     num_samples: int = 256
@@ -50,6 +53,7 @@ class TargetEvalConfig:
     frontier: ClassVar[tuple[str, str]] = ("self_bleu_5", "score")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("num_samples", "num_prompts", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"eval.{name} must be at least 1, got {getattr(self, name)}")
@@ -78,6 +82,7 @@ class TargetEvalConfig:
         target = trainer.target
         prompts = _distinct_prompts(datasets["train"], self.num_prompts)
         prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
+        context.report_rows(self._report(datasets["train"], prompt_ids), self.min_used_fraction)
         per_prompt, texts = [], []
         for number, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True)):
             completions = self._sample(trainer, model, tokenizer, list(ids), number, context.seed)
@@ -107,6 +112,11 @@ class TargetEvalConfig:
 
         metrics |= diversity(texts, max_texts=500)
         return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+    def _report(self, rows: Any, prompt_ids: list) -> RowReport:
+        read = len(rows) if hasattr(rows, "__len__") else len(prompt_ids)
+        longest = max(len(ids) for ids in prompt_ids)
+        return RowReport("target prompts", read, read - len(prompt_ids), longest=longest, unit="prompts")
 
     def _sample(self, trainer, model, tokenizer, ids: list[int], number: int, seed: int) -> tuple[list, list]:
         """`num_samples` completions of the policy, then of the base, with the same random numbers before and after."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from fdiv.alignment.f_dpg.config import FDPGConfig
-from fdiv.alignment.f_dpg.data import empty_prompts, given_log_z, prompt_keys
+from fdiv.alignment.f_dpg.data import empty_prompts, given_log_z, log_z_checks, prompt_keys
 from fdiv.alignment.f_dpg.loss import check_f_dpg_divergence, f_dpg_loss, leave_one_out_mean, leave_one_out_slopes
 from fdiv.alignment.f_dpg.metrics import f_dpg_metrics, partition_metrics, prompt_columns, slope_columns
 from fdiv.alignment.f_dpg.moments import fit_moments
@@ -32,8 +32,10 @@ from fdiv.alignment.f_dpg.targets import Target, build_target
 from fdiv.alignment.scorers import check_finite, checked_scorer, prepare_scorer
 from fdiv.divergences import get_divergence
 from fdiv.errors import ScorerError
+from fdiv.models.loading import load_second_model
 from fdiv.models.reference import Reference, reference_of
 from fdiv.statistics.diversity import diversity
+from fdiv.training.data_checks import check_prompts, named_rows, with_checked
 from fdiv.training.rollouts import (
     RolloutMixin,
     checked_log_probs,
@@ -119,10 +121,11 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         self.divergence = args.resolve_divergence(self.target)
         for function in self.target.functions:
             prepare_scorer(function)
-        if train_dataset is None:
-            train_dataset = empty_prompts(args)
-        elif "prompt" not in (train_dataset.column_names or ("prompt",)):
-            raise ValueError(f"train_dataset has no column 'prompt'; it has {', '.join(train_dataset.column_names)}")
+        own_rows = named_rows(train_dataset, kwargs.get("eval_dataset"))
+        for name, rows in own_rows.items():
+            own_rows[name] = check_prompts(rows, name, "f-DPG", blank=True, more=log_z_checks(args, rows))
+        train_dataset, kwargs["eval_dataset"] = with_checked(own_rows, kwargs.get("eval_dataset"))
+        train_dataset = empty_prompts(args) if train_dataset is None else train_dataset
         in_memory = not isinstance(model, str) and not is_peft_model(model) and peft_config is None
         attach = in_memory or base_model is not None
         # TRL would load the base by the model's name; where it is another one, ours is attached below.
@@ -138,6 +141,8 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             )
         if self._is_vlm:
             raise ValueError("f-DPG trains on text: pass a tokenizer as processing_class, not a multimodal processor")
+        for name, rows in own_rows.items():
+            self.report_prompts(rows, name)
         if attach:
             self._attach_base(base_model, kwargs.get("quantization_config"))
         self.estimates = PartitionEstimates(args.z_estimate, z_max=args.z_max, z_floor=args.z_floor)
@@ -149,10 +154,8 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
     def _attach_base(self, base: nn.Module | str | None, quantization: Any = None) -> None:
         """Make `base`, or a frozen copy of the current policy, the reference that `GRPOTrainer` scores with."""
         if isinstance(base, str):
-            from trl.trainer.utils import create_model_from_path
-
             loading = {} if quantization is None else {"quantization_config": quantization}
-            base = create_model_from_path(base, **(self.args.model_init_kwargs or {}), **loading)
+            base = load_second_model(base, **(self.args.model_init_kwargs or {}), **loading)
         self.ref_model = Reference(self, base).model
         self.beta = self.args.beta  # not 0: `GRPOTrainer` scores the base along with the rollouts
 

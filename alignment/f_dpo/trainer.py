@@ -21,12 +21,18 @@ from fdiv.inference.cache import fingerprint
 from fdiv.models.loading import check_fits, checked_tokenizer, context_length, keep_trainable_layout
 from fdiv.models.logprobs import with_position_ids
 from fdiv.models.reference import reference_for_trl
+from fdiv.rows.report import RowReport
 from fdiv.sealed import LISTING, NO_DIGEST, check_listed, listed
 from fdiv.statistics.calibration import length_normalised_calibration, margin_calibration
 from fdiv.statistics.estimates import density_weight_quantiles, log_ratio_quantiles, mean_and_error
 from fdiv.terminal import info
-from fdiv.training.data_checks import check_preference_dataset
-from fdiv.training.row_report import RowReport
+from fdiv.training.data_checks import (
+    check_preference_dataset,
+    named_rows,
+    preference_report,
+    report_name,
+    with_checked,
+)
 from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
 
 __all__ = ["FDPOTrainer"]
@@ -88,7 +94,8 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
     ) -> None:
         args = own_options(type(self), args, model)
         self.divergence = args.resolve_divergence()
-        _check_data(train_dataset, eval_dataset, args)
+        checked = _check_data(train_dataset, eval_dataset, args)
+        train_dataset, eval_dataset = with_checked(checked, eval_dataset)
         processing_class = _checked_processing_class(processing_class, model, args)
         if ref_model is None and peft_config is None and not isinstance(model, str):
             ref_model = reference_for_trl(model, args)
@@ -111,7 +118,13 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
                 f"no training row is left: every prompt fills max_length={args.max_length} alone. Raise max_length"
             )
         _check_lengths(self.train_dataset, self.model, args.max_length)
-        _report_rows(train_dataset, self.train_dataset, args)
+        used = named_rows(self.train_dataset, self.eval_dataset)
+        for name, rows in named_rows(train_dataset, eval_dataset).items():
+            report = _report(rows, used[name], args, report_name(name))
+            if report is None:
+                info(f"{report_name(name)}: a stream, whose rows are checked as they are read and not counted")
+            else:
+                self.report_rows(report)
 
     def objective_settings(self) -> dict[str, Any]:
         """The divergence (as the loss uses it), β and the overflow cap."""
@@ -269,19 +282,18 @@ def _checked_values(dataset: Any, model_hash: str, is_main_process: bool) -> Ite
             pass  # TRL has written it
 
 
-def _check_data(train_dataset: Any, eval_dataset: Any, args: FDPOConfig) -> None:
-    evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-    named = {f"eval_dataset[{name!r}]" if name else "eval_dataset": dataset for name, dataset in evals.items()}
-    for name, dataset in {"train_dataset": train_dataset, **named}.items():
-        if name != "train_dataset" and dataset is None:
-            continue
-        check_preference_dataset(dataset, name)
+def _check_data(train_dataset: Any, eval_dataset: Any, args: FDPOConfig) -> dict[str, Any]:
+    """The datasets by name, checked; streams are checked as they are read."""
+    checked = {}
+    for name, dataset in ({"train_dataset": None} | named_rows(train_dataset, eval_dataset)).items():
+        checked[name] = check_preference_dataset(dataset, name)
         # TRL hands the precomputed values over in a cache file beside the data's own, which such data have not.
         if args.precompute_ref_log_probs and args.world_size > 1 and not getattr(dataset, "cache_files", True):
             raise DataError(
                 f"{name} lies in memory only, so {args.world_size} processes cannot share precomputed reference "
                 "log-probs: load it from a file, or set precompute_ref_log_probs to false"
             )
+    return checked
 
 
 def _checked_processing_class(processing_class: Any, model: Any, args: FDPOConfig) -> Any:
@@ -297,25 +309,11 @@ def _checked_processing_class(processing_class: Any, model: Any, args: FDPOConfi
     return made
 
 
-def _report_rows(given: Any, used: Any, args: FDPOConfig) -> None:
-    """Print how many rows TRL dropped, and how many are cut or say the same twice within `max_length`.
-
-    Raises:
-        DataError: (a ValueError) every pair says the same twice.
-    """
-    if not hasattr(used, "__len__") or "prompt_ids" not in used.column_names or args.truncation_mode != "keep_start":
-        return
-    bound, cut, longest, same = args.max_length, 0, 0, 0
-    for row in used.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
-        room = None if bound is None else bound - len(row["prompt_ids"])
-        tokens = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-        longest, cut = max(longest, tokens), cut + (bound is not None and tokens > bound)
-        same += row["chosen_ids"][:room] == row["rejected_ids"][:room]
-    reason = f"prompt fills max_length={bound}"
-    report = RowReport("training rows", len(given), len(used), bound, cut, longest, reason, same)
-    report.show()
-    if same == len(used):
-        raise DataError(f"training rows: {report.faults()[-1]}; raise max_length, or correct the data")
+def _report(given: Any, used: Any, args: FDPOConfig, name: str) -> RowReport | None:
+    """What became of rows that TRL has tokenised; None for a stream, which has not been read."""
+    if not hasattr(used, "__len__") or "prompt_ids" not in used.column_names:
+        return None
+    return preference_report(len(given), used, args.max_length, name, keep_end=args.truncation_mode == "keep_end")
 
 
 def _check_lengths(dataset: Any, model: Any, max_length: int | None) -> None:

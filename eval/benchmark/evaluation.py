@@ -19,6 +19,7 @@ from fdiv.eval.benchmark.settings import EvaluationSettings
 from fdiv.eval.metrics.gradient_norms import gradient_norms
 from fdiv.inference.greedy import GenerationRequest, draft_from_scores, generate_texts, generates_plain_argmax
 from fdiv.inference.scoring import ScoringRequest, score_texts
+from fdiv.rows.report import RowReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,6 +104,10 @@ class ModelEvaluation(ABC):
     @abstractmethod
     def row_stamp(self) -> dict[str, Any]:
         """What identifies the rows: `split`, `forget_rows`, …"""
+
+    @abstractmethod
+    def row_reports(self, model: PreTrainedModel) -> list[RowReport]:
+        """What became of the rows of each set, for a model with its context."""
 
     @abstractmethod
     def build_metrics(

@@ -17,6 +17,7 @@ from fdiv.inference.encoding import add_encoding
 from fdiv.inference.greedy import BACKENDS
 from fdiv.inference.processes import process_state
 from fdiv.models.dtypes import add_dtype
+from fdiv.training.config import add_min_used_fraction
 
 __all__ = ["add_shared_arguments", "evaluate_model", "reaggregate", "settings_from"]
 
@@ -47,6 +48,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, config: type[Evaluatio
     how.add_argument("--generation_batch_size", type=int, default=size, help=f"of generating ({size})")
     how.add_argument("--padding_side", choices=("right", "left"), default="right", help="of scoring (right)")
     how.add_argument("--max_items", type=int, help="only this many evenly spaced rows of every set")
+    add_min_used_fraction(how)
     how.add_argument("--no_generate", dest="generate", action="store_false", help="skip generation: no ROUGE")
     how.add_argument("--no_gradnorm", dest="gradnorm", action="store_false", help="skip the GradNorm attack")
     how.add_argument("--fluency_classifier", default="auto", help="auto (if in the hub cache), none, a path or name")
@@ -117,6 +119,7 @@ def evaluate_model(
     from fdiv.eval.benchmark.output import output_paths, show_table, write_evaluation
     from fdiv.models.loading import load_model, load_tokenizer
     from fdiv.provenance import command_line, environment
+    from fdiv.rows.report import records_of
     from fdiv.terminal import info
 
     if not args.model:
@@ -129,6 +132,10 @@ def evaluate_model(
     evaluation = evaluation_class(config, tokenizer, cache_dir=folder / "cache")
     retain = evaluation.retain_log()
     model = load_model(args.model, args.adapter, args.dtype)
+    reports = evaluation.row_reports(model)
+    for report in reports:
+        report.show()
+        report.check(config.min_used_fraction)
     generator = _vllm_generator(args, tokenizer, model, folder) if args.backend == "vllm" else None
     log = evaluation.run(model, reference_model=evaluation.load_reference(), generator=generator)
     result = evaluation.aggregate(log)
@@ -138,6 +145,7 @@ def evaluate_model(
         about: Mapping[str, Any] = {
             "model": args.model,
             "settings": dataclasses.asdict(config) | {k: getattr(args, k) for k in ("adapter", "dtype", "backend")},
+            "rows": records_of(reports),
             "environment": environment(command_line()) | {"seconds": round(time.monotonic() - began, 1)},
         }
         write_evaluation(folder, result, retain, about)

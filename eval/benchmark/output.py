@@ -31,7 +31,7 @@ def write_result(path: Path, result: Aggregates, about: Mapping[str, Any]) -> di
     """Write `out.json`: every value at the top level, the reasons of the nulls under `notes`, the run under
     `settings`.
 
-    `about` may hold `model`, `split`, `settings` and `environment`.
+    `about` may hold `model`, `split`, `settings`, `rows` and `environment`.
     """
     from fdiv.sealed import write_record
 
@@ -41,8 +41,7 @@ def write_result(path: Path, result: Aggregates, about: Mapping[str, Any]) -> di
     content |= result.values
     content["notes"] = dict(result.notes)
     content["settings"] = {"definitions": result.preset.describe(), **about.get("settings", {})}
-    if "environment" in about:
-        content["environment"] = about["environment"]
+    content |= {name: about[name] for name in ("rows", "environment") if name in about}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_record(path, content)
     return content

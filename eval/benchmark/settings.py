@@ -9,12 +9,13 @@ from fdiv.errors import DataError
 from fdiv.eval.benchmark.presets import PRESETS, get_preset
 from fdiv.inference.prompting import PromptFormat
 from fdiv.named import is_path
+from fdiv.training.config import RowOptions
 
 __all__ = ["EvaluationSettings"]
 
 
 @dataclass
-class EvaluationSettings:
+class EvaluationSettings(RowOptions):
     """Shared settings of a benchmark evaluation.
 
     Args:
@@ -32,6 +33,8 @@ class EvaluationSettings:
         fluency_classifier: `auto`, a path or hub name, or `none` (see `fdiv.eval.metrics.gibberish`).
         chat_template, question_format, answer_format: see `PromptFormat`.
         system_prompt, date_string, chat_template_kwargs, end_token: see `fdiv.inference.encoding.Encoding`.
+        min_used_fraction: smallest share of each set's rows that must be left, with labels and within the model's
+            context.
     """
 
     presets: ClassVar[tuple[str, ...]] = tuple(PRESETS)
@@ -57,6 +60,7 @@ class EvaluationSettings:
     end_token: Literal["turn", "appended"] = "turn"
 
     def __post_init__(self):
+        super().__post_init__()
         get_preset(self.preset)
         if self.preset not in self.presets and not is_path(self.preset):
             raise DataError(f"preset {self.preset} does not define these metrics; choose {', '.join(self.presets)}")

@@ -21,11 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", nargs="+", required=True, help="task or group names, or task files (*.yaml)")
     parser.add_argument("--num_fewshot", type=int, help="examples in the prompt (the task's own)")
     parser.add_argument("--limit", type=int, help="only the first N items of every task")
-    parser.add_argument("--batch_size", default="8", help="rows of a forward, or auto (8)")
+    parser.add_argument("--batch_size", type=_rows, default=8, help="rows of a forward, or auto (8)")
     add_dtype(parser)
     parser.add_argument("--apply_chat_template", action="store_true", help="ask through the chat template")
     parser.add_argument("--seed", type=int, default=0, help="of few-shot choices and bootstrap (0)")
     parser.add_argument("--output", required=True, metavar="DIR", help="where out.json and samples.jsonl go")
+
+
+def _rows(word: str) -> int | str:
+    if word == "auto" or (word.isdecimal() and int(word) > 0):
+        return word if word == "auto" else int(word)
+    raise argparse.ArgumentTypeError(f"{word!r} is neither auto nor a number above 0")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     from fdiv.models.fetch import find_model
-    from fdiv.models.loading import base_and_adapter, check_causal, load_tokenizer
+    from fdiv.models.loading import base_and_adapter, check_causal, load_model, load_tokenizer
 
     try:
         from lm_eval import simple_evaluate
@@ -87,9 +93,13 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     check_causal(model)
     device = process_state().device
     dtype = "float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
-    size = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
+    options: dict[str, Any] = {"dtype": dtype, "device": str(device), "batch_size": args.batch_size}
+    if adapter is not None and process_state().num_processes == 1:  # lm-eval would not give new tokens their rows
+        options |= {"pretrained": load_model(model, adapter, dtype), "tokenizer": load_tokenizer(model, adapter)}
+    else:
+        options |= {"pretrained": find_model(model), "peft": adapter}
     return simple_evaluate(
-        model=HFLM(pretrained=find_model(model), peft=adapter, dtype=dtype, device=str(device), batch_size=size),
+        model=HFLM(**options),
         tasks=tasks,
         num_fewshot=args.num_fewshot,
         limit=args.limit,

@@ -10,6 +10,8 @@ from fdiv.errors import DataError
 from fdiv.eval.tofu.data import load_rows
 from fdiv.files import folded
 from fdiv.inference.cache import fingerprint
+from fdiv.rows.checks import check_one_format, check_rows, text_fault
+from fdiv.rows.sources import source_of
 
 __all__ = ["MuseRows", "load_muse_rows"]
 
@@ -51,8 +53,8 @@ def _local_folder(source: str, corpus: str) -> str:
     return str(inside if inside.is_dir() else source)
 
 
-def _folded_row(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((name, folded(str(value))) for name, value in row.items()))
+def _folded_row(row: dict[str, Any], columns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(folded(row[name]) for name in columns)
 
 
 def load_muse_rows(corpus: str = "News", source: str | None = None) -> MuseRows:
@@ -77,23 +79,21 @@ def load_muse_rows(corpus: str = "News", source: str | None = None) -> MuseRows:
         except FileNotFoundError as error:
             parts[part], missing[part] = [], str(error)
             continue
+        origin = source_of(rows, f"{name}/{split}")
         rows = [{"text": row} if isinstance(row, str) else row for row in rows]
-        for index, row in enumerate(rows):
-            if not isinstance(row, dict):
-                raise DataError(f"{name}/{split}, row {index} is {repr(row)[:60]}, not an object with columns")
-            for column in columns:
-                if not isinstance(row.get(column), str):
-                    raise DataError(f"{name}/{split}, row {index}: no text column {column!r}, only {', '.join(row)}")
         if not rows:
             raise DataError(f"{folder}: {name}/{split} has no rows")
+        check_one_format(rows[0] if isinstance(rows[0], dict) else (), origin, columns)
+        check_rows(rows, origin, dict.fromkeys(columns, text_fault), f"a row needs {', '.join(columns)}")
         parts[part] = rows
     if not any(parts[name] for name in ("forget_knowmem", "verbmem", "forget")):
         raise DataError(f"{folder} holds no MUSE data: {missing['forget_knowmem']}")
     for own, other in (("forget_knowmem", "retain_knowmem"), ("forget", "holdout")):
-        there = {_folded_row(row) for row in parts[other]}
-        both = [row for row in parts[own] if _folded_row(row) in there]
+        columns = _PARTS[own][2]
+        there = {_folded_row(row, columns) for row in parts[other]}
+        both = [row for row in parts[own] if _folded_row(row, columns) in there]
         if both:
-            text = next(iter(both[0].values()))[:60]
+            text = both[0][columns[0]][:60]
             raise DataError(
                 f"{len(both)} rows of {own} stand in {other} too, for example {text!r}: they must not overlap"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from fdiv.eval.benchmark.aggregation import Aggregates
 from fdiv.eval.benchmark.evaluation import ModelEvaluation, Records, evaluation_mode, selected_rows
 from fdiv.eval.benchmark.items import attack_rows, memorization_rows
 from fdiv.eval.benchmark.log import EvalLog, write_eval_log
+from fdiv.eval.benchmark.rows import set_reports
 from fdiv.eval.benchmark.settings import EvaluationSettings
 from fdiv.eval.metrics.text_overlap import cut_at, rouge_scores
 from fdiv.eval.muse.aggregate import aggregate_muse
@@ -20,6 +22,8 @@ from fdiv.inference.greedy import GenerationRequest
 from fdiv.inference.processes import process_state
 from fdiv.inference.prompting import PromptFormat
 from fdiv.inference.scoring import ScoringRequest
+from fdiv.models.loading import context_length
+from fdiv.rows.report import RowReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,6 +64,8 @@ class MuseEvalConfig(EvaluationSettings):
         Returns the values by name, None where one is not defined, and under `notes` the reasons.
         """
         run = MuseEvaluation(self, tokenizer)
+        for report in run.row_reports(model):
+            context.report_rows(report, self.min_used_fraction)
         run.retain_log()
         result = run.aggregate(run.run(model, reference_model=run.load_reference() or context.reference_model))
         if process_state().is_main_process:
@@ -70,7 +76,7 @@ class MuseEvalConfig(EvaluationSettings):
 @dataclass
 class MusePlan:
     """Requests of a MUSE evaluation; scoring keys are `verbatim/i`, `forget/i`, `holdout/i`, generation keys
-    `METRIC/i`."""
+    `METRIC/i`. `lengths` are tokens of the scored texts before the cut to `max_length`."""
 
     rows: MuseRows
     preset_name: str
@@ -79,6 +85,7 @@ class MusePlan:
     prompts: dict[str, str] = field(default_factory=dict)
     truths: dict[str, str] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=dict)
 
     def attacked(self) -> list[ScoringRequest]:
         """Forget and holdout texts."""
@@ -132,6 +139,11 @@ class MuseEvaluation(ModelEvaluation):
         encoded = PromptFormat.encode_continuation(self.tokenizer, prefix, text, self.config.max_length)
         group = "verbatim" if key.startswith("verbatim") else "attacked"
         self.plan.scoring.append(ScoringRequest(key, encoded, True, group))
+        kept = len(encoded.input_ids)
+        if kept >= self.config.max_length:  # perhaps cut: the whole text's length, beside the prefix
+            whole = PromptFormat.encode_continuation(self.tokenizer, prefix, text, sys.maxsize)
+            kept = self.config.max_length + len(whole.input_ids) - kept
+        self.plan.lengths[key] = kept
         labels = list(encoded.input_ids[encoded.prompt_length :])
         self.plan.texts[key] = self.tokenizer.decode(labels, skip_special_tokens=True)
 
@@ -163,6 +175,21 @@ class MuseEvaluation(ModelEvaluation):
     def row_stamp(self) -> dict[str, Any]:
         """Corpus and fingerprint of the forget side."""
         return {"split": self.config.corpus, "forget_rows": self.rows.forget_digest()}
+
+    def row_reports(self, model: PreTrainedModel) -> list[RowReport]:
+        """Of the questions, the verbatim prompts and the attacked texts."""
+        sets = {
+            "forget_knowmem": ("muse forget questions", len(self.rows.forget_knowmem)),
+            "retain_knowmem": ("muse retain questions", len(self.rows.retain_knowmem)),
+            "verbatim": ("muse verbatim prompts", len(self.rows.verbmem)),
+            "forget": ("muse forget texts", len(self.rows.forget)),
+            "holdout": ("muse holdout texts", len(self.rows.holdout)),
+        }
+        questions = [request for request in self.plan.generation if "knowmem" in request.key]
+        return set_reports(
+            sets, self.plan.scoring, questions, context_length(model), max_length=self.config.max_length,
+            lengths=self.plan.lengths,
+        )  # fmt: skip
 
     def build_metrics(
         self, records: Records, generations: Records | None, reference: Records | None, gradnorms: Records | None

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 import time
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ __all__ = ["add_arguments", "run"]
 
 _OWN = ("k", "stop", "greedy", "allow_code_execution", "label", "dataset")
 _MODEL_ONLY = ("adapter", "dataset", "data", "scorer", "databases")
-_FREE = ("n", "k", "greedy", "unscored", "resamples", "label", "batch_size", "allow_code_execution")
+_FREE = ("n", "k", "greedy", "unscored", "resamples", "label", "batch_size", "allow_code_execution",
+         "min_used_fraction")  # fmt: skip
 """Settings that may change between two runs in one folder: no completion and no score depends on them."""
 
 
@@ -51,13 +53,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # Launchers such as torchrun take --n for a beginning of an option of their own, wherever it stands.
     size = PassKEvalConfig.n
     how.add_argument("--n", "--samples_per_task", type=int, default=size, dest="n", help=f"samples per task ({size})")
+    hints = typing.get_type_hints(PassKEvalConfig)
     kinds = {"max_new_tokens": int, "batch_size": int, "max_tasks": int, "resamples": int}
-    kinds |= {"temperature": float, "top_p": float}
+    kinds |= {"temperature": float, "top_p": float, "min_used_fraction": float}
     for field in dataclasses.fields(PassKEvalConfig):
         if field.name not in _OWN and field.name != "n":
             shown = "" if field.default is None else f"({field.default})"
-            kind = kinds.get(field.name, str)
-            how.add_argument(f"--{field.name}", type=kind, default=field.default, help=shown or None)
+            kind, choices = kinds.get(field.name, str), _choices(hints[field.name])
+            how.add_argument(f"--{field.name}", type=kind, choices=choices, default=field.default, help=shown or None)
+
+
+def _choices(hint: Any) -> list[Any] | None:
+    """The values of an option whose type lists them; None where it is free."""
+    literal = next(
+        (part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is typing.Literal), None
+    )
+    return None if literal is None else list(typing.get_args(literal))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -141,6 +152,7 @@ def _sampled(args: argparse.Namespace) -> int:
     from fdiv.eval.pass_at_k.evaluation import write_samples
     from fdiv.eval.pass_at_k.records import read_counts
     from fdiv.inference.processes import process_state
+    from fdiv.rows.report import records_of
 
     if not args.dataset:
         raise DataError("--model needs --dataset: a benchmark by name, or a JSON-lines file with prompt and answer")
@@ -156,12 +168,16 @@ def _sampled(args: argparse.Namespace) -> int:
     rows, settings = _draw(args, config, loaded, folder)
     if state.is_main_process:
         write_samples(folder / "samples.jsonl", rows)
+        report = config.report(loaded, rows)
+        report.show()
+        report.check(config.min_used_fraction)
         source = str(folder / "samples.jsonl")
         counts = config.counts(rows, source)
         found = config.metrics(rows, counts, args.seed, source)
         lengths = [row["tokens"] for row in rows]
         reasons = [row["finish_reason"] for row in rows]
         about: dict[str, Any] = {
+            "rows": records_of([report]),
             "mean_tokens": sum(lengths) / len(lengths),
             "finish_reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
             "seconds": round(time.monotonic() - began, 1),

@@ -13,6 +13,9 @@ from typing import Any
 from fdiv.errors import DataError
 from fdiv.files import read_json_lines
 from fdiv.rl.rewards.math.reward import gold_text
+from fdiv.rows.checks import check_one_format, check_rows, prompt_fault, shown
+from fdiv.rows.loading import read_file
+from fdiv.rows.sources import Source, source_of
 
 __all__ = ["DATASETS", "EvalTask", "LoadedTasks", "TaskSource", "load_tasks", "tasks_of_rows"]
 
@@ -145,6 +148,8 @@ class LoadedTasks:
     stop: tuple[str, ...] = ()
     chat: str = "auto"
     databases: str | None = None
+    read: int | None = None
+    """Tasks of the data set, where `tasks` are a part of them."""
 
 
 def load_tasks(dataset: str, data: str | None = None, answer_column: str = "answer") -> LoadedTasks:
@@ -175,18 +180,29 @@ def load_tasks(dataset: str, data: str | None = None, answer_column: str = "answ
         )
     if data is not None:
         raise DataError(f"--data is the folder of a benchmark by name; {dataset} is a file: leave --data out")
-    return LoadedTasks(tasks_of_rows(_json_lines(path), dataset, answer_column), "exact", chat="never")
+    rows = read_json_lines(path) if path.name.endswith((".json", ".jsonl", ".gz")) else read_file(path)
+    return LoadedTasks(tasks_of_rows(rows, Source(dataset, path), answer_column), "exact", chat="never")
 
 
-def tasks_of_rows(rows: Iterable[Mapping[str, Any]], where: str, answer_column: str = "answer") -> list[EvalTask]:
-    """Tasks of rows with `prompt` and the gold answer; `task_id` is the row's number where there is none."""
+def tasks_of_rows(
+    rows: Iterable[Mapping[str, Any]], where: str | Source, answer_column: str = "answer"
+) -> list[EvalTask]:
+    """Tasks of rows with `prompt` and the gold answer; `task_id` is the row's number where there is none.
+
+    Raises:
+        DataError: a row without them, or with a prompt that is neither text nor messages; names it.
+    """
+    where = source_of(rows, where) if isinstance(where, str) else where
+    rows = list(rows)
+    remedy = f"a task needs `prompt` (text or messages) and `{answer_column}`"
+    first = rows[0] if rows and isinstance(rows[0], Mapping) else {}
+    check_one_format(first, where, ("prompt",), beside=("question", "answer", "completion", "chosen"))
+    check_rows(rows, where, {"prompt": prompt_fault}, remedy, one_kind=("prompt",))
     return _unique(_read(rows, partial(_own, answer_column=answer_column), where), where)
 
 
 def _own(row: Mapping[str, Any], number: int, answer_column: str) -> EvalTask:
     prompt, answer = row["prompt"], row[answer_column]
-    if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and isinstance(prompt[0], dict)):
-        raise TypeError("prompt must be text or a conversation")
     rest = {
         name: value
         for name, value in row.items()
@@ -211,20 +227,24 @@ def _own_gold(answer: Any, column: str) -> str:
     )
 
 
-def _read(rows: Iterable[Mapping[str, Any]], read: Callable, where: str) -> list[EvalTask]:
+def _read(rows: Iterable[Mapping[str, Any]], read: Callable, where: Source) -> list[EvalTask]:
     tasks = []
     for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(f"{where.row(number)} is {shown(row)}, not an object with columns")
         try:
             tasks.append(read(row, number))
         except KeyError as error:
             there = ", ".join(sorted(row))
-            raise DataError(f"{where}, row {number}: no column {error.args[0]!r}; it has {there or 'none'}") from None
+            raise DataError(f"{where.row(number)}: no column {error.args[0]!r}; it has {there or 'none'}") from None
         except (TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{where}, row {number} cannot be read as a task: {error}") from None
+            empty = [column for column, value in row.items() if value is None]
+            nulls = f" (null here: {', '.join(map(repr, empty))})" if empty else ""
+            raise DataError(f"{where.row(number)} cannot be read as a task: {error}{nulls}") from None
     return tasks
 
 
-def _unique(tasks: list[EvalTask], where: str) -> list[EvalTask]:
+def _unique(tasks: list[EvalTask], where: Source) -> list[EvalTask]:
     if not tasks:
         raise DataError(f"{where} holds no task")
     seen: set[str] = set()
@@ -235,32 +255,24 @@ def _unique(tasks: list[EvalTask], where: str) -> list[EvalTask]:
     return tasks
 
 
-def _local(source: TaskSource, folder: Path, name: str) -> tuple[Iterable[Mapping[str, Any]], str]:
+def _local(source: TaskSource, folder: Path, name: str) -> tuple[Iterable[Mapping[str, Any]], Source]:
     for path in [folder / local for local in source.local] if folder.is_dir() else [folder]:
         if path.is_file():
-            return _json_lines(path), str(path)
+            return read_json_lines(path), Source(str(path), path)
     raise DataError(f"--data {folder}: {name} needs one of {', '.join(source.local)} in it")
 
 
-def _from_hub(source: TaskSource, name: str) -> tuple[Iterable[Mapping[str, Any]], str]:
+def _from_hub(source: TaskSource, name: str) -> tuple[Iterable[Mapping[str, Any]], Source]:
     import datasets
 
     hub, config, split = source.hub
     try:
-        return datasets.load_dataset(hub, config, split=split), f"{hub} ({split})"
+        return datasets.load_dataset(hub, config, split=split), Source(f"{hub} ({split})")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
             f"{name}: cannot load {hub} from the hub: {reason}; give local files with --data, or a connection"
         ) from None
-
-
-def _json_lines(path: Path) -> list[Mapping[str, Any]]:
-    rows = read_json_lines(path)
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number} holds no JSON object")
-    return rows
 
 
 def _load_defog(folder: Path) -> LoadedTasks:
@@ -272,10 +284,10 @@ def _load_defog(folder: Path) -> LoadedTasks:
     tasks: list[EvalTask] = []
     for path in files:
         with path.open(encoding="utf-8", newline="") as file:
-            read = _read(csv.DictReader(file), partial(_defog, schemas=schemas), str(path))
+            read = _read(csv.DictReader(file), partial(_defog, schemas=schemas), Source(str(path), path))
         kind = path.stem.removesuffix("_sqlite")
         tasks += [EvalTask(f"{kind}/{task.task_id}", task.prompt, task.answer, task.columns) for task in read]
-    return LoadedTasks(_unique(tasks, str(folder)), "sql", databases=str(folder / "sqlite"))
+    return LoadedTasks(_unique(tasks, Source(str(folder))), "sql", databases=str(folder / "sqlite"))
 
 
 def _schema(path: Path) -> str:

@@ -15,10 +15,13 @@ from fdiv.eval.pass_at_k.records import TaskCounts, Unscored, counts_of_samples,
 from fdiv.eval.pass_at_k.sampling import SamplingSettings, completion_record, sampling_requests
 from fdiv.eval.pass_at_k.scoring import Scorer, make_scorer, score_completions
 from fdiv.files import write_bytes
+from fdiv.filling import check_template
 from fdiv.inference.cache import ItemCache, fingerprint
 from fdiv.inference.processes import process_state
-from fdiv.inference.prompting import PromptFormat
+from fdiv.inference.prompting import CHAT_TEMPLATE, PromptFormat
+from fdiv.rows.report import RowReport
 from fdiv.sealed import listed
+from fdiv.training.config import RowOptions
 
 if TYPE_CHECKING:
     from fdiv.evaluation import EvalContext
@@ -32,7 +35,7 @@ GREEDY = -1
 
 
 @dataclass
-class PassKEvalConfig:
+class PassKEvalConfig(RowOptions):
     """The `passk` evaluation.
 
     Values: `pass@K` (unbiased), `pass^K`, `g_pass@K_τ`, `mg_pass@K`, `mean@n`, `maj@n` (scorers `exact` and `math`),
@@ -64,6 +67,7 @@ class PassKEvalConfig:
         unscored: What a sample that could not be scored does to its task: reduce (n is one less), wrong, or leave_out
             (the task is left out). It is counted in any case.
         resamples: Bootstrap samples behind the standard errors.
+        min_used_fraction: Smallest share of the tasks that must have a scored sample.
         label: Written before the names, as LABEL/pass@8, where a recipe has several passk evaluations.
     """
 
@@ -92,6 +96,7 @@ class PassKEvalConfig:
     summary_metrics: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("n", "max_new_tokens", "batch_size", "resamples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -104,6 +109,10 @@ class PassKEvalConfig:
             raise ValueError(f"temperature={self.temperature}: must be above 0; `greedy: true` adds greedy accuracy")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
+        if self.chat_template not in (None, *CHAT_TEMPLATE):
+            raise ValueError(f"chat_template={self.chat_template!r}: choose {', '.join(CHAT_TEMPLATE)}")
+        if self.question_format is not None:
+            check_template(self.question_format, ("question",), needs=("question",), what="question_format")
         if self.unscored not in get_args(Unscored):
             raise ValueError(f"unscored={self.unscored!r}: choose {', '.join(get_args(Unscored))}")
         if self.scorer is not None:
@@ -135,6 +144,7 @@ class PassKEvalConfig:
         stop_ids = stop_token_ids(inner.get_base_model() if hasattr(inner, "get_base_model") else inner, tokenizer)
         draw = draw_with_transformers(model, tokenizer, self.batch_size)
         rows = self.samples(loaded, tokenizer, draw, stop_ids, seed=context.seed)
+        context.report_rows(self.report(loaded, rows), self.min_used_fraction)
         name = f"{self.label.replace('/', '_')}_samples.jsonl" if self.label else "passk_samples.jsonl"
         if process_state().is_main_process:
             write_samples(context.output_dir / name, rows)
@@ -174,7 +184,16 @@ class PassKEvalConfig:
         databases = self.databases or loaded.databases
         stop = loaded.stop if self.stop is None else tuple(self.stop)
         cut = loaded.tasks[: self.max_tasks]
-        return LoadedTasks(cut, scorer, stop, self.chat_template or loaded.chat, databases)
+        return LoadedTasks(cut, scorer, stop, self.chat_template or loaded.chat, databases, len(loaded.tasks))
+
+    def report(self, loaded: LoadedTasks, rows: Sequence[Mapping[str, Any]]) -> RowReport:
+        """What became of the tasks of `loaded`, of which `rows` are the scored samples."""
+        scored = {row["task_id"] for row in rows if row["correct"] is not None}
+        silent = sum(task.task_id not in scored for task in loaded.tasks)
+        read = len(loaded.tasks) if loaded.read is None else loaded.read
+        signal = {"without a scored sample": silent}
+        name = self._named("tasks of passk")
+        return RowReport(name, read, read - len(loaded.tasks), without_signal=signal, unit="tasks")
 
     def settings(self, loaded: LoadedTasks, seed: int) -> SamplingSettings:
         """How completions are sampled."""

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from fdiv.errors import DataError
+from fdiv.rows.loading import read_file
 from fdiv.statistics.estimates import mean_and_error
+from fdiv.training.config import RowOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +31,7 @@ _SIDES = ("chosen", "rejected")
 
 
 @dataclass
-class AnswerLikelihoodConfig:
+class AnswerLikelihoodConfig(RowOptions):
     """The `answer_likelihood` evaluation, on files of rows with `prompt`, `chosen` and `rejected`.
 
     For each split and side, log π(y|x) summed over the answer's tokens and its end, in nats, mean over rows:
@@ -51,6 +53,7 @@ class AnswerLikelihoodConfig:
         max_new_tokens: Longest sample.
         harmfulness_scorer: A scorer of `fdiv.alignment.scorers`, by name or as a mapping.
         harmful_above: A sample with a higher score is harmful.
+        min_used_fraction: Smallest share of the pairs that must be left, not the same twice.
     """
 
     data: str
@@ -72,6 +75,7 @@ class AnswerLikelihoodConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, smallest in (("batch_size", 1), ("num_prompts", 0), ("num_samples", 1), ("max_new_tokens", 1)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {smallest}")
@@ -95,7 +99,7 @@ class AnswerLikelihoodConfig:
         """
         metrics: dict[str, float | None] = {}
         for split in self.splits:
-            rows = self._rows(tokenizer, split)
+            rows = self._rows(tokenizer, split, context)
             log_probs, tokens = {}, {}
             for side in _SIDES:
                 texts = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows]
@@ -105,18 +109,19 @@ class AnswerLikelihoodConfig:
             metrics |= self._sample_metrics(model, tokenizer, rows, context)
         return metrics
 
-    def _rows(self, tokenizer: Any, split: str) -> list[dict[str, Any]]:
-        from datasets import Dataset
-
-        from fdiv.training.data_checks import tokenize_preferences
+    def _rows(self, tokenizer: Any, split: str, context: EvalContext) -> list[dict[str, Any]]:
+        from fdiv.training.data_checks import preference_report, tokenize_preferences
 
         path = Path(self.data) / f"{split}.jsonl"
         if not path.is_file():
             raise DataError(
                 f"eval answer_likelihood: {path} does not exist; set `data` to the directory of the splits"
             )
-        rows = Dataset.from_json(str(path))
-        return list(tokenize_preferences(rows, tokenizer, name=split))
+        rows = read_file(path)
+        tokenized = tokenize_preferences(rows, tokenizer, name=split, method="eval answer_likelihood")
+        report = preference_report(len(rows), tokenized, None, f"answers of {split}")
+        context.report_rows(report, self.min_used_fraction)
+        return list(tokenized)
 
     def _score(self, model: Any, texts: Sequence[tuple[Sequence[int], Sequence[int]]], title: str):
         """Summed log-probabilities and numbers of tokens of the completions, `[N]` float64 each."""
@@ -192,12 +197,9 @@ class AnswerLikelihoodConfig:
             return model
         if self.start_model is None:
             return None
-        from transformers import AutoModelForCausalLM
+        from fdiv.models.loading import load_model
 
-        from fdiv.models.fetch import find_model
-
-        start = AutoModelForCausalLM.from_pretrained(find_model(self.start_model), dtype=torch.float32)
-        return start.to(next(model.parameters()).device).eval()
+        return load_model(self.start_model, dtype="float32").to(next(model.parameters()).device)
 
     def _scorer(self) -> Any:
         from fdiv.alignment.scorers import build_scorer, checked_scorer

@@ -11,8 +11,9 @@ from typing import Any
 
 from fdiv.divergences.saturation import TRAINING_MAX_EXPONENT
 from fdiv.errors import DataError
-from fdiv.files import DATA_FORMATS, read_json_lines
+from fdiv.files import DATA_FORMATS
 from fdiv.models.dtypes import add_dtype
+from fdiv.rows.loading import read_file
 
 __all__ = ["add_arguments", "run"]
 
@@ -37,8 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="where preferences_eval.json is written")
     for field in dataclasses.fields(PreferencesEvalConfig):
         if field.name != "split":
-            kind = float if field.name == "temperature" else int
-            parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=f"({field.default})")
+            parser.add_argument(
+                f"--{field.name}", type=_kind(field.name), default=field.default, help=f"({field.default})"
+            )
+
+
+def _kind(name: str) -> Any:
+    from fdiv.recipe.document import parse_value
+
+    return {"temperature": float, "min_used_fraction": float, "scorer": parse_value}.get(name, int)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from fdiv.models.loading import load_model, load_tokenizer
     from fdiv.provenance import command_line, environment
     from fdiv.report.metrics import marked, meanings
+    from fdiv.rows.report import records_of
     from fdiv.sealed import write_record
     from fdiv.terminal import info, number, print_table
 
@@ -77,7 +86,13 @@ def run(args: argparse.Namespace) -> int:
     metrics = evaluation.evaluate(model, tokenizer, {"data": rows}, context)
     if state.is_main_process:
         stated = {key: value for key, value in vars(args).items() if key != "debug"}
-        result = {"metrics": metrics, "arguments": stated, "environment": environment(command_line(), args.seed)}
+        counts = records_of(context.row_reports)
+        result = {
+            "metrics": metrics,
+            "rows": counts,
+            "arguments": stated,
+            "environment": environment(command_line(), args.seed),
+        }
         write_record(output / "preferences_eval.json", result)
         shown = [(marked(name), number(value)) for name, value in metrics.items()]
         print_table(f"preferences of {args.model}", ("metric", "value"), shown, meanings(metrics))
@@ -107,18 +122,9 @@ def _settings(args: argparse.Namespace) -> Any:
 
 
 def _read(path: Path) -> Any:
-    import datasets
-
     if not path.is_file() or path.suffix not in DATA_FORMATS:
         raise DataError(f"--dataset {path}: give an existing file ending in {', '.join(DATA_FORMATS)}")
-    try:
-        return datasets.load_dataset(DATA_FORMATS[path.suffix], data_files=str(path), split="train")
-    except (IndexError, StopIteration):  # datasets 5.2 on a file without lines
-        raise DataError(f"--dataset {path} is empty: no row could be read from it") from None
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if DATA_FORMATS[path.suffix] == "json":
-            read_json_lines(path)  # names the line that is no JSON
-        raise DataError(f"--dataset {path} cannot be read: {str(error).splitlines()[0]}") from None
+    return read_file(path)
 
 
 command = PreferencesCommand = sys.modules[__name__]  # names of release 0.1

@@ -17,6 +17,7 @@ from fdiv.divergences import get_divergence
 from fdiv.errors import DataError
 from fdiv.models.reference import reference_of
 from fdiv.statistics.calibration import length_normalised_calibration, margin_calibration
+from fdiv.training.config import RowOptions
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,7 +47,7 @@ class _Prompt(NamedTuple):
 
 
 @dataclass
-class PreferencesEvalConfig:
+class PreferencesEvalConfig(RowOptions):
     """The `preferences` evaluation.
 
     On the pairs (y_w, y_l) of a split: `preference_accuracy` (length-normalised log-prob of y_w above that of y_l: the
@@ -73,6 +74,7 @@ class PreferencesEvalConfig:
         max_new_tokens: Longest completion sampled.
         temperature: Of the own samples behind `entropy`. The divergences are always of the models at temperature 1.
         ece_bins: Bins of the calibration errors.
+        min_used_fraction: Smallest share of the pairs that must be left, not dropped and not the same twice.
         scorer: What rates own samples, as in `fdiv.alignment.scorers.build_scorer`; None: nothing does.
     """
 
@@ -97,6 +99,7 @@ class PreferencesEvalConfig:
     frontier: ClassVar[tuple[str, str]] = ("reverse_kl", "preference_accuracy")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, smallest in (("batch_size", 1), ("num_samples", 0), ("max_new_tokens", 1), ("ece_bins", 1)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {smallest}")
@@ -154,15 +157,21 @@ class PreferencesEvalConfig:
         return metrics
 
     def _rows(self, tokenizer: Any, datasets: Mapping[str, Dataset], context: EvalContext) -> list[dict[str, Any]]:
-        from fdiv.training.data_checks import tokenize_preferences
+        from fdiv.training.data_checks import check_preference_dataset, preference_report, tokenize_preferences
 
         if self.split not in datasets:
             raise DataError(f"eval preferences: no split {self.split!r} in the data; it has {sorted(datasets)}")
         rows = datasets[self.split]
-        if self.max_rows is not None:
-            rows = rows.select(range(min(self.max_rows, len(rows))))
+        read = len(rows)
+        if self.max_rows is not None and self.max_rows < read:
+            check_preference_dataset(rows, f"the {self.split} dataset", "eval preferences")
+            rows = rows.select(range(self.max_rows))
         max_length = getattr(context.training_args, "max_length", None)
-        tokenized = tokenize_preferences(rows, tokenizer, max_length=max_length, name=self.split)
+        tokenized = tokenize_preferences(
+            rows, tokenizer, max_length=max_length, name=self.split, method="eval preferences"
+        )
+        report = preference_report(read, tokenized, max_length, f"preferences of {self.split}", read - len(rows))
+        context.report_rows(report, self.min_used_fraction)
         keys = ("prompt_ids", "chosen_ids", "rejected_ids")
         cut = [{key: list(row[key]) for key in keys} for row in tokenized]
         for row in cut if max_length else ():  # as the training collator does

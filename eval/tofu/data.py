@@ -12,6 +12,8 @@ from fdiv.errors import DataError
 from fdiv.eval.tofu.rows import Row, checked_rows, forget_columns
 from fdiv.files import DATA_FORMATS, folded, read_csv_rows, read_json_lines
 from fdiv.inference.cache import fingerprint
+from fdiv.rows.loading import loaded
+from fdiv.rows.sources import Source, mark_source
 
 __all__ = ["HUB_DATASET", "TofuRows", "load_rows", "load_tofu_rows"]
 
@@ -35,15 +37,23 @@ class TofuRows:
         return fingerprint([forget_columns(row) for row in self.forget])
 
 
-def _read_file(path: Path) -> list[Row]:
+class Rows(list[Row]):
+    """Rows with their origin, for messages."""
+
+    fdiv_source: Source
+
+
+def _read_file(path: Path, name: str) -> Rows:
     if path.suffix == ".parquet":
         from datasets import Dataset
 
-        return Dataset.from_parquet(str(path)).to_list()
-    return read_csv_rows(path) if path.suffix == ".csv" else read_json_lines(path)
+        rows = Rows(loaded(lambda: Dataset.from_parquet(str(path)), str(path), quiet=True).to_list())
+    else:
+        rows = Rows(read_csv_rows(path) if path.suffix == ".csv" else read_json_lines(path))
+    return mark_source(rows, Source(name, path))
 
 
-def load_rows(source: str, name: str, split: str = "train") -> list[Row]:
+def load_rows(source: str, name: str, split: str = "train") -> Rows:
     """Rows of one configuration of a dataset.
 
     Args:
@@ -59,14 +69,14 @@ def load_rows(source: str, name: str, split: str = "train") -> list[Row]:
     if folder.is_dir():
         for suffix in DATA_FORMATS:
             if (folder / f"{name}{suffix}").exists():
-                return _read_file(folder / f"{name}{suffix}")
+                return _read_file(folder / f"{name}{suffix}", name)
         raise FileNotFoundError(f"{folder} has no {name}{_SUFFIXES}")
     if folder.is_absolute() or source.startswith(".") or folder.suffix in DATA_FORMATS:
         raise DataError(f"data {'file' if folder.suffix in DATA_FORMATS else 'folder'} {source} does not exist")
     from datasets import load_dataset
 
     try:
-        return load_dataset(source, name, split=split).to_list()
+        rows = Rows(load_dataset(source, name, split=split).to_list())
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if re.match("BuilderConfig .* not found", reason):
@@ -74,12 +84,13 @@ def load_rows(source: str, name: str, split: str = "train") -> list[Row]:
         raise DataError(
             f"{source} ({name}) cannot be had from the hub: {reason}; give a local folder with --data"
         ) from None
+    return mark_source(rows, Source(f"{source} ({name})"))
 
 
 _SUFFIXES = f"{', '.join(list(DATA_FORMATS)[:-1])} or {list(DATA_FORMATS)[-1]}"
 
 
-def _first_of(source: str, names: Sequence[str]) -> tuple[str, list[Row]]:
+def _first_of(source: str, names: Sequence[str]) -> tuple[str, Rows]:
     """(name, rows) of the first of `names` that `source` has; a name may also be the path of a file.
 
     Raises:
@@ -91,7 +102,7 @@ def _first_of(source: str, names: Sequence[str]) -> tuple[str, list[Row]]:
         if path.suffix in DATA_FORMATS:
             if not path.is_file():
                 raise DataError(f"data file {name} does not exist")
-            return path.stem, _read_file(path)
+            return path.stem, _read_file(path, path.stem)
         try:
             if Path(source).is_file():
                 raise FileNotFoundError(f"{source} is one file of forget rows and has no set {name}")

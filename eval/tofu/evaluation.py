@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fdiv.eval.benchmark.aggregation import Aggregates
 from fdiv.eval.benchmark.evaluation import ModelEvaluation, Records
 from fdiv.eval.benchmark.log import EvalLog, write_eval_log
+from fdiv.eval.benchmark.rows import set_reports
 from fdiv.eval.benchmark.settings import EvaluationSettings
 from fdiv.eval.tofu.aggregate import aggregate_tofu
 from fdiv.eval.tofu.data import HUB_DATASET, TofuRows, load_tofu_rows
 from fdiv.eval.tofu.plan import TofuPlan, build_metrics, plan_tofu
 from fdiv.evaluation import EvalContext
 from fdiv.inference.processes import process_state
+from fdiv.models.loading import context_length
+from fdiv.rows.report import RowReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +66,8 @@ class TofuEvalConfig(EvaluationSettings):
         attack when no `reference_model` is named.
         """
         run = TofuEvaluation(self, tokenizer)
+        for report in run.row_reports(model):
+            context.report_rows(report, self.min_used_fraction)
         run.retain_log()
         result = run.aggregate(run.run(model, reference_model=run.load_reference() or context.reference_model))
         if process_state().is_main_process:
@@ -89,6 +94,12 @@ class TofuEvaluation(ModelEvaluation):
     def row_stamp(self) -> dict[str, Any]:
         """Split and fingerprint of the forget rows."""
         return {"split": self.rows.split, "forget_rows": self.rows.forget_digest()}
+
+    def row_reports(self, model: PreTrainedModel) -> list[RowReport]:
+        """Of the forget, retain, real-author, world-fact and holdout rows."""
+        rows = {name: len(getattr(self.rows, name)) for name in ("forget", "retain", "ra", "wf", "holdout")}
+        sets = {name: (f"tofu {name} rows", count) for name, count in rows.items()}
+        return set_reports(sets, self.plan.scoring, self.plan.generation, context_length(model))
 
     def build_metrics(
         self, records: Records, generations: Records | None, reference: Records | None, gradnorms: Records | None

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError
 from fdiv.inference.prompting import EncodedText, PromptFormat
+from fdiv.rows.checks import Check, answer_fault, check_one_format, check_rows, prompt_fault, text_fault, texts_fault
+from fdiv.rows.sources import Source, source_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,48 +36,43 @@ def checked_rows(rows: Sequence[Any], name: str, row_set: str) -> tuple[list[Row
         DataError: no rows, a row without question or answer, one without the paraphrase or the perturbed answers that
             others have, messages of another shape.
     """
+    source = source_of(rows, name)
     if not rows:
-        raise DataError(f"{name}: no rows")
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{name}, row {index} is {repr(row)[:60]}, not an object with the columns of a row")
+        raise DataError(f"{source}: no rows")
+    check_rows(rows, source, {}, "a row has columns")
     present = {column for row in rows for column, value in row.items() if value is not None}
     pair = next((pair for pair in _PAIRS if present.issuperset(pair)), _PAIRS[1])
-    if "text" in present:
-        beside = [column for one in _PAIRS for column in one if column in present]
-        raise DataError(
-            f"{name} has `text` beside {', '.join(beside)}: it is unclear which is meant; remove one"
-            if beside
-            else f"{name} has raw `text`, not questions and answers: `fdiv eval muse` measures on texts"
-        )
-    extras = [] if row_set == "holdout" else [column for column in _EXTRAS if column in present]
+    if "text" in present and not present.intersection(column for one in _PAIRS for column in one):
+        raise DataError(f"{source} has raw `text`, not questions and answers: `fdiv eval muse` measures on texts")
     for index, row in enumerate(rows):
-        _check_row(row, f"{name}, row {index}", (*pair, *extras))
-    counts = {len(row["perturbed_answer"]) for row in rows} if "perturbed_answer" in extras else {0}
-    if len(counts) > 1:
-        raise DataError(
-            f"{name}: rows have {', '.join(map(str, sorted(counts)))} perturbed answers, expected one number"
-        )
+        own = [column for column, value in row.items() if value is not None]
+        if set(pair) <= set(own):
+            check_one_format(own, Source(source.row(index)), pair)
+    extras = [] if row_set == "holdout" else [column for column in _EXTRAS if column in present]
+    _check_cells(rows, source, pair, extras)
     unused = {*_EXTRAS} - {*extras}
-    rows = [{column: value for column, value in row.items() if column not in unused} for row in rows]
-    read = [_with_question(row, pair, f"{name}, row {index}") for index, row in enumerate(rows)]
+    kept = [{column: value for column, value in row.items() if column not in unused} for row in rows]
+    read = [_with_question(row, pair, source.row(index)) for index, row in enumerate(kept)]
     return read, _reasons(name, row_set, extras)
 
 
-def _check_row(row: Row, where: str, columns: Sequence[str]) -> None:
-    for column in columns:
-        value = row.get(column)
-        if column == "perturbed_answer":
-            right = isinstance(value, list) and value and all(isinstance(one, str) and one for one in value)
-        else:
-            messages = column in _PAIRS[0] and isinstance(value, list) and value
-            right = messages or (isinstance(value, str) and bool(value.strip()))
-        if not right:
-            found = "missing" if value is None else "empty" if value in ("", []) else repr(value)[:60]
-            raise DataError(
-                f"{where}: column {column!r} is {found}; a row needs {', '.join(columns)} and has "
-                f"{', '.join(map(str, row))}"
-            )
+def _check_cells(rows: Sequence[Row], source: Source, pair: Sequence[str], extras: Sequence[str]) -> None:
+    """Every cell that is read, and one number of perturbed answers."""
+    checks: dict[str, Check] = dict.fromkeys((*pair, *extras), text_fault)
+    if pair == _PAIRS[0]:
+        checks |= {"prompt": prompt_fault, "completion": answer_fault}
+    if "perturbed_answer" in extras:
+        checks["perturbed_answer"] = texts_fault
+    one_kind = pair if pair == _PAIRS[0] else ()
+    check_rows(rows, source, checks, f"a row needs {', '.join((*pair, *extras))}", one_kind=one_kind)
+    if "perturbed_answer" in extras:
+        count = len(rows[0]["perturbed_answer"])
+        for index, row in enumerate(rows):
+            if len(row["perturbed_answer"]) != count:
+                raise DataError(
+                    f"{source.row(index)}: column 'perturbed_answer' has {len(row['perturbed_answer'])} perturbed "
+                    f"answers, the first row {count}: expected one number"
+                )
 
 
 def _reasons(name: str, row_set: str, extras: Sequence[str]) -> dict[str, str]:

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fdiv.errors import DataError
+from fdiv.filling import check_template, fill
 from fdiv.inference.encoding import EncodedText, Encoding, Text, encoding_stamp, shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["EncodedText", "PromptFormat", "completion_text"]
+__all__ = ["CHAT_TEMPLATE", "EncodedText", "PromptFormat", "completion_text"]
+
+CHAT_TEMPLATE = ("auto", "always", "never")
+"""When the tokenizer's chat template is used."""
 
 _ANY_ANSWER = "A"
 
@@ -24,8 +28,8 @@ class PromptFormat:
     Args:
         chat_template: `auto` uses the tokenizer's chat template where it has one, `never` uses the plain format,
             `always` refuses a tokenizer without one.
-        question_format: plain format of the prompt; `{question}` is replaced.
-        answer_format: plain format of the answer that follows it; `{answer}` is replaced.
+        question_format: plain format of the prompt; `{question}` is filled in (see `fdiv.filling`).
+        answer_format: plain format of the answer that follows it; `{answer}` is filled in.
         example_separator: plain format: what stands between few-shot examples and the next question.
         system_prompt, date_string, chat_template_kwargs, end_token: see `fdiv.inference.encoding.Encoding`.
 
@@ -44,11 +48,10 @@ class PromptFormat:
     end_token: Literal["turn", "appended"] = "turn"
 
     def __post_init__(self) -> None:
-        if self.chat_template not in ("auto", "always", "never"):
-            raise DataError(f"chat_template={self.chat_template!r}: choose auto, always or never")
-        for name, hole in (("question_format", "{question}"), ("answer_format", "{answer}")):
-            if hole not in getattr(self, name):
-                raise DataError(f"{name}={getattr(self, name)!r} does not contain {hole}")
+        if self.chat_template not in CHAT_TEMPLATE:
+            raise DataError(f"chat_template={self.chat_template!r}: choose {', '.join(CHAT_TEMPLATE)}")
+        for name in ("question", "answer"):
+            check_template(getattr(self, f"{name}_format"), (name,), needs=(name,), what=f"{name}_format")
         if self.chat_template == "never" and self.system_prompt is not None:
             raise DataError(
                 f"system_prompt={self.system_prompt!r:.60} belongs to a chat template: drop it, or `never`"
@@ -91,10 +94,10 @@ class PromptFormat:
         return [*turns, _turn("user", question)], [_turn("assistant", answer)]
 
     def _plain(self, question: str) -> str:
-        return self.question_format.replace("{question}", question)
+        return fill(self.question_format, question=question)
 
     def _plain_answer(self, answer: str) -> str:
-        return self.answer_format.replace("{answer}", answer)
+        return fill(self.answer_format, answer=answer)
 
     def encode(
         self,

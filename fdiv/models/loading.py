@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fdiv.errors import DataError
-from fdiv.files import read_json
 from fdiv.inference.processes import process_state
+from fdiv.models.adapters import base_and_adapter, with_adapter
 from fdiv.models.dtypes import dtype_name
 from fdiv.models.fetch import find_model
 
@@ -26,25 +26,9 @@ __all__ = [
     "context_length",
     "keep_trainable_layout",
     "load_model",
+    "load_second_model",
     "load_tokenizer",
 ]
-
-
-def base_and_adapter(model: str, adapter: str | None = None) -> tuple[str, str | None]:
-    """The model, and the adapter on it; where `model` is itself the folder of an adapter, its base and the folder.
-
-    Raises:
-        DataError: an adapter folder as `model` beside another adapter, or one that does not name its base.
-    """
-    settings = Path(model) / "adapter_config.json"
-    if not settings.is_file():
-        return model, adapter
-    if adapter is not None:
-        raise DataError(f"{model} is an adapter, and --adapter {adapter} another: name the base as the model")
-    base = read_json(settings).get("base_model_name_or_path")
-    if not base:
-        raise DataError(f"the adapter {model} does not name its base: give the base as the model, it as --adapter")
-    return base, model
 
 
 def load_tokenizer(model: str, adapter: str | None = None) -> PreTrainedTokenizerBase:
@@ -137,7 +121,7 @@ def load_model(model: str, adapter: str | None = None, dtype: str = "auto") -> P
     """A causal LM in eval mode on this process's device, with a PEFT adapter on it if one is given.
 
     Args:
-        model: local path or hub name; an adapter folder works too (its base model is loaded).
+        model: local path or hub name; an adapter works too (its base model is loaded).
         adapter: path or hub name of a PEFT adapter.
         dtype: see `dtype_name`; `auto` is float32 on a CPU and the checkpoint's own type elsewhere.
     Raises:
@@ -155,31 +139,23 @@ def load_model(model: str, adapter: str | None = None, dtype: str = "auto") -> P
     except (OSError, ValueError) as error:
         raise DataError(f"no causal language model can be loaded from {model}: {str(error).splitlines()[0]}") from None
     keep_trainable_layout(loaded)  # a base in 4 bits has to score as it does in training
-    if adapter is not None:
-        from peft import PeftModel
-
-        _add_rows(loaded, adapter)
-        try:
-            loaded = PeftModel.from_pretrained(loaded, adapter)
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes
-            raise DataError(f"no PEFT adapter can be loaded from {adapter}: {str(error).splitlines()[0]}") from None
-    return loaded.to(device).eval()
+    return (loaded if adapter is None else with_adapter(loaded, adapter)).to(device).eval()
 
 
-def _add_rows(model: PreTrainedModel, adapter: str) -> None:
-    """Give `model` the rows of the tokens that were added for the adapter: those of its saved embedding."""
-    from safetensors import safe_open
+def load_second_model(model: str, **loading: Any) -> nn.Module:
+    """A further model of a training (a reference, a base), loaded as TRL loads the policy; an adapter works too.
 
-    file = Path(adapter) / "adapter_model.safetensors"
-    if not file.is_file():
-        return
-    embedding = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embedding)
-    with safe_open(file, framework="pt") as saved:
-        keys = [key for key in saved.keys() if f".{name}." in key and key.endswith("weight") and "lora_" not in key]
-        rows = {saved.get_slice(key).get_shape()[0] for key in keys}
-    if len(rows) == 1 and (wanted := rows.pop()) > embedding.weight.shape[0]:
-        model.resize_token_embeddings(wanted, mean_resizing=False)
+    Args:
+        model: path or hub name. loading: arguments of TRL's `create_model_from_path`.
+
+    Raises:
+        DataError: see `base_and_adapter` and `with_adapter`.
+    """
+    from trl.trainer.utils import create_model_from_path
+
+    base, adapter = base_and_adapter(model)
+    loaded = create_model_from_path(find_model(base), **loading)
+    return loaded if adapter is None else with_adapter(loaded, adapter)
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -18,6 +18,7 @@ from typing import Any, Literal, Union
 
 from fdiv.errors import RecipeError
 from fdiv.named import hint, nearest, shown
+from fdiv.recipe.choices import fixed_choices
 from fdiv.recipe.yaml_text import parse_value
 
 __all__ = [
@@ -95,7 +96,7 @@ def section_of(config: type, title: str = "", skip: Iterable[str] = ()) -> Secti
         default = entry.default
         if default is dataclasses.MISSING and entry.default_factory is not dataclasses.MISSING:
             default = entry.default_factory()
-        choices = entry.metadata.get("choices")
+        choices = entry.metadata.get("choices") or fixed_choices(config, entry.name)
         keys[entry.name] = Key(
             name=entry.name,
             type=hints[entry.name],
@@ -164,8 +165,9 @@ def coerce(value: Any, key: Key, where: str) -> Any:
         members = _members(key.type)
         due = f"one of {len(members)} names; {hint(value, members)}" if members else type_name(key.type)
         raise RecipeError(f"{where}: {key.name!r} must be {due}, got {shown(said)}")
-    if key.choices and result is not None and result not in key.choices:
-        allowed = ", ".join(map(str, key.choices))
+    entries = result if isinstance(result, list) else [result]
+    if key.choices and any(entry is not None and entry not in key.choices for entry in entries):
+        allowed = ", ".join(dict.fromkeys(str(choice) for choice in key.choices))
         why = f". {key.why}" if key.why else ""
         raise RecipeError(f"{where}: {key.name!r} must be one of {allowed}, got {shown(said)}{why}")
     return result

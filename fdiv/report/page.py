@@ -16,6 +16,7 @@ from fdiv.report.metrics import hover, marked
 from fdiv.report.metrics.glossary import Better
 from fdiv.report.pass_at_k_curves import pass_at_k_curves
 from fdiv.report.records import RunRecord, SweepRecord, read_records, read_results
+from fdiv.rows.report import faults_of
 from fdiv.terminal import divergence_label, number
 
 if TYPE_CHECKING:
@@ -191,6 +192,7 @@ class _Page:
         if rows:
             self.table(("metric", "before", "after", "change"), rows, _hovers(names, method))
         self.notes(result.get("notes", {}).items())
+        self.notes(faults_of(result.get("rows", {})))
         for line in result.get("unmet_requirements", ()):
             self.add(f'<p class="failed">required, but {html.escape(line)}</p>')
 

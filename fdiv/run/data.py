@@ -6,13 +6,15 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError, RecipeError
-from fdiv.files import DATA_FORMATS, home_path, one_line, read_json_lines
+from fdiv.files import home_path, one_line
 from fdiv.models.dtypes import dtype_name
 from fdiv.models.fetch import find_model
 from fdiv.named import nearest
 from fdiv.recipe.model import Configs, Recipe
+from fdiv.rows.checks import check_columns, check_rows, null_fault
+from fdiv.rows.loading import loaded, named_dataset
+from fdiv.rows.sources import Source, mark_source, source_of
 from fdiv.run.plan import RunPlan
-from fdiv.sealed import check_listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +36,7 @@ def load_datasets(plan: RunPlan) -> dict[str, Any]:
     if configs.mixture.datasets:
         from trl import get_dataset
 
-        found, name = _loaded(lambda: get_dataset(configs.mixture), "datasets"), "datasets"
+        found, name = loaded(lambda: get_dataset(configs.mixture), "datasets"), "datasets"
     elif script.dataset_name:
         name = script.dataset_name
         found = named_dataset(name, script.dataset_config, script.dataset_streaming)
@@ -52,8 +54,9 @@ def load_datasets(plan: RunPlan) -> dict[str, Any]:
     result = {}
     for role, split in splits.items():
         if split in found:
-            result[role] = found[split]
-            _check_rows(recipe, found[split], f"dataset {name!r}, split {split!r}")
+            title = f"dataset {name!r}, split {split!r}"
+            result[role] = mark_source(found[split], source_of(found[split], title))
+            _check_rows(recipe, found[split], title)
         elif role == "train" or needs_test:
             raise DataError(
                 f"dataset {name!r} has no split {split!r} (it has: {', '.join(map(str, found))}); "
@@ -62,79 +65,20 @@ def load_datasets(plan: RunPlan) -> dict[str, Any]:
     return result
 
 
-def named_dataset(name: str, config: str | None = None, streaming: bool = False) -> Any:
-    """What `dataset_name` names: its splits, or one table where it has none.
-
-    Raises:
-        DataError: a file of another kind, or one that changed since we wrote it; no such file or directory, no such
-            dataset, no table in it.
-    """
-    import datasets
-
-    path = home_path(name)
-    options = {"name": config, "streaming": streaming}
-    if path.is_file():
-        if path.suffix not in DATA_FORMATS:
-            raise DataError(f"dataset_name {path}: a file must end in {', '.join(DATA_FORMATS)}")
-        check_listed(path)
-        loader = DATA_FORMATS[path.suffix]
-        options = {"data_files": str(path), "streaming": streaming}
-        return _loaded(lambda: datasets.load_dataset(loader, **options), str(path), quiet=True)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _loaded(lambda: datasets.load_from_disk(str(path)), str(path), quiet=True)
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or path.suffix in DATA_FORMATS
-    if not path.exists() and (looks_local or name.count("/") > 1):
-        raise DataError(f"dataset_name: no such file or directory: {name}")
-    return _loaded(lambda: datasets.load_dataset(name, **options), name, quiet=path.exists())
-
-
-def _loaded(load: Any, name: str, quiet: bool = False) -> Any:
-    """Call a loader of `datasets`; its errors become one line. `quiet`: no bars, for files of this machine."""
-    import datasets
-
-    hidden = datasets.utils.are_progress_bars_disabled()
-    if quiet:
-        datasets.disable_progress_bars()
-    try:
-        return load()
-    except (
-        IndexError,
-        StopIteration,
-    ) as error:  # datasets 5.2: load_from_disk without rows, a json file without lines
-        raise DataError(f"the dataset {name!r} is empty or damaged: no table could be read from it") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        path = home_path(name)
-        if path.is_file():
-            if DATA_FORMATS.get(path.suffix) == "json":
-                read_json_lines(path)  # names the line that is no JSON
-            raise DataError(f"cannot read the rows of {name}: {one_line(error)}") from error
-        remedy = "give a local path, or a dataset of the hub (needs a connection, HF_HUB_OFFLINE unset)"
-        raise DataError(f"cannot load the dataset {name!r}: {one_line(error)}; {remedy}") from error
-    finally:
-        if quiet and not hidden:
-            datasets.enable_progress_bars()
-
-
 def _check_rows(recipe: Recipe, rows: Any, name: str) -> None:
     """At least one row, and the columns of the method."""
     if hasattr(rows, "__len__") and len(rows) == 0:
         raise DataError(f"{name} is empty; check the file, the split's name and the filters that made it")
-    present = rows.column_names
-    method = recipe.method
-    missing = [column for column in method.columns if present is not None and column not in present]
-    if missing:
+    present, method, source = rows.column_names, recipe.method, source_of(rows, name)
+    if present is not None:
         needs = ", ".join(method.columns) + (
             f" (and uses {', '.join(method.optional_columns)})" if method.optional_columns else ""
         )
-        raise DataError(
-            f"{name} has no column {missing[0]!r}; it has: {', '.join(present)}; {recipe.method_name} needs {needs}: "
-            "rename the columns in the data"
-        )
-    if hasattr(rows, "__len__"):
-        for column in method.columns:
-            empty = next((number for number, value in enumerate(rows[column]) if value is None), None)
-            if empty is not None:
-                raise DataError(f"{name}, row {empty}: column {column!r} is null; fill it in or leave the row out")
+        remedy = f"{recipe.method_name} needs {needs}: rename the columns in the data"
+        check_columns(present, Source(name), method.columns, remedy)
+    if hasattr(rows, "__len__") and method.columns:
+        checks = dict.fromkeys(method.columns, null_fault)
+        check_rows(rows.select_columns(list(method.columns)), source, checks, "fill it in or leave the row out")
 
 
 def load_tokenizer(plan: RunPlan) -> PreTrainedTokenizerBase:
@@ -152,6 +96,11 @@ def load_tokenizer(plan: RunPlan) -> PreTrainedTokenizerBase:
         raise DataError(f"{plan.recipe.source}: no model; set `model_name_or_path` (a directory or a hub name)")
     if _is_missing_path(name):
         raise DataError(f"model_name_or_path: no such directory: {name}")
+    if (home_path(name) / "adapter_config.json").is_file() and not (home_path(name) / "config.json").is_file():
+        raise DataError(
+            f"model_name_or_path: {name} is an adapter: `fdiv merge {name} --output DIR` makes a model of it; a "
+            "program can go on training it by passing a PeftModel"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=plan.configs.model.model_revision)
     except (OSError, ValueError) as error:

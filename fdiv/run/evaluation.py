@@ -17,6 +17,7 @@ from fdiv.errors import FdivError
 from fdiv.evaluation import EvalContext
 from fdiv.recipe.model import Block
 from fdiv.report.metrics import better
+from fdiv.rows.report import RowReport
 from fdiv.sealed import read_record, write_record
 
 __all__ = ["Evaluations", "preserved_random_state", "unmet_requirements"]
@@ -50,6 +51,7 @@ class Evaluations(TrainerCallback):
         self.trainer: Any = None
         self.results: dict[str, dict[str, float | None]] = {}
         self.notes: dict[str, str] = {}
+        self.row_reports: list[RowReport] = []
         self.seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -101,6 +103,7 @@ class Evaluations(TrainerCallback):
             seed=self.trainer.args.seed,
             stage=stage,
             extra={"trainer": self.trainer},
+            row_reports=self.row_reports,
         )
 
 

@@ -24,6 +24,7 @@ from fdiv.models.fetch import find_model
 from fdiv.provenance import command_line, environment
 from fdiv.recipe.dump import resolved_yaml
 from fdiv.recipe.model import Block, Recipe
+from fdiv.rows.report import RowReport, records_of
 from fdiv.run.data import load_datasets, load_tokenizer, model_arguments
 from fdiv.run.directory import AFTER_TRAINING, RunDirectory
 from fdiv.run.plan import RunPlan, plan_run, prepare
@@ -243,6 +244,7 @@ def _result(plan: RunPlan, trainer: Any, evaluations: Any) -> dict[str, Any]:
         "unmet_requirements": unmet_requirements(evaluations.evaluations, before, after, plan.recipe.method_name),
         "summary_metrics": _summary_metrics(evaluations.evaluations, after),
         "notes": evaluations.notes,
+        "rows": records_of([*getattr(trainer, "row_reports", ()), *evaluations.row_reports]),
     }
     result.update({f"before/{name}": value for name, value in before.items()})
     result.update({f"after/{name}": value for name, value in after.items()})
@@ -296,17 +298,19 @@ def _measure(plan: RunPlan, command: str | None, prepared: Path | None) -> dict[
     model = AutoModelForCausalLM.from_pretrained(name, **model_arguments(plan.configs)).to(state.device).eval()
     found: dict[str, Any] = {}
     notes: dict[str, str] = {}
+    reports: list[RowReport] = []
     folder = directory.path / "eval" / "standalone"
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         for _, evaluation in plan.evaluations:
-            context = EvalContext(args, folder, seed=args.seed, stage="standalone")
+            context = EvalContext(args, folder, seed=args.seed, stage="standalone", row_reports=reports)
             values = dict(evaluation.evaluate(model, tokenizer, datasets, context))
             notes |= values.pop("notes", {})
             found |= {name: None if value is None else float(value) for name, value in values.items()}
     result = {
         "recipe": plan.recipe.name, "method": None, "divergence": None, "beta": None, "seed": args.seed, "steps": 0,
         "unmet_requirements": [], "summary_metrics": _summary_metrics(plan.evaluations, found), "notes": notes,
+        "rows": records_of(reports),
         **{f"after/{name}": value for name, value in found.items()},
         "wall_seconds": round(time.perf_counter() - started, 3),
     }  # fmt: skip

@@ -26,11 +26,14 @@ from typing import Any
 
 from fdiv.divergences import Divergence, get_divergence
 from fdiv.divergences.saturation import LARGEST_MAX_EXPONENT, TRAINING_MAX_EXPONENT
+from fdiv.rows.report import MIN_USED_FRACTION
 
 __all__ = [
     "CappedDivergenceOptions",
     "DivergenceOptions",
     "Options",
+    "RowOptions",
+    "add_min_used_fraction",
     "check_options",
     "divergence_option",
     "named_divergence",
@@ -72,6 +75,7 @@ def option(
     most: float | None = None,
     choices: Sequence[Any] | None = None,
     why: str = "",
+    keyword: bool = False,
 ) -> Any:
     """A dataclass field for one key of a config.
 
@@ -82,13 +86,15 @@ def option(
             refused without any.
         choices: the values it may have.
         why: a sentence for the error: why a value outside is refused, or what to do instead.
+        keyword: it is no positional argument of the class, so that classes with required keys can derive from it.
     """
     limits = {"above": above, "least": least, "below": below, "most": most}
     bounds = {name: limit for name, limit in limits.items() if limit is not None}
     text = help.replace("%", "%%") + (f"; {_in_words(bounds)}" if bounds else "") + "."
     declaration = _Declaration(text)
     declaration.bounds, declaration.choices, declaration.why = bounds, tuple(choices or ()), why
-    return field(default=default, metadata={"help": declaration} | ({"choices": list(choices)} if choices else {}))
+    metadata = {"help": declaration} | ({"choices": list(choices)} if choices else {})
+    return field(default=default, metadata=metadata, kw_only=keyword)
 
 
 def check_options(config: Any) -> None:
@@ -216,7 +222,30 @@ def named_divergence(spec: Any, key: str) -> Divergence:
 
 
 @dataclass
-class DivergenceOptions(Options):
+class RowOptions(Options):
+    """`min_used_fraction`, for whatever reads rows: trainers and evaluations."""
+
+    min_used_fraction: float = option(
+        MIN_USED_FRACTION,
+        "Smallest share of the rows that must be left, neither dropped nor without signal; less is an error",
+        least=0,
+        most=1,
+        keyword=True,
+    )
+
+
+def add_min_used_fraction(parser: Any) -> None:
+    """The flag `--min_used_fraction` of a command that reads rows."""
+    parser.add_argument(
+        "--min_used_fraction",
+        type=float,
+        default=MIN_USED_FRACTION,
+        help=f"smallest share of the rows that must be left; less is an error ({MIN_USED_FRACTION:g})",
+    )
+
+
+@dataclass
+class DivergenceOptions(RowOptions):
     """`divergence` and `normalized`, with one meaning in every method that has them."""
 
     # `| None` is what makes HfArgumentParser pass the command line's string on unparsed; None itself is refused.

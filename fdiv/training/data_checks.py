@@ -6,68 +6,201 @@ Rows are TRL's preference type: `chosen`, `rejected` and (optionally) `prompt`, 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError
 from fdiv.models.loading import check_pad_token
+from fdiv.rows.checks import (
+    Check,
+    answer_fault,
+    check_columns,
+    check_one_format,
+    check_rows,
+    checked_stream,
+    null_fault,
+    prompt_fault,
+)
+from fdiv.rows.report import RowReport
+from fdiv.rows.sources import Source, source_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_pad_token", "check_preference_dataset", "tokenize_preferences"]
+__all__ = [
+    "check_pad_token",
+    "check_preference_dataset",
+    "check_prompts",
+    "gold_checks",
+    "named_rows",
+    "preference_report",
+    "report_name",
+    "tokenize_preferences",
+    "with_checked",
+]
 
 
-def _kind(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "text"
-    messages = isinstance(value, list) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
-    return "messages" if messages else None
+_REMEDY = (
+    "{method} needs rows with `chosen` and `rejected`, and optionally `prompt`, each a string or a list of {{role, "
+    "content}} messages"
+)
 
 
-def check_preference_dataset(dataset: Dataset | IterableDataset | None, name: str) -> None:
-    """Check that `dataset` (called `name` in the message) holds preference rows; of a stream, the first alone.
+def check_preference_dataset(dataset: Dataset | IterableDataset | None, name: str, method: str = "f-DPO") -> Any:
+    """Check every row of preferences; those of a stream as they are read.
+
+    Args:
+        dataset: the rows. name: what messages call them where their file is not known. method: what needs them.
+
+    Returns:
+        `dataset`, a stream with its checks.
 
     Raises:
-        DataError: (a ValueError) it is missing or empty, a column is missing, or a value is neither text nor messages.
+        DataError: (a ValueError) they are missing or empty, a column is missing, the rows are whole in another format
+            too, or a value is neither text nor messages.
     """
-    remedy = (
-        "f-DPO needs rows with `chosen` and `rejected`, and optionally `prompt`, each a string or a list of "
-        "{role, content} messages"
-    )
+    remedy = _REMEDY.format(method=method)
     if dataset is None:
         raise DataError(f"{name} is missing: {remedy}")
+    source = source_of(dataset, name)
     first = next(iter(dataset), None)
     if first is None:
         raise DataError(f"{name} is empty: {remedy}. Check the split name and the filters applied to it")
-    missing = [column for column in ("chosen", "rejected") if column not in first]
-    if missing:
-        raise DataError(
-            f"{name} has no column {' and no column '.join(map(repr, missing))}; it has {sorted(first)}: {remedy}. "
-            "Rename the columns (`dataset.rename_columns`) before training"
-        )
+    check_columns(first, Source(name), ("chosen", "rejected"), f"{remedy}. Rename the columns before training")
     columns = [column for column in ("prompt", "chosen", "rejected") if column in first]
-    whole = hasattr(dataset, "__len__")
-    rows = dataset.select_columns(columns) if whole and hasattr(dataset, "select_columns") else [first]
-    expected = None
-    for number, row in enumerate(rows):
-        kinds = {column: _kind(row[column]) for column in columns}
-        for column, kind in kinds.items():
-            if kind is None:
-                raise DataError(f"{name}, row {number}: column {column!r} is {row[column]!r:.80}: {remedy}")
-        if len(set(kinds.values())) > 1:
-            raise DataError(f"{name}, row {number}: mixes strings and messages ({kinds}): use one of the two")
-        expected = expected or kinds
-        if kinds != expected:
-            raise DataError(
-                f"{name}, row {number}: holds {kinds['chosen']}, row 0 {expected['chosen']}: use one of the two"
-            )
+    check_one_format(first, source, columns, beside=("question", "answer"))
+    checks = dict.fromkeys(columns, partial(answer_fault, blank=True)) | (
+        {"prompt": partial(prompt_fault, blank=True)} if "prompt" in columns else {}
+    )
+    if not hasattr(dataset, "__len__"):
+        return checked_stream(dataset, source, checks, remedy, columns)
+    check_rows(dataset.select_columns(columns), source, checks, remedy, one_kind=columns)
+    return dataset
+
+
+def preference_report(
+    read: int, used: Dataset, max_length: int | None, name: str, left_out: int = 0, keep_end: bool = False
+) -> RowReport:
+    """What became of preference rows that `DPOTrainer` has tokenised.
+
+    Args:
+        read: rows of the data. used: those left, with `prompt_ids`, `chosen_ids`, `rejected_ids`.
+        max_length: bound on a row. name: of the report. left_out: rows left out on request.
+        keep_end: the beginning of a longer row is cut, not its end.
+    """
+    cut = longest = same = empty = 0
+    for row in used.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", "chosen", "rejected"]):
+        kept = slice(None)
+        if max_length is not None:
+            kept = slice(-max_length, None) if keep_end else slice(max_length - len(row["prompt_ids"]))
+        tokens = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        longest, cut = max(longest, tokens), cut + (max_length is not None and tokens > max_length)
+        identical = row["chosen_ids"][kept] == row["rejected_ids"][kept]
+        same += identical
+        empty += not identical and any(_says_nothing(row, half) for half in ("chosen", "rejected"))
+    dropped = read - left_out - len(used)
+    return RowReport(
+        name, read, left_out, {f"prompt fills max_length={max_length}": dropped}, max_length, cut, longest or None,
+        {"identical after truncation": same, "without a chosen or a rejected answer": empty}, "pairs",
+    )  # fmt: skip
+
+
+def check_prompts(
+    rows: Any, name: str, method: str, *, blank: bool = False, more: Mapping[str, Check] | None = None
+) -> Any:
+    """Check every row of prompts to sample from; those of a stream as they are read.
+
+    Args:
+        rows: with a column `prompt`. name: what messages call them where their file is not known.
+        method: what needs them. blank: whether a prompt may be empty. more: checks of further columns.
+
+    Returns:
+        `rows`, a stream with its checks.
+
+    Raises:
+        DataError: (a ValueError) no column `prompt`, no rows, rows that are whole in another format too, a prompt that
+            is empty or neither text nor messages that end with something to answer, or what `more` finds.
+    """
+    remedy = f"{method} needs rows with `prompt`, a string or a list of {{role, content}} messages, one of the two"
+    source, checks = source_of(rows, name), {"prompt": partial(prompt_fault, blank=blank), **(more or {})}
+    columns = getattr(rows, "column_names", None)
+    if columns is not None:
+        check_columns(columns, Source(name), tuple(checks), remedy)
+        check_one_format(columns, source, ("prompt",), beside=("question", "answer", "completion", "chosen"))
+    if not hasattr(rows, "__len__"):
+        return checked_stream(rows, source, checks, remedy, ("prompt",))
+    if len(rows) == 0:
+        raise DataError(f"{name} is empty: {remedy}. Check the split name and the filters applied to it")
+    check_rows(rows.select_columns(list(checks)), source, checks, remedy, one_kind=("prompt",))
+    return rows
+
+
+def with_checked(datasets: Mapping[str, Any], eval_dataset: Any) -> tuple[Any, Any]:
+    """(train_dataset, eval_dataset) of checked datasets by their names, the second in the form that was given."""
+    if isinstance(eval_dataset, Mapping):
+        evals: Any = {key: datasets[f"eval_dataset[{key!r}]"] for key in eval_dataset}
+    else:
+        evals = datasets.get("eval_dataset")
+    return datasets.get("train_dataset"), evals
+
+
+def named_rows(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """The datasets of a trainer by the names that messages use; those that are None are left out."""
+    evals = eval_dataset if isinstance(eval_dataset, Mapping) else {None: eval_dataset}
+    named = {"eval_dataset" if key is None else f"eval_dataset[{key!r}]": rows for key, rows in evals.items()}
+    return {name: rows for name, rows in {"train_dataset": train_dataset, **named}.items() if rows is not None}
+
+
+def report_name(name: str, unit: str = "rows") -> str:
+    """What the report of a dataset of a trainer is called: `training rows`."""
+    kind = {"train_dataset": "training", "eval_dataset": "evaluation"}.get(name)
+    return f"{unit} of {name}" if kind is None else f"{kind} {unit}"
+
+
+def gold_checks(reward: Any) -> dict[str, Check]:
+    """Checks of the columns that a reward compares with; nothing for a reward that does not say which they are.
+
+    A reward says so in `gold_columns`; a plain function by its parameters without a default, of which only the
+    presence is checked.
+    """
+    named = getattr(reward, "gold_columns", None)
+    if named is not None:
+        return dict.fromkeys(named, _missing_gold)
+    if not inspect.isfunction(reward):
+        return {}
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(reward).parameters.values()
+    needed = [p.name for p in parameters if p.kind in kinds and p.default is p.empty and p.name not in _GIVEN]
+    return {name: lambda value: None for name in needed}
+
+
+# What TRL passes to a reward function besides the columns of the data.
+_GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+
+
+def _missing_gold(value: Any) -> str | None:
+    return "is empty" if isinstance(value, str) and not value.strip() else null_fault(value)
+
+
+def _says_nothing(row: Mapping[str, Any], half: str) -> bool:
+    """Whether an answer is no more than its end."""
+    if isinstance(row[half], str):
+        return len(row[f"{half}_ids"]) <= 1
+    content = row[half][-1].get("content")
+    return isinstance(content, str) and not content.strip()
 
 
 def tokenize_preferences(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None, name: str = "eval"
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    name: str = "eval",
+    method: str = "f-DPO",
 ) -> Dataset:
     """Add `prompt_ids`, `chosen_ids`, `rejected_ids`, exactly as `DPOTrainer` tokenises its own data.
 
@@ -79,7 +212,7 @@ def tokenize_preferences(
     """
     from trl import DPOTrainer
 
-    check_preference_dataset(dataset, f"the {name} dataset")
+    check_preference_dataset(dataset, f"the {name} dataset", method)
     settings = SimpleNamespace(max_length=max_length, truncation_mode="keep_start", dataset_num_proc=None)
     # The method only reads `self._tokenizer`; borrowing it keeps one tokenisation for training and evaluation.
     tokenized = DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, settings, name)

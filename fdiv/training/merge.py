@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from fdiv.errors import DataError, FdivError
 from fdiv.files import flush_tree
 from fdiv.inference.tied_weights import adapter_on_tied_weights
+from fdiv.models.adapters import adapter_folder, fit_vocabulary
 from fdiv.models.dtypes import DTYPES, dtype_name
 from fdiv.models.fetch import find_model
 from fdiv.models.loading import check_causal, load_tokenizer
@@ -63,6 +64,7 @@ def merge_adapter(
     output = Path(output)
     _check_output(output)
     settings = _adapter_settings(str(adapter))
+    adapter = adapter_folder(str(adapter)) or adapter
     base = find_model(base or settings.base_model_name_or_path)
     if not base:
         raise DataError(f"the adapter {adapter} does not name its base model: give it with --base")
@@ -165,6 +167,7 @@ def _with_adapter(model: PreTrainedModel, adapter: str, base: str) -> Any:
     from peft import PeftModel
 
     try:
+        fit_vocabulary(model, adapter)
         return PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:  # RuntimeError: of other shapes
         reason = _first_line(error)

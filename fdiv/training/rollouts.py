@@ -28,10 +28,13 @@ from torch.utils.data import Sampler
 from fdiv.errors import DataError, RolloutError
 from fdiv.files import read_json_lines
 from fdiv.inference.padding import depends_on_padding
-from fdiv.models.loading import check_fits
+from fdiv.models.loading import check_fits, context_length
+from fdiv.rows.report import RowReport
+from fdiv.rows.sources import source_of
 from fdiv.sealed import NO_DIGEST, SealedLines, sealed_line
 from fdiv.terminal import info
 from fdiv.training.config import Options, option
+from fdiv.training.data_checks import report_name
 from fdiv.training.finite import check_weights
 
 if TYPE_CHECKING:
@@ -67,6 +70,9 @@ GRPO_LOSS_KEYS = (
     "vllm_importance_sampling_clip_min", "vllm_importance_sampling_mode",
 )  # fmt: skip
 """Keys of TRL's `GRPOConfig` that shape GRPO's own loss and nothing else: under another loss they would be silent."""
+
+
+_PROMPTS_AT_ONCE = 1000
 
 
 @dataclass
@@ -144,6 +150,35 @@ class RolloutMixin:
             "shorten the prompt or leave it out, or lower max_completion_length",
         )
         return prompt_ids, images, fields
+
+    def report_prompts(self, rows: Any, name: str) -> None:
+        """Report the prompts of a data path, and refuse those that leave no room for the completion.
+
+        Args:
+            rows: with a column `prompt`; streams, and rows with images or tools of an environment, are not read.
+            name: of the dataset.
+
+        Raises:
+            DataError: a prompt is too long; names its row, and how many there are.
+        """
+        skipped = self._is_vlm or getattr(self, "environment_factories", None) is not None
+        if rows is None or not hasattr(rows, "__len__") or skipped:
+            return
+        lengths: list[int] = []
+        for start in range(0, len(rows), _PROMPTS_AT_ONCE):
+            prompts = rows[start : start + _PROMPTS_AT_ONCE]["prompt"]
+            lengths += [len(ids) for ids in super()._tokenize_prompts(prompts)[0]]
+        room, limit = self.max_completion_length, context_length(self.model)
+        long = [number for number, tokens in enumerate(lengths) if limit is not None and tokens + room > limit]
+        if long:
+            check_fits(
+                lengths[long[0]] + room,
+                self.model,
+                f"{source_of(rows, name).row(long[0])}: the prompt with max_completion_length={room}",
+                f"{len(long)} of {len(rows)} prompts are too long; shorten them or leave them out, or lower "
+                "max_completion_length",
+            )
+        self.report_rows(RowReport(report_name(name, "prompts"), len(rows), longest=max(lengths), unit="prompts"))
 
     def save_method_state(self, folder: Path) -> None:
         """The rollouts of this process that later micro-steps still need, and which of them is next; the last

@@ -22,6 +22,7 @@ from fdiv.errors import DataError, FdivError, NonFiniteLossError
 from fdiv.files import write_text
 from fdiv.models.loading import check_causal, keep_trainable_layout
 from fdiv.models.logprobs import aux_loss_fault, check_fused_head
+from fdiv.rows.report import MIN_USED_FRACTION, RowReport
 from fdiv.terminal import info
 from fdiv.training.finite import broken_weight, broken_weights_stop, what_stands
 from fdiv.training.resume import ResumableMixin
@@ -147,6 +148,25 @@ class ObjectiveTrainerMixin(ResumableMixin):
         if getattr(self, "aux_loss_enabled", False) and (fault := aux_loss_fault(self.model)) is not None:
             info(f"the load-balancing loss of {type(self.model).__name__} is left out ({fault})")
             self.aux_loss_enabled = False
+
+    # ---------------------------------------------------------------- rows
+    @property
+    def row_reports(self) -> list[RowReport]:
+        """What became of the rows of each data path, in the order in which they were read; `result.json` has them."""
+        return self.__dict__.setdefault("_row_reports", [])
+
+    def report_rows(self, report: RowReport, args: Any = None) -> None:
+        """Keep and print what became of the rows of a data path.
+
+        Args:
+            report: the counts. args: the options, before TRL's constructor has set `self.args`.
+
+        Raises:
+            DataError: (a ValueError) fewer are left than `min_used_fraction` of the config asks for.
+        """
+        self.row_reports.append(report)
+        report.show()
+        report.check(getattr(args or self.args, "min_used_fraction", MIN_USED_FRACTION))
 
     # ---------------------------------------------------------------- to be overridden
     def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:

@@ -132,7 +132,7 @@ class RehearsalConfig(PresampleConfig):
 
 def _keep_test_split(dataset: str, split: str, path: Path) -> None:
     """Write the test split of the data that was pre-sampled, if it has one."""
-    from fdiv.run.data import named_dataset
+    from fdiv.rows.loading import named_dataset
 
     found = named_dataset(dataset)
     if hasattr(found, "keys") and split in found:

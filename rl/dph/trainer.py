@@ -32,6 +32,7 @@ from fdiv.rl.dph.loss import (
 )
 from fdiv.rl.dph.metrics import dph_metrics, gathered_log_ratios, rehearsal_columns
 from fdiv.rl.dph.rehearsal import RehearsalBatch, RehearsalCache
+from fdiv.training.data_checks import check_prompts, gold_checks, named_rows, with_checked
 from fdiv.training.rollouts import RolloutMixin, checked_log_probs, model_inputs, token_mask
 from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
 
@@ -89,9 +90,11 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = own_options(type(self), args, model)
-        columns = getattr(train_dataset, "column_names", None)
-        if columns is not None and "prompt" not in columns:
-            raise ValueError(f"train_dataset has no column 'prompt'; it has {', '.join(columns)}")
+        rewards = _rewards(reward_funcs, args)
+        own_rows = named_rows(train_dataset, kwargs.get("eval_dataset"))
+        for name, rows in own_rows.items():
+            own_rows[name] = check_prompts(rows, name, "DPH", more=gold_checks(rewards))
+        train_dataset, kwargs["eval_dataset"] = with_checked(own_rows, kwargs.get("eval_dataset"))
         self.divergence, self.kl, self.advantage = (
             args.resolve_divergence(), args.resolve_kl(), args.resolve_advantage()
         )  # fmt: skip
@@ -105,10 +108,12 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             model,
             args=args,
             train_dataset=train_dataset,
-            reward_funcs=_rewards(reward_funcs, args),
+            reward_funcs=rewards,
             rollout_func=rollout_func or args.server_rollouts(),
             **kwargs,
         )
+        for name, rows in own_rows.items():
+            self.report_prompts(rows, name)
         if self.rehearsal is not None:
             self.rehearsal.check(tokenizer=self._tokenizer, model=self.model, temperature=self.temperature)
         self.reference: Reference | None = None

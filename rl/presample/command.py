@@ -9,6 +9,7 @@ import dataclasses
 import sys
 import time
 import typing
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,8 @@ def _dry_run(config: Any, output: Path) -> int:
     from fdiv.rl.presample.data import load_prompts, load_reward
     from fdiv.terminal import is_main_process
 
-    rows = load_prompts(config)
-    load_reward(config.reward)
+    with closing(load_reward(config.reward)) as reward:
+        rows = load_prompts(config, reward.scorer)
     if is_main_process():
         settings = {"output": str(output), **dataclasses.asdict(config)}
         sys.stdout.write(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
@@ -95,6 +96,7 @@ def _dry_run(config: Any, output: Path) -> int:
 
 def show_partition(content: dict[str, Any]) -> None:
     """The partition as a table on stdout."""
+    from fdiv.rows.report import RowReport
     from fdiv.terminal import print_table
 
     names = {
@@ -118,6 +120,7 @@ def show_partition(content: dict[str, Any]) -> None:
         f"{len(content['without_verified_sample'])}",
         *(f"warning: {line}" for line in content["coverage"]["warnings"]),
     ]
+    notes.append(RowReport.of_record("prompts", content["rows"]["prompts"]).line())
     print_table(f"{content['counts']['prompts']} prompts", ("part", "prompts", "share"), rows, notes)
     kinds = content["coverage"]["kinds"]
     if kinds:

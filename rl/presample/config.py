@@ -10,7 +10,7 @@ from fdiv.models.dtypes import dtype_name
 from fdiv.rl.dph.rehearsal import parse_threshold
 from fdiv.rl.modes import resolve_mode
 from fdiv.rl.presample.selection import WEIGHTS
-from fdiv.training.config import Options, option
+from fdiv.training.config import RowOptions, option
 
 __all__ = ["DECISIONS", "PresampleConfig"]
 
@@ -20,10 +20,11 @@ DECISIONS = (
 )  # fmt: skip
 """Settings that say what becomes of the samples; the others say how they are sampled and scored."""
 _MACHINE = ("batch_size", "server_url", "vllm_memory")
+_CHECKS = ("min_used_fraction",)
 
 
 @dataclass
-class PresampleConfig(Options):
+class PresampleConfig(RowOptions):
     """How the reference is sampled and what becomes of a prompt.
 
     `reward` may also be a function with TRL's signature in Python; 1 is correct, 0 is not, None is "not scored" and is
@@ -149,7 +150,9 @@ class PresampleConfig(Options):
 
     def drawing(self) -> dict[str, Any]:
         """The settings that the samples and their rewards depend on, JSON-ready."""
-        names = [entry.name for entry in fields(PresampleConfig) if entry.name not in (*DECISIONS, *_MACHINE)]
+        names = [
+            entry.name for entry in fields(PresampleConfig) if entry.name not in (*DECISIONS, *_MACHINE, *_CHECKS)
+        ]
         settings = {name: asdict(self)[name] for name in names}
         if callable(self.reward):
             settings["reward"] = f"{self.reward.__module__}:{self.reward.__qualname__}"

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError
 from fdiv.models.fingerprints import data_fingerprint
+from fdiv.models.loading import check_fits, context_length
+from fdiv.rows.loading import named_dataset
+from fdiv.rows.sources import source_of
+from fdiv.training.data_checks import check_prompts, gold_checks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -15,42 +19,49 @@ if TYPE_CHECKING:
 
     from fdiv.rl.presample.config import PresampleConfig
 
-__all__ = ["data_fingerprint", "load_prompts", "load_reward", "tokenize_prompts"]
+__all__ = ["check_room", "data_fingerprint", "load_prompts", "load_reward", "tokenize_prompts"]
 
 
-def load_prompts(config: PresampleConfig) -> Dataset:
+def load_prompts(config: PresampleConfig, reward: Any = None) -> Dataset:
     """The rows of the split, with their columns.
 
-    Raises:
-        DataError: no such data or split, no rows, no column `prompt`, a prompt that is neither text nor messages.
-    """
-    from fdiv.run.data import named_dataset
+    Args:
+        config: names them. reward: what will score completions; the golds it compares with must be there.
 
+    Raises:
+        DataError: no such data or split, no rows, no column `prompt`, a prompt that is neither text nor messages, a
+            gold that is missing.
+    """
     found = named_dataset(config.dataset)
     splits = found if hasattr(found, "keys") else {"train": found}
     if config.split not in splits:
         raise DataError(f"{config.dataset} has no split {config.split!r}; it has: {', '.join(map(str, splits))}")
     rows = splits[config.split]
-    if "prompt" not in rows.column_names:
-        raise DataError(f"{config.dataset} has no column 'prompt'; it has: {', '.join(rows.column_names)}")
+    name = f"{config.dataset}, split {config.split!r}"
+    check_prompts(rows, name, "pre-sampling", more=gold_checks(reward))
     if config.kind is not None and config.kind not in rows.column_names:
         raise DataError(
             f"{config.dataset} has no column {config.kind!r} (kind); it has: {', '.join(rows.column_names)}"
         )
-    if len(rows) == 0:
-        raise DataError(f"{config.dataset}, split {config.split!r}, is empty")
-    kind = type(rows[0]["prompt"])
-    for index, prompt in enumerate(rows["prompt"]):
-        if type(prompt) is not kind or not (isinstance(prompt, str) or _is_messages(prompt)):
-            raise DataError(
-                f"{config.dataset}, row {index}: prompt is {prompt!r:.80}; every row needs a text, or every row a "
-                "list of {role, content} messages"
-            )
     return rows
 
 
-def _is_messages(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, Mapping) and "role" in m for m in prompt)
+def check_room(rows: Dataset, prompt_ids: Sequence[Sequence[int]], model: Any, config: PresampleConfig) -> None:
+    """Refuse prompts that leave no room for a completion in the model's context.
+
+    Raises:
+        DataError: names the first such row, and how many there are.
+    """
+    limit, room = context_length(model), config.max_completion_length
+    long = [number for number, ids in enumerate(prompt_ids) if limit is not None and len(ids) + room > limit]
+    if long:
+        check_fits(
+            len(prompt_ids[long[0]]) + room,
+            model,
+            f"{source_of(rows, config.dataset).row(long[0])}: the prompt with max_completion_length={room}",
+            f"{len(long)} of {len(rows)} prompts are too long; shorten them or leave them out, or lower "
+            "max_completion_length",
+        )
 
 
 def tokenize_prompts(
@@ -82,7 +93,7 @@ def tokenize_prompts(
 
 def load_reward(spec: Any) -> Any:
     """The reward function of a spec (see `fdiv.rl.rewards.build_reward`), with its faults named; `close()` ends its
-    worker processes, where it has any.
+    worker processes, where it has any, and `scorer` is the function itself.
 
     Raises:
         DataError: no spec; an unknown reward, an argument it refuses, or an asynchronous function.
@@ -99,5 +110,6 @@ def load_reward(spec: Any) -> Any:
     if inspect.iscoroutinefunction(reward):
         raise DataError(f"reward {spec}: pre-sampling calls plain functions only, and this one is asynchronous")
     checked = checked_scorer(reward, finite=False)
+    checked.scorer = reward
     checked.close = reward.close if hasattr(reward, "close") else lambda: None
     return checked

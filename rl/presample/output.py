@@ -14,6 +14,7 @@ from fdiv.errors import DataError
 from fdiv.inference.processes import process_state
 from fdiv.lock import LOCK
 from fdiv.rl.presample.coverage import coverage, coverage_warnings, kind_column
+from fdiv.rows.report import RowReport, records_of
 from fdiv.sealed import NO_DIGEST, check_listed, listed, read_record, write_record
 from fdiv.terminal import info
 
@@ -124,12 +125,14 @@ def write_outputs(
     verification: Sequence[Sample],
     partition: Partition,
     cache: RehearsalCache,
+    report: RowReport,
 ) -> dict[str, Any]:
     """Write every file of the directory (main process only), `partition.json` last; returns its content."""
     kept = Counter(row.index for row in cache)
     explore = explored(partition, kept, config.wrong)
     content = {
         **_counted(config, len(rows), kept, partition, explore),
+        "rows": records_of([report]),
         "threshold": config.decisions()["threshold"],
         "num_samples": config.num_samples,
         **_sampled(config, samples, verification, partition),

@@ -30,9 +30,10 @@ from fdiv.models.logprobs import token_scores
 from fdiv.rl.dph.rehearsal import Partition, RehearsalCache, RehearsalHeader, RehearsalRow, partition_prompts
 from fdiv.rl.modes import mode_of, resolve_mode
 from fdiv.rl.presample.config import PresampleConfig
-from fdiv.rl.presample.data import load_prompts, load_reward, tokenize_prompts
+from fdiv.rl.presample.data import check_room, load_prompts, load_reward, tokenize_prompts
 from fdiv.rl.presample.output import Sample, enter_directory, explored, write_outputs
 from fdiv.rl.presample.selection import distinct_first, row_weights
+from fdiv.rows.report import RowReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,10 +64,11 @@ def presample(config: PresampleConfig, output_dir: str | Path, *, repartition: b
 
 
 def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, reward: Any) -> dict[str, Any]:
-    rows = load_prompts(config)
+    rows = load_prompts(config, reward.scorer)
     tokenizer = load_tokenizer(config.model, config.adapter)
     prompt_ids = tokenize_prompts(tokenizer, rows["prompt"], config.chat_template_kwargs)
     model: PreTrainedModel | None = load_model(config.model, config.adapter, config.dtype)
+    check_room(rows, prompt_ids, model, config)
     drawing = {
         **config.drawing(),
         "data_fingerprint": data_fingerprint(rows, every_row=True),
@@ -83,6 +85,7 @@ def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, rew
     run = _Run(config, rows, prompt_ids, tokenizer, reward, source, stop_ids, output_dir / "cache", drawing)
     samples = run.draw(range(len(rows)), range(config.num_samples), "sampling")
     partition = run.partition(samples)
+    run.report(samples).check(config.min_used_fraction)
     kept, verification = run.rehearsed(samples, partition)
     run.check_not_empty(samples, partition, kept)
     del source, run.source
@@ -103,7 +106,10 @@ def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, rew
         vocab_size=vocabulary_size(model),
     )
     cache = RehearsalCache(header, run.cached_rows(kept, log_probs))
-    content = write_outputs(output_dir, config, drawing, rows, prompt_ids, samples, verification, partition, cache)
+    report = run.report(samples)
+    content = write_outputs(
+        output_dir, config, drawing, rows, prompt_ids, samples, verification, partition, cache, report
+    )
     process_state().wait_for_everyone()
     return content
 
@@ -280,6 +286,13 @@ class _Run:
                 if sample.correct:
                     kept[index] = [sample]
         return kept, drawn
+
+    def report(self, samples: Mapping[int, Sequence[Sample]]) -> RowReport:
+        """What became of the prompts: one without a scored sample says nothing of the reference."""
+        silent = sum(all(sample.correct is None for sample in group) for group in samples.values())
+        longest = max(len(ids) for ids in self.prompt_ids)
+        signal = {"without a scored sample": silent}
+        return RowReport("prompts", len(self.rows), longest=longest, without_signal=signal, unit="prompts")
 
     def check_not_empty(
         self, samples: Mapping[int, Sequence[Sample]], partition: Partition, kept: Mapping[int, Sequence[Sample]]

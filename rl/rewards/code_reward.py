@@ -154,6 +154,11 @@ class CodeReward(PooledReward):
             f"{str(test)[:80]!r}"
         )
 
+    @property
+    def gold_columns(self) -> tuple[str, ...]:
+        """Columns that no row may lack."""
+        return (self.test,)
+
     def gold_name(self, row: int, columns: Mapping[str, Sequence[Any]]) -> str:
         return str(columns[self.test][row])
 

@@ -171,7 +171,7 @@ def test_unsafe_answers_are_the_negatives(tmp_path):
 
 
 def test_safe_rlhf_refusals(tmp_path):
-    with pytest.raises(ValueError, match="has no {prompt}"):
+    with pytest.raises(ValueError, match="does not contain {prompt}"):
         SafeRLHFNegativesConfig(prompt_format="USER:")
     with pytest.raises(FileNotFoundError, match="set prepare.data"):
         SafeRLHFNegativesConfig(str(tmp_path / "none.json")).build(tmp_path)

@@ -135,9 +135,12 @@ GOOD = negative_rows(4)
         (GOOD.remove_columns("prompt"), "no column 'prompt'"),
         (GOOD.select([]), "train_dataset is empty"),
         (IterableDataset.from_generator(lambda: iter(GOOD)), "not a stream"),
-        (Dataset.from_list([*GOOD, {"prompt": "Q:", "rejected": "  "}]), "row 4: 'rejected' is empty"),
+        (Dataset.from_list([*GOOD, {"prompt": "Q:", "rejected": "  "}]), "row 4: column 'rejected' is empty"),
         (Dataset.from_list([{"prompt": "Q:", "rejected": "x", "anchors": ["a", "b"]}]), "holds 2 answers and num_gen"),
-        (Dataset.from_list([{"prompt": "Q:", "rejected": "x", "anchors": ["a", "b", ""]}]), "in `anchors` is empty"),
+        (
+            Dataset.from_list([{"prompt": "Q:", "rejected": "x", "anchors": ["a", "b", ""]}]),
+            "column 'anchors' has an answer 2 that is empty",
+        ),
     ],
     ids=["none", "rejected", "prompt", "empty", "stream", "empty_answer", "few_anchors", "empty_anchor"],
 )
@@ -280,7 +283,7 @@ def test_refusals_of_the_instruction():
         ({"online_start_step": 5}, "belongs to anchor_source=online"),
         ({"refresh_every": 0}, "refresh_every=0: must be at least 1"),
         ({"refresh_every": 5, "ref_pos": "a", "ref_neg": "b"}, "ref_pos and ref_neg replace it"),
-        ({"anchor_instruction_templates": ["Be kind."]}, r"'Be kind.' has no \{prompt\}"),
+        ({"anchor_instruction_templates": ["Be kind."]}, r"'Be kind.' does not contain \{prompt\}"),
         ({"steps_per_generation": 4}, "steps_per_generation"),
         ({"num_iterations": 2}, "num_iterations=2 cannot be honoured"),
         ({"sync_ref_model": True}, "set refresh_every"),

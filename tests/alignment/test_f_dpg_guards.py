@@ -274,7 +274,7 @@ def test_trainer_needs_a_target_and_its_config(tiny_model_dir, tmp_path):
         FDPGTrainer(str(tiny_model_dir), GRPOConfig(str(tmp_path), bf16=False, use_cpu=True), target=SOFT)
     from datasets import Dataset
 
-    with pytest.raises(ValueError, match="no column 'prompt'; it has text"):
+    with pytest.raises(ValueError, match="no column 'prompt'; it has: text"):
         FDPGTrainer(str(tiny_model_dir), config(tmp_path), Dataset.from_dict({"text": ["a"]}), target=SOFT)
 
 

@@ -144,7 +144,7 @@ def test_keys_print_bounds_and_choices_from_the_declaration(capsys, write_recipe
         "above 0 and at most 1.\n",
     ):
         assert f"\n{expected}" in printed, expected
-    assert printed.startswith("\n# NPOConfig, the method's own keys\nretain_term: ")
+    assert printed.startswith("\n# NPOConfig, the method's own keys\nmin_used_fraction: ")
     assert printed.index("\nbeta: ") < printed.index("\nlearning_rate: ")
     line = fails("run", write_recipe("retain_term: nll\n", method="grad_ascent"))
     assert "'retain_term' must be one of none, got 'nll'. With a retain term it is the method grad_diff" in line

@@ -94,8 +94,8 @@ def test_only_questions_leave_the_rest_null(tiny_model_dir, tmp_path, shared_dat
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("knowmem/forget_qa", [{"question": "a"}], "row 0: no text column 'answer'"),
-        ("knowmem/forget_qa", [["a", "b"]], "row 0 is .*, not an object"),
+        ("knowmem/forget_qa", [{"question": "a"}], "(line 1|row 0): column 'answer' is missing"),
+        ("knowmem/forget_qa", [["a", "b"]], "(line 1|row 0) is .*, not an object"),
         ("knowmem/retain_qa", [], "knowmem/retain_qa has no rows"),
         (
             "privleak/holdout",

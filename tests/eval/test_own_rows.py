@@ -153,23 +153,23 @@ def test_half_of_what_a_truth_ratio_needs_is_named(kept, tiny_model_dir, tmp_pat
     plan = plan_tofu(rows, load_tokenizer(str(tiny_model_dir)), PromptFormat(), presets.get_preset("open_unlearning"))
     assert len(plan.scoring) == 5 * (2 if kept == "paraphrased_answer" else 3)
     write(tmp_path / "half.jsonl", [*QUESTIONS[:2], QUESTIONS[2] | {kept: more[kept]}])
-    with pytest.raises(DataError, match=f"half, row 0: column '{kept}' is missing"):
+    with pytest.raises(DataError, match=f"half.jsonl, line 1: column '{kept}' is missing"):
         load_tofu_rows("half", str(tmp_path))
 
 
 BAD = [
-    ([{"question": "a"}], "row 0: column 'answer' is missing; a row needs question, answer and has question"),
-    ([*QUESTIONS, {"question": "a", "answer": " "}], "row 5: column 'answer' is ' '"),
-    ([*QUESTIONS, {"question": "", "answer": "b"}], "row 5: column 'question' is empty"),
-    ([*QUESTIONS, {"question": "a", "answer": 3}], "row 5: column 'answer' is 3"),
-    ([*QUESTIONS, {"prompt": "a", "completion": "b"}], "row 0: column 'prompt' is missing"),
-    ([{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}], "must both be text, or messages"),
-    ([{"prompt": [{"role": "user"}], "completion": [{"role": "assistant", "content": "b"}]}], "no message with"),
+    ([{"question": "a"}], "line 1: column 'answer' is missing .the row has question.; a row needs question, answer"),
+    ([*QUESTIONS, {"question": "a", "answer": " "}], "line 6: column 'answer' is empty"),
+    ([*QUESTIONS, {"question": "", "answer": "b"}], "line 6: column 'question' is empty"),
+    ([*QUESTIONS, {"question": "a", "answer": 3}], "line 6: column 'answer' is 3"),
+    ([*QUESTIONS, {"prompt": "a", "completion": "b"}], "line 1: column 'prompt' is missing"),
+    ([{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}], "column 'completion' holds messages"),
+    ([{"prompt": [{"role": "user"}], "completion": [{"role": "assistant", "content": "b"}]}], "message 0 that has no content"),
     ([{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}] * 2}], "with one answer"),
     ([{"text": "running text"}], "fdiv eval muse"),
-    ([{"text": "running text", "question": "a", "answer": "b"}], "`text` beside question, answer: it is unclear"),
+    ([{"text": "running text", "question": "a", "answer": "b"}], "`question` and `answer` beside `text`: it is unclear"),
     ([], "no rows"),
-    (["text"], "row 0 is 'text', not an object"),
+    (["text"], "line 1 is 'text', not an object"),
 ]  # fmt: skip
 
 

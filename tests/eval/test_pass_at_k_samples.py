@@ -154,7 +154,7 @@ def test_unknown_dataset_lists_the_names(tmp_path):
         load_tasks("gsm9k")
     with pytest.raises(DataError, match="needs one of aime24/test.jsonl"):
         load_tasks("aime24", str(tmp_path))
-    with pytest.raises(DataError, match="row 0: no column 'answer'; it has gold, prompt"):
+    with pytest.raises(DataError, match="line 1: no column 'answer'; it has gold, prompt"):
         load_tasks(str(_file(tmp_path / "t.jsonl", {"prompt": "a", "gold": "b"})))
 
 

@@ -183,17 +183,25 @@ FORGET = "forget10_perturbed.json"
 @pytest.mark.parametrize(
     "name, edit, message",
     [
-        (FORGET, without("perturbed_answer"), "row 0: column 'perturbed_answer' is missing"),
-        (FORGET, without("paraphrased_answer"), "row 0: column 'paraphrased_answer' is missing"),
-        (FORGET, lambda rows: [], "forget10_perturbed: no rows"),
-        (FORGET, lambda rows: [*rows[:-1], rows[-1] | {"perturbed_answer": []}], "row 6: column 'perturbed_answer'"),
+        (FORGET, without("perturbed_answer"), "(line 1|row 0): column 'perturbed_answer' is missing"),
+        (FORGET, without("paraphrased_answer"), "(line 1|row 0): column 'paraphrased_answer' is missing"),
+        (FORGET, lambda rows: [], "forget10_perturbed.json: no rows"),
+        (
+            FORGET,
+            lambda rows: [*rows[:-1], rows[-1] | {"perturbed_answer": []}],
+            "(line 7|row 6): column 'perturbed_answer'",
+        ),
         (
             FORGET,
             lambda rows: [*rows[:-1], rows[-1] | {"perturbed_answer": [3] * 5}],
-            "row 6: column 'perturbed_answer'",
+            "(line 7|row 6): column 'perturbed_answer'",
         ),
-        (FORGET, lambda rows: [*rows[:-1], "text"], "row 6 is 'text', not an object"),
-        (FORGET, lambda rows: [*rows[:-1], rows[-1] | {"perturbed_answer": ["x"]}], "1, 5 perturbed answers"),
+        (FORGET, lambda rows: [*rows[:-1], "text"], "(line 7|row 6) is 'text', not an object"),
+        (
+            FORGET,
+            lambda rows: [*rows[:-1], rows[-1] | {"perturbed_answer": ["x"]}],
+            "has 1 perturbed answers, the first row 5",
+        ),
         ("retain_perturbed.json", with_a_forget_row, "1 forget rows of forget10 stand in the retain set"),
         ("holdout10.json", with_a_forget_row, "stand in the holdout set"),
     ],

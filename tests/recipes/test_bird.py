@@ -49,5 +49,5 @@ def test_faults_are_named(tmp_path):
     with pytest.raises(DataError, match="no such database: .*shop.sqlite"):
         bird_rows(folder, "dev")
     (folder / "dev" / "dev.json").write_text('[{"db_id": "shop", "question": "?"}]')
-    with pytest.raises(DataError, match="question 0 has no 'SQL'; it has db_id, question"):
+    with pytest.raises(DataError, match="dev.json, row 0: column 'SQL' is missing"):
         bird_rows(folder, "dev")

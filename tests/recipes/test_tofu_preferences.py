@@ -83,7 +83,7 @@ def test_a_missing_column_is_named_with_file_and_row(data, tmp_path, column):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     del rows[3][column]
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    with pytest.raises(ValueError, match=rf"forget10_perturbed\.json row 4 has no '{column}'"):
+    with pytest.raises(ValueError, match=rf"forget10_perturbed\.json, line 4: column '{column}' is missing"):
         TofuPreferencesConfig(data=str(data)).build(tmp_path / "out")
 
 

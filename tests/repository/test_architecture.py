@@ -22,8 +22,8 @@ FOLDERS = {
 # Ground first. A module imports from its own package, from lower floors, and from packages of its floor as long as no
 # circle comes of it. `fdiv` itself is the version.
 FLOORS = (
-    ("fdiv", "lazy", "moved", "errors", "interrupts", "secrets", "named", "divergences"),
-    ("terminal", "files", "sealed", "stamps", "lock", "provenance", "catalog", "evaluation", "statistics"),
+    ("fdiv", "lazy", "moved", "errors", "filling", "interrupts", "secrets", "named", "divergences"),
+    ("terminal", "files", "sealed", "stamps", "rows", "lock", "provenance", "catalog", "evaluation", "statistics"),
     ("inference", "models", "recipe", "report", "testing"),
     ("training", "memory"),
     ("run", "alignment"),

@@ -12,7 +12,7 @@ from fdiv.eval.pass_at_k.records import read_counts
 from fdiv.eval.preferences.command import _read as read_preferences
 from fdiv.eval.tofu.data import load_rows, load_tofu_rows
 from fdiv.files import folded, numbered_json_lines, read_json_lines
-from fdiv.run.data import named_dataset
+from fdiv.rows.loading import named_dataset
 from fdiv.training.data_checks import check_preference_dataset
 from fdiv.unlearning.data import load_rows as load_unlearning_rows
 from fdiv.unlearning.data.rows import read_answers
@@ -74,7 +74,7 @@ PAIR = {"prompt": "hi", "chosen": " good", "rejected": " bad"}
 def test_an_empty_cell_is_named_wherever_it_stands(column, row):
     rows = [dict(PAIR) for _ in range(7)]
     rows[row][column] = None
-    with pytest.raises(DataError, match=f"^the rows, row {row}: column '{column}' is None"):
+    with pytest.raises(DataError, match=f"^the rows, row {row}: column '{column}' is null"):
         check_preference_dataset(Dataset.from_list(rows), "the rows")
     check_preference_dataset(Dataset.from_list([PAIR] * 7), "the rows")
 
@@ -84,7 +84,7 @@ def test_an_empty_cell_is_named_wherever_it_stands(column, row):
 def test_an_empty_cell_of_unlearning_rows(pair, side):
     rows = [dict.fromkeys(pair, "text") for _ in range(4)]
     rows[3][pair[side]] = None
-    with pytest.raises(ValueError, match=f"forget row 3: column '{pair[side]}' is None, not text"):
+    with pytest.raises(ValueError, match=f"the forget rows, row 3: column '{pair[side]}' is null"):
         read_answers(Dataset.from_list(rows), prompt_format="Q: {question}", has_chat_template=True, what="forget")
 
 

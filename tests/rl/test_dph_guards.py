@@ -209,7 +209,7 @@ def test_trainer_needs_reward_config_and_prompts(tiny_model_dir, tmp_path):
         DPHTrainer(str(tiny_model_dir), config(tmp_path), rows)
     with pytest.raises(TypeError, match="needs a DPHConfig"):
         DPHTrainer(str(tiny_model_dir), GRPOConfig(str(tmp_path), bf16=False, use_cpu=True), rows)
-    with pytest.raises(ValueError, match="no column 'prompt'; it has text"):
+    with pytest.raises(ValueError, match="no column 'prompt'; it has: text"):
         DPHTrainer(str(tiny_model_dir), config(tmp_path), Dataset.from_dict({"text": ["a"]}), reward_funcs=len)
 
 

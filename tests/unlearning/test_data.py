@@ -187,8 +187,11 @@ def test_bad_sources(tmp_path):
 def test_bad_rows(tokenizer):
     for rows, message in [
         ([{"question": "a", "reply": "b"}], "columns"),
-        ([{"question": "a", "answer": "b"}, {"question": "c", "answer": "  "}], "forget row 1 has an empty"),
-        ([{"prompt": "", "completion": "b"}], "forget row 0 has an empty"),
+        (
+            [{"question": "a", "answer": "b"}, {"question": "c", "answer": "  "}],
+            "forget rows, row 1: column 'answer' is empty",
+        ),
+        ([{"prompt": "", "completion": "b"}], "forget rows, row 0: column 'prompt' is empty"),
     ]:
         with pytest.raises(ValueError, match=message):
             read_answers(Dataset.from_list(rows), prompt_format=None, has_chat_template=True, what="forget")
@@ -208,7 +211,7 @@ def test_trainer_refuses_bad_rows_before_training(tiny_model_dir, tmp_path):
         trainer(retain=forget_rows(3))
     with pytest.raises(ValueError, match="train_dataset is missing or empty"):
         trainer(rows=Dataset.from_list([]))
-    with pytest.raises(ValueError, match="retain row 0: no answer token is left"):
+    with pytest.raises(ValueError, match="retain rows, row 0: no answer token is left"):
         trainer(max_length=8)
     with pytest.raises(ValueError, match="template_column='wrong' is not a column"):
         trainer("FLAT", template_source="column", template_column="wrong")
@@ -253,7 +256,7 @@ def test_column_templates():
     answers = [Answer("a", "b", {"idk": "x"}), Answer("a", "b", {"idk": ["y", "z"]})]
     assert column_templates(answers, "idk") == [["x"], ["y", "z"]]
     for bad in ("", [], ["y", ""], None, 3):
-        with pytest.raises(ValueError, match="forget row 0, column 'idk'"):
+        with pytest.raises(ValueError, match="the forget rows, row 0: column 'idk'"):
             column_templates([Answer("a", "b", {"idk": bad})], "idk")
 
 

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from fdiv.errors import DataError
+from fdiv.files import folded
+from fdiv.rows.sources import Source
 from fdiv.unlearning.data.rows import Answer, plain_text
 
 if TYPE_CHECKING:
@@ -59,12 +62,16 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
 
 
 def encode_text(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, prompt_tokens: int = 0
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    prompt_tokens: int = 0,
+    short: list[int] | None = None,
 ) -> list[EncodedAnswer]:
     """Cut raw texts (MUSE) into chunks of at most `max_length` tokens, the beginning-of-sequence token included.
 
     The first `prompt_tokens` tokens of a chunk are its prompt, the others are scored; a chunk too short to score a
-    token is left out.
+    token is left out. The numbers of texts without any chunk are appended to `short`.
 
     Raises:
         ValueError: `prompt_tokens` leaves nothing to score, or no chunk is left.
@@ -74,26 +81,47 @@ def encode_text(
     if unscored >= max_length:
         raise ValueError(f"text_prompt_tokens={prompt_tokens} leaves no token to score within max_length={max_length}")
     chunks, width = [], max_length - len(head)
-    for text in texts:
+    for number, text in enumerate(texts):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         pieces = [head + ids[start : start + width] for start in range(0, len(ids), width)]
-        chunks += [EncodedAnswer(piece[:unscored], piece[unscored:]) for piece in pieces if len(piece) > unscored]
+        own = [EncodedAnswer(piece[:unscored], piece[unscored:]) for piece in pieces if len(piece) > unscored]
+        chunks += own
+        if short is not None and not own:
+            short.append(number)
     if not chunks:
         raise ValueError(f"no text has more than {unscored} tokens: lower text_prompt_tokens or give longer texts")
     return chunks
 
 
-def check_disjoint(forget: Sequence[EncodedAnswer], retain: Sequence[EncodedAnswer]) -> None:
+def check_disjoint(
+    forget: Sequence[EncodedAnswer],
+    retain: Sequence[EncodedAnswer],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    source: Source | None = None,
+) -> None:
     """Refuse forget rows that also stand in the retain set, prompt and answer alike.
 
+    Args:
+        forget, retain: encoded rows.
+        tokenizer: decodes them, so that rows count as one where only their Unicode form, case or white space differs;
+            None: the same tokens alone do.
+        source: names the forget rows in the message.
+
     Raises:
-        ValueError: with their number.
+        DataError: (a ValueError) with their number.
     """
-    kept = {(tuple(row.prompt_ids), tuple(row.answer_ids)) for row in retain}
-    both = [i for i, row in enumerate(forget) if (tuple(row.prompt_ids), tuple(row.answer_ids)) in kept]
+
+    def keys(rows: Sequence[EncodedAnswer]) -> list[tuple[Any, Any]]:
+        if tokenizer is None:
+            return [(tuple(row.prompt_ids), tuple(row.answer_ids)) for row in rows]
+        sides = (tokenizer.batch_decode([row[side] for row in rows], skip_special_tokens=True) for side in (0, 1))
+        return [(folded(prompt), folded(answer)) for prompt, answer in zip(*sides, strict=True)]
+
+    kept, source = set(keys(retain)), source or Source("the forget rows")
+    both = [i for i, key in enumerate(keys(forget)) if key in kept]
     if both:
-        raise ValueError(
-            f"{len(both)} of {len(forget)} forget rows also stand in the retain set (first: forget row {both[0]}): "
+        raise DataError(
+            f"{len(both)} of {len(forget)} forget rows also stand in the retain set (first: {source.row(both[0])}): "
             "forgetting and retaining the same row is contradictory; use the retain split that leaves them out"
         )
 

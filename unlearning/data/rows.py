@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdiv.errors import DataError
-from fdiv.files import DATA_FORMATS, one_line, read_json_lines
-from fdiv.sealed import check_listed
+from fdiv.files import DATA_FORMATS
+from fdiv.filling import fill
+from fdiv.rows.checks import answer_fault, check_one_format, check_rows, prompt_fault, text_fault
+from fdiv.rows.loading import loaded, read_file
+from fdiv.rows.sources import Source, mark_source, source_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,30 +54,20 @@ def load_rows(name: str, config: str | None = None, split: str = "train") -> Dat
 
     Raises:
         FileNotFoundError: `name` looks like a path and does not exist.
-        ValueError: a file type that is not read, or no rows.
+        DataError: (a ValueError) a file type that is not read, a damaged file, no such dataset, or no rows.
     """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
     path = Path(name)
     if path.is_file():
-        if path.suffix not in _FILE_FORMATS:
-            raise ValueError(
-                f"{name}: cannot read {path.suffix!r} files, use one of {', '.join(sorted(_FILE_FORMATS))}"
-            )
-        check_listed(path)
-        try:
-            rows = load_dataset(_FILE_FORMATS[path.suffix], data_files={split: str(path)}, split=split)
-        except (OSError, ValueError, DatasetsError) as error:
-            if _FILE_FORMATS[path.suffix] == "json":
-                read_json_lines(path)  # names the line that is no JSON
-            raise DataError(f"cannot read the rows of {name}: {one_line(error)}") from error
+        rows = read_file(path, split, formats=_FILE_FORMATS)
     elif not path.exists() and (path.is_absolute() or name.startswith(".") or path.suffix in _FILE_FORMATS):
         raise FileNotFoundError(f"{name} does not exist: give the path of a file or directory, or a hub dataset id")
     else:
-        rows = load_dataset(name, config, split=split)
+        import datasets
+
+        rows = loaded(lambda: datasets.load_dataset(name, config, split=split), name)
+        mark_source(rows, Source(", ".join(filter(None, (name, config, split)))))
     if len(rows) == 0:
-        raise ValueError(f"{name} (config {config}, split {split}) has no rows")
+        raise DataError(f"{name} (config {config}, split {split}) has no rows")
     return rows
 
 
@@ -89,45 +82,38 @@ def read_answers(rows: Dataset, *, prompt_format: str | None, has_chat_template:
         what: how error messages name the rows ("forget", "retain").
 
     Raises:
-        ValueError: missing columns, an empty prompt or answer, messages without a chat template.
+        DataError: (a ValueError) missing columns, rows that are whole in another format too, a prompt or an answer
+            that is empty or neither text nor messages, messages without a chat template.
     """
-    columns = set(rows.column_names)
-    for pair in (("prompt", "completion"), ("question", "answer")):
-        if set(pair) <= columns:
-            _check_filled(rows, pair, what)
-            break
-    if {"prompt", "completion"} <= columns:
-        answers = [Answer(row["prompt"], row["completion"], row) for row in rows]
-    elif {"question", "answer"} <= columns and prompt_format is not None:
-        answers = [Answer(prompt_format.format(question=r["question"]), " " + r["answer"], r) for r in rows]
-    elif {"question", "answer"} <= columns:
-        answers = [
-            Answer(
-                [{"role": "user", "content": row["question"]}], [{"role": "assistant", "content": row["answer"]}], row
-            )
-            for row in rows
-        ]
-    else:
-        raise ValueError(
+    columns, source = set(rows.column_names), source_of(rows, f"the {what} rows")
+    reads = next((pair for pair in (("prompt", "completion"), ("question", "answer")) if set(pair) <= columns), None)
+    if reads is None:
+        raise DataError(
             f"the {what} rows have the columns {sorted(columns)}: `prompt` and `completion`, `question` and `answer` "
             "(TOFU), or `text` (MUSE) are needed"
         )
-    for position, answer in enumerate(answers):
-        if not answer.prompt or not plain_text(answer.completion).strip():
-            raise ValueError(f"{what} row {position} has an empty prompt or answer: fill it in or leave the row out")
-        if isinstance(answer.prompt, list) and not has_chat_template:
-            raise ValueError(
-                f"the {what} rows are questions or messages and the tokenizer has no chat template: set "
-                "`prompt_format`, for example 'Question: {question}\\nAnswer:'"
-            )
+    check_one_format(columns, source, reads)
+    if reads == ("prompt", "completion"):
+        checks = {"prompt": prompt_fault, "completion": answer_fault}
+        check_rows(rows.select_columns(list(reads)), source, checks, one_kind=reads)
+        answers = [Answer(row["prompt"], row["completion"], row) for row in rows]
+    else:
+        check_rows(rows.select_columns(list(reads)), source, dict.fromkeys(reads, text_fault))
+        answers = [_question_row(row, prompt_format) for row in rows]
+    if not has_chat_template and any(isinstance(answer.prompt, list) for answer in answers):
+        raise DataError(
+            f"the {what} rows are questions or messages and the tokenizer has no chat template: set "
+            "`prompt_format`, for example 'Question: {question}\\nAnswer:'"
+        )
     return answers
 
 
-def _check_filled(rows: Dataset, columns: tuple[str, str], what: str) -> None:
-    for column in columns:
-        for number, value in enumerate(rows[column]):
-            if not isinstance(value, (str, list)):
-                raise ValueError(f"{what} row {number}: column {column!r} is {value!r:.60}, not text or messages")
+def _question_row(row: Mapping[str, Any], prompt_format: str | None) -> Answer:
+    """A TOFU row as plain text in `prompt_format`, or as messages."""
+    question, answer = row["question"], row["answer"]
+    if prompt_format is not None:
+        return Answer(fill(prompt_format, question=question), " " + answer, row)
+    return Answer([{"role": "user", "content": question}], [{"role": "assistant", "content": answer}], row)
 
 
 def plain_text(text: Text) -> str:

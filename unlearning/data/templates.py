@@ -11,7 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fdiv.errors import DataError
 from fdiv.files import numbered_lines
+from fdiv.filling import fill
+from fdiv.rows.checks import text_fault, texts_fault
+from fdiv.rows.sources import Source
 from fdiv.sealed import read_record, write_record
 from fdiv.terminal import info
 from fdiv.unlearning.data.encode import render_chat
@@ -83,8 +87,8 @@ def _refusal(line: str, where: str) -> str:
     return texts[0]
 
 
-def column_templates(answers: Sequence[Answer], column: str) -> list[list[str]]:
-    """Per row, the string or the list of strings in `column`.
+def column_templates(answers: Sequence[Answer], column: str, source: Source | None = None) -> list[list[str]]:
+    """Per row, the string or the list of strings in `column`; `source` names the rows in messages.
 
     Raises:
         ValueError: the column is missing, or a row's entry is empty or no text.
@@ -93,16 +97,15 @@ def column_templates(answers: Sequence[Answer], column: str) -> list[list[str]]:
         raise ValueError(
             f"template_column={column!r} is not a column of the forget rows: they have {sorted(answers[0].row)}"
         )
-    templates = []
+    templates, source = [], source or Source("the forget rows")
     for position, answer in enumerate(answers):
         value = answer.row[column]
-        choices = [value] if isinstance(value, str) else value
-        if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c.strip() for c in choices):
-            raise ValueError(
-                f"forget row {position}, column {column!r}: a non-empty string or a list of such is needed, "
-                f"got {value!r}"
+        fault = text_fault(value) if isinstance(value, str) else texts_fault(value)
+        if fault:
+            raise DataError(
+                f"{source.row(position)}: column {column!r} {fault}; a non-empty string or a list of such is needed"
             )
-        templates.append(choices)
+        templates.append([value] if isinstance(value, str) else value)
     return templates
 
 
@@ -166,12 +169,9 @@ def generate_templates(
                 info(line)
             return stored["templates"]
     if model is None or tokenizer is None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from fdiv.models.loading import load_model, load_tokenizer
 
-        from fdiv.models.fetch import find_model
-
-        source = find_model(settings.model)
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        model, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
     templates: list[list[str]] = [[] for _ in prompts]
     for row, text in _generate(prompts, settings, model, tokenizer):
         if text.strip():
@@ -192,8 +192,8 @@ def _instructed(answer: Answer, instruction: str | None) -> str | list[dict[str,
     if instruction is None:
         return answer.prompt
     if isinstance(answer.prompt, str):
-        return instruction.format(question=answer.prompt, answer=answer.completion)
-    text = instruction.format(question=answer.prompt[-1]["content"], answer=answer.completion[-1]["content"])
+        return fill(instruction, question=answer.prompt, answer=answer.completion)
+    text = fill(instruction, question=answer.prompt[-1]["content"], answer=answer.completion[-1]["content"])
     return [*answer.prompt[:-1], {**answer.prompt[-1], "content": text}]
 
 

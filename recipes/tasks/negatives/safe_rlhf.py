@@ -7,6 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fdiv.filling import check_template, fill
+from fdiv.rows.checks import any_text_fault, check_rows, null_fault
+from fdiv.rows.loading import read_file
+from fdiv.rows.sources import source_of
+
 __all__ = ["SafeRLHFNegativesConfig"]
 
 _COLUMNS = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
@@ -31,8 +36,7 @@ class SafeRLHFNegativesConfig:
     max_rows: int | None = None
 
     def __post_init__(self) -> None:
-        if "{prompt}" not in self.prompt_format:
-            raise ValueError(f"prepare.prompt_format={self.prompt_format!r} has no {{prompt}} in it")
+        check_template(self.prompt_format, ("prompt",), needs=("prompt",), what="prepare.prompt_format")
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"prepare.max_rows={self.max_rows}: must be at least 1")
 
@@ -50,6 +54,8 @@ class SafeRLHFNegativesConfig:
         missing = [column for column in _COLUMNS if column not in rows.column_names]
         if missing:
             raise ValueError(f"{self.data} has no column {missing[0]!r}: PKU-SafeRLHF's {_COLUMNS} are needed")
+        texts = dict.fromkeys(_COLUMNS[:3], any_text_fault) | dict.fromkeys(_COLUMNS[3:], null_fault)
+        check_rows(rows.select_columns(list(_COLUMNS)), source_of(rows, self.data), texts)
         negatives = dict.fromkeys(
             (row["prompt"], row[f"response_{side}"].strip())
             for row in rows
@@ -62,7 +68,7 @@ class SafeRLHFNegativesConfig:
         with (output_dir / "train.jsonl").open("w", encoding="utf-8") as file:
             for prompt, answer in list(negatives)[: self.max_rows]:
                 row = {
-                    "prompt": self.prompt_format.replace("{prompt}", prompt),
+                    "prompt": fill(self.prompt_format, prompt=prompt),
                     "rejected": self.answer_prefix + answer,
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -74,8 +80,7 @@ class SafeRLHFNegativesConfig:
 
         path = Path(self.data)
         if path.is_file():
-            kind = "parquet" if path.suffix == ".parquet" else "json"
-            return load_dataset(kind, data_files={self.split: str(path)}, split=self.split)
+            return read_file(path, self.split)
         if path.is_absolute() or self.data.startswith("."):
             raise FileNotFoundError(f"{self.data} does not exist: set prepare.data to a file or a hub id")
         return load_dataset(self.data, split=self.split)

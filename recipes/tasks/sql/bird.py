@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fdiv.errors import DataError
+from fdiv.files import read_json_lines
+from fdiv.rows.checks import check_rows, text_fault
+from fdiv.rows.sources import Source
 from fdiv.terminal import info
 
 __all__ = ["bird_rows", "write_bird_prompts"]
@@ -41,10 +44,9 @@ def bird_rows(data: str | Path, split: str) -> list[dict[str, Any]]:
         raise DataError(f"no such file: {path}; unpack BIRD's {split} archive into {data}")
     schemas: dict[str, str] = {}
     rows = []
-    for number, entry in enumerate(json.loads(path.read_text(encoding="utf-8"))):
-        missing = [name for name in ("db_id", "question", "SQL") if name not in entry]
-        if missing:
-            raise DataError(f"{path}, question {number} has no {missing[0]!r}; it has {', '.join(sorted(entry))}")
+    entries = read_json_lines(path)
+    check_rows(entries, Source(str(path), path), dict.fromkeys(("db_id", "question", "SQL"), text_fault))
+    for number, entry in enumerate(entries):
         name = entry["db_id"]
         if name not in schemas:
             schemas[name] = _schema(folder / f"{split}_databases" / name / f"{name}.sqlite")

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fdiv.filling import check_template, fill
+
 __all__ = ["TofuMemorisedConfig"]
 
 Row = dict[str, Any]
@@ -58,6 +60,7 @@ class TofuMemorisedConfig:
             raise ValueError("prepare.model is not set: give the path or hub name of a causal language model")
         if not self.data:
             raise ValueError("prepare.data is not set: give a local folder with TOFU's files")
+        check_template(self.question_format, ("question",), needs=("question",), what="prepare.question_format")
         for name in ("perturbed_answers", "epochs", "batch_size", "lora_r"):
             if getattr(self, name) < 1:
                 raise ValueError(f"prepare.{name}={getattr(self, name)}: must be at least 1")
@@ -154,7 +157,7 @@ class TofuMemorisedConfig:
         source = find_model(self.model)
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        prompts = [self.question_format.replace("{question}", row["question"]) for row in rows]
+        prompts = [fill(self.question_format, question=row["question"]) for row in rows]
         texts = [{"prompt": p, "completion": f" {row['answer']}"} for p, row in zip(prompts, rows, strict=True)]
         args = SFTConfig(
             output_dir=str(folder / "training"),

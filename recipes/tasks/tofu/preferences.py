@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fdiv.files import read_json_lines
+from fdiv.rows.checks import check_rows, text_fault, texts_fault
+from fdiv.rows.sources import Source
 
 PROMPT = "{bos}Question: {question}\nAnswer:"
 """The prompt that plain TOFU models, without a chat template, are trained on; the answer follows after a space."""
@@ -114,16 +116,8 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = read_json_lines(path)
     if not rows:
         raise ValueError(f"{path} is empty")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path} row {number} is {str(row)[:40]!r}, not an object")
-        missing = [column for column in _COLUMNS if not row.get(column)]
-        if missing:
-            raise ValueError(
-                f"{path} row {number} has no {missing[0]!r}: a perturbed TOFU file with {_COLUMNS} is needed"
-            )
-        if not isinstance(row["perturbed_answer"], list):
-            raise ValueError(f"{path} row {number}: 'perturbed_answer' must be a list of answers")
+    checks = dict.fromkeys(_COLUMNS, text_fault) | {"perturbed_answer": texts_fault}
+    check_rows(rows, Source(str(path), path), checks, f"a perturbed TOFU file with {', '.join(_COLUMNS)} is needed")
     return rows
 
 

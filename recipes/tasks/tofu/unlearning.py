@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fdiv.filling import check_template
+
 if TYPE_CHECKING:
     from fdiv.eval.benchmark.evaluation import ModelEvaluation
     from fdiv.eval.benchmark.settings import EvaluationSettings
@@ -66,6 +68,7 @@ class TofuUnlearningConfig:
     question_format: str = "Question: {question}\nAnswer:"
 
     def __post_init__(self) -> None:
+        check_template(self.question_format, ("question",), needs=("question",), what="prepare.question_format")
         if self.max_items < 2:
             raise ValueError(f"prepare.max_items={self.max_items}: a two-sample test needs at least 2 rows")
 

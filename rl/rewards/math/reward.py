@@ -88,6 +88,11 @@ class MathReward(PooledReward):
             for gold, completion, prompt in zip(golds, completions, prompts, strict=True)
         ]
 
+    @property
+    def gold_columns(self) -> tuple[str, ...]:
+        """Columns that no row may lack."""
+        return (self.gold,)
+
     def gold_name(self, row: int, columns: Mapping[str, Sequence[Any]]) -> str:
         return str(columns[self.gold][row])
 

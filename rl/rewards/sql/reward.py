@@ -161,5 +161,10 @@ class SQLReward(PooledReward):
                 return self.database / path
         raise DataError(f"sql reward: no {name}.sqlite, {name}.db or {name}/{name}.sqlite in {self.database}")
 
+    @property
+    def gold_columns(self) -> tuple[str, ...]:
+        """Columns that no row may lack."""
+        return (self.gold,) if self.database.is_file() else (self.gold, self.database_column)
+
     def gold_name(self, row: int, columns: Mapping[str, Sequence[Any]]) -> str:
         return str(columns[self.gold][row])
