@@ -47,6 +47,7 @@ __all__ = [
     "pkpo_loo",
     "resolve_advantage",
     "rloo",
+    "subset_share",
 ]
 
 #: What GRPO (and TRL) adds to the standard deviation.
@@ -135,9 +136,9 @@ def passk_analytic(rewards: Tensor, k: int) -> Tensor:
     group = _Group(rewards, _check_k("passk_analytic", k))
     group.check_binary("passk_analytic")
     wrong = group.count - group.sum(group.values)
-    fails = _subset_share(wrong, group.count, k)  # 1 − R̄
+    fails = subset_share(wrong, group.count, k)  # 1 − R̄
     sigma = (fails * (1.0 - fails)).sqrt()
-    loss = _subset_share(wrong - 1, group.count - 1, k - 1)
+    loss = subset_share(wrong - 1, group.count - 1, k - 1)
     advantage = torch.where(group.values > 0, fails, fails - loss) / sigma.where(sigma > 0, 1.0)
     return group.finish(advantage.where(sigma > 0, 0.0))
 
@@ -250,7 +251,7 @@ def _log_binomial(n: Tensor, k: int) -> Tensor:
     return ways.where(n >= k, -math.inf)
 
 
-def _subset_share(part: Tensor, whole: Tensor, k: int) -> Tensor:
+def subset_share(part: Tensor, whole: Tensor, k: int) -> Tensor:
     """C(part, k)/C(whole, k): the share of the k-subsets of `whole` that lie in `part`; 0 where whole < k."""
     of_whole = _log_binomial(whole, k)
     return (_log_binomial(part, k) - of_whole.where(of_whole.isfinite(), 0.0)).exp()

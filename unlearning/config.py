@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -10,8 +9,8 @@ from trl import SFTConfig
 
 from fdiv.filling import check_template
 from fdiv.training.config import RowOptions, divergence_option, named_divergence, option, refuse
+from fdiv.training.evaluation import EvaluationOptions
 from fdiv.unlearning.data.templates import TEMPLATE_SOURCES, GenerationSettings
-from fdiv.unlearning.selection import build_evaluation
 
 __all__ = ["TemplateConfig", "UnlearningConfig", "retain_option"]
 
@@ -36,7 +35,7 @@ def retain_option(default: str, *others: str, why: str = "") -> Any:
 
 
 @dataclass
-class UnlearningConfig(RowOptions, SFTConfig):
+class UnlearningConfig(EvaluationOptions, RowOptions, SFTConfig):
     r"""What all unlearning methods share: loss = γ·forget term + α·retain term, the mean over examples.
 
     The forget rows are the training dataset; their formats are in `fdiv.unlearning.data.rows`. One retain row meets
@@ -85,9 +84,6 @@ class UnlearningConfig(RowOptions, SFTConfig):
     disable_dropout: bool = option(
         True, "Train without dropout, so that policy and reference differ by their weights alone"
     )
-    epoch_evaluation: dict[str, Any] | str | None = option(
-        None, "An evaluation, as in the block `eval:`, to run at every eval_strategy: {name: tofu, max_items: 40, …}"
-    )
     utility_floor: float = option(
         0.9, "Share of the model utility at the start that the chosen epoch must keep", above=0, most=1
     )
@@ -103,12 +99,6 @@ class UnlearningConfig(RowOptions, SFTConfig):
         if self.max_length is None:
             raise ValueError("max_length is not set: it bounds every row and cuts raw text into chunks")
         named_divergence(self.retain_divergence, "retain_divergence")
-        if self.epoch_evaluation is not None:
-            if not isinstance(self.epoch_evaluation, Mapping):
-                raise ValueError(f"epoch_evaluation={self.epoch_evaluation!r}: give a mapping with a name")
-            if self.eval_strategy == "no":
-                raise ValueError("epoch_evaluation is set but eval_strategy is no: set eval_strategy to epoch")
-            build_evaluation(self.epoch_evaluation)
 
     def method_settings(self) -> dict[str, Any]:
         """The fields that define the objective: those of this config that supervised fine-tuning has not."""

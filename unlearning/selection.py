@@ -7,33 +7,16 @@ keeps the checkpoint of the best epoch, and a resumed run goes on selecting.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from fdiv.catalog import EVALUATIONS
 from fdiv.errors import DataError
-from fdiv.named import split_spec
+from fdiv.training.evaluation import build_evaluation, evaluated
 
 __all__ = ["MUSE_TERMS", "TOFU_TERMS", "build_evaluation", "evaluate_epoch", "selection_score"]
 
 TOFU_TERMS = ("forget_quality", "model_utility")
 MUSE_TERMS = ("memory_gap", "retain_knowmem_ROUGE")
 """What the evaluations give for the choice of an epoch: how well the forget set is forgotten, and what is left."""
-
-
-def build_evaluation(spec: Mapping[str, Any]) -> Any:
-    """The evaluation that `{name: …, settings…}` names, as in a recipe's `eval:` block.
-
-    Raises:
-        ValueError: no or an unknown name, a setting it does not have or refuses.
-    """
-    name, settings = split_spec(spec, "epoch_evaluation")
-    evaluation = EVALUATIONS.find(name, "epoch_evaluation")
-    try:
-        return evaluation(**settings)
-    except TypeError as error:
-        raise ValueError(f"epoch_evaluation ({name}): {error}") from error
 
 
 def selection_score(
@@ -64,18 +47,7 @@ def evaluate_epoch(trainer: Any, evaluation: Any) -> dict[str, float]:
     Raises:
         DataError: (a ValueError) `metric_for_best_model: selection` needs a metric that the evaluation does not give.
     """
-    from fdiv.evaluation import EvalContext
-
-    args, model = trainer.args, trainer.model
-    folder = Path(args.output_dir) / "epoch_evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
-    context = EvalContext(
-        args, folder, seed=args.seed, stage="standalone", extra={"trainer": trainer}, row_reports=trainer.row_reports
-    )
-    training = model.training
-    model.eval()
-    values = evaluation.evaluate(model, trainer.processing_class, {}, context)
-    model.train(training)
+    args, values = trainer.args, evaluated(trainer, evaluation)
     notes = values.get("notes", {})
     metrics = {f"eval_{name}": float(value) for name, value in values.items() if isinstance(value, (int, float))}
     needed = MUSE_TERMS if "memory_gap" in values else TOFU_TERMS

@@ -22,6 +22,7 @@ from fdiv.models.loading import checked_tokenizer
 from fdiv.models.reference import Reference
 from fdiv.statistics.estimates import density_weight_quantiles, log_ratio_quantiles, mean_and_error
 from fdiv.training.config import DivergenceOptions
+from fdiv.training.evaluation import PeriodicEvaluationMixin
 from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
 from fdiv.unlearning.config import TemplateConfig, UnlearningConfig
 from fdiv.unlearning.data import ForgetDataset, UnlearningCollator
@@ -29,7 +30,7 @@ from fdiv.unlearning.data.assembly import build_forget_dataset, read_retain_rows
 from fdiv.unlearning.data.pairing import EpochSampler
 from fdiv.unlearning.losses import nll, sampled_divergence
 from fdiv.unlearning.roles import PrecomputedReference, RoleScores, score_reference, score_rows, split_roles
-from fdiv.unlearning.selection import build_evaluation, evaluate_epoch
+from fdiv.unlearning.selection import evaluate_epoch
 from fdiv.unlearning.vocabulary_losses import vocabulary_divergence
 
 __all__ = ["UnlearningTrainer"]
@@ -45,7 +46,7 @@ class _EpochCallback(TrainerCallback):
         self.trainer.sampler.set_epoch(int(state.epoch))
 
 
-class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
+class UnlearningTrainer(PeriodicEvaluationMixin, ObjectiveTrainerMixin, SFTTrainer):
     r"""γ·forget term + α·retain term on TRL's `SFTTrainer`; subclasses give the forget term.
 
     Args:
@@ -100,10 +101,8 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
         self._retain_rows = read_retain_rows(
             retain_dataset, args, processing_class, lambda report: self.report_rows(report, args)
         )
-        self.epoch_evaluation = None if args.epoch_evaluation is None else build_evaluation(args.epoch_evaluation)
         self._own_evaluation = eval_dataset is not None
-        if self.epoch_evaluation is not None and eval_dataset is None:
-            eval_dataset = train_dataset.select([0])  # Trainer wants one; `evaluate` leaves it alone
+        eval_dataset = self._with_evaluation(args, train_dataset, eval_dataset)
         starting_adapter = not isinstance(model, str) and is_peft_model(model)
         super().__init__(
             model,
@@ -123,6 +122,7 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
         self.data_collator = self.make_collator()
         self.reference = self._make_reference(ref_model, starting_adapter)
         self.add_callback(_EpochCallback(self))
+        self._stop_early()
 
     # ---------------------------------------------------------------- what a method gives
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
@@ -300,13 +300,15 @@ class UnlearningTrainer(ObjectiveTrainerMixin, SFTTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Trainer's evaluation on the forget rows, where there are any, and then `epoch_evaluation`."""
+        own = super(PeriodicEvaluationMixin, self).evaluate
         if self.epoch_evaluation is None or metric_key_prefix != "eval":
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return own(eval_dataset, ignore_keys, metric_key_prefix)
         metrics = {}
         if eval_dataset is not None or self._own_evaluation:
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            metrics = own(eval_dataset, ignore_keys, metric_key_prefix)
         found = evaluate_epoch(self, self.epoch_evaluation)
         self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics | found)
         return metrics | found
 
     def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import TrainerCallback
 
@@ -19,21 +16,9 @@ from fdiv.recipe.model import Block
 from fdiv.report.metrics import better
 from fdiv.rows.report import RowReport
 from fdiv.sealed import read_record, write_record
+from fdiv.training.evaluation import preserved_random_state
 
-__all__ = ["Evaluations", "preserved_random_state", "unmet_requirements"]
-
-
-@contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Whatever is sampled inside, the random streams outside go on unchanged: an evaluation must not change
-    the training it looks at."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+__all__ = ["Evaluations", "unmet_requirements"]
 
 
 class Evaluations(TrainerCallback):

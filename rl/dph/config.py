@@ -10,14 +10,16 @@ from fdiv.memory.step_shape import StepShape, rollout_tokens, sampled_at_once
 from fdiv.rl.advantages import Advantage, resolve_advantage
 from fdiv.rl.dph.loss import REHEARSAL_LEVELS, check_rehearsal_divergence
 from fdiv.rl.kl_estimators import KLEstimator, list_kl_estimators, resolve_kl
+from fdiv.rl.modes import resolve_mode
 from fdiv.training.config import CappedDivergenceOptions, divergence_option, option
+from fdiv.training.evaluation import EvaluationOptions
 from fdiv.training.rollouts import RolloutConfig
 
 __all__ = ["DPHConfig"]
 
 
 @dataclass
-class DPHConfig(CappedDivergenceOptions, RolloutConfig, GRPOConfig):
+class DPHConfig(EvaluationOptions, CappedDivergenceOptions, RolloutConfig, GRPOConfig):
     """Configuration of `DPHTrainer`: every key of TRL's `GRPOConfig` (the exploring part is its loss, of any
     `loss_type`, with beta = 0), `divergence`, `normalized`, `max_exponent`, the rollout keys of `RolloutConfig`,
     and those below.
@@ -60,6 +62,21 @@ class DPHConfig(CappedDivergenceOptions, RolloutConfig, GRPOConfig):
         "beside 2,048 in the release), at least one and at most the cache",
         least=1,
     )
+    bank: str = option(
+        "none",
+        "Answer bank: one rehearsal row for each mode of each prompt. `cache`: of the rows of rehearsal_cache; "
+        "`policy`: also the policy's own verified answers, as they come, held to the policy that found them",
+        choices=("none", "cache", "policy"),
+    )
+    bank_limit: int = option(65_536, "Rows that the bank holds at most; later ones are refused and counted", least=1)
+    mode: str = option(
+        "answer",
+        "What makes two correct completions the same, for the bank and for `group/modes`: answer, expression, sql, "
+        "text, or `module:function` of a completion",
+    )
+    reward_threshold: float | None = option(
+        None, "For a reward that is not 0/1: a completion is correct from this reward on (bank, `group/pass@K`)"
+    )
     level: str = option(
         "token",
         "Where f is taken: `token` (each token's ratio, averaged over the row) or `sequence` (the completion's ratio)",
@@ -100,6 +117,7 @@ class DPHConfig(CappedDivergenceOptions, RolloutConfig, GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.resolve_kl()
+        resolve_mode(self.mode)
         self._check_reference()
         self._check_advantage()
 
@@ -157,12 +175,21 @@ class DPHConfig(CappedDivergenceOptions, RolloutConfig, GRPOConfig):
             return resolve_advantage("grpo" if self.scale_rewards == "group" else "dr_grpo")
         return None
 
+    @property
+    def rehearses(self) -> bool:
+        """Whether there is, or will be, something to rehearse."""
+        return self.rehearsal_cache is not None or self.bank == "policy"
+
     def rehearsal_rows(self, available: int, completions: int) -> int:
         """R: rehearsal rows per optimizer step, of `available` cached ones, beside `completions` rollouts.
+
+        A bank that grows is asked for the same number from the start; while it holds fewer, they come round again.
 
         Raises:
             ValueError: `rehearsal_batch_size` above `available`.
         """
+        if self.bank == "policy":
+            return self.rehearsal_batch_size or max(1, completions // 8)
         if self.rehearsal_batch_size is None:
             return min(available, max(1, completions // 8))
         if self.rehearsal_batch_size > available:
@@ -177,7 +204,7 @@ class DPHConfig(CappedDivergenceOptions, RolloutConfig, GRPOConfig):
         tokens, note = rollout_tokens(self, prompt_tokens)
         rows = self.per_device_train_batch_size
         slots = processes * self.gradient_accumulation_steps
-        if self.rehearsal_cache is not None:
+        if self.rehearses:
             available = max(rows * slots, self.rehearsal_batch_size or 0)  # the cache is not read
             rows += -(-self.rehearsal_rows(available, rows * slots) // slots)
         live = self.kl is not None or (self.rehearsal_form == "definition" and self.rehearsal_cache is not None)

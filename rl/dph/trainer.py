@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from fdiv.divergences import Divergence
 from fdiv.errors import DataError, FdivError
+from fdiv.inference.prompting import completion_text
 from fdiv.models.fingerprints import data_fingerprint
 from fdiv.models.reference import Reference
+from fdiv.rl.dph.bank import BankMixin
 from fdiv.rl.dph.batches import explore_mean, group_advantages, join, rows_of_slot, rows_of_step
 from fdiv.rl.dph.config import DPHConfig
+from fdiv.rl.dph.groups import correct_of, group_statistics
 from fdiv.rl.dph.loss import (
     check_rehearsal_divergence,
     growth,
@@ -32,14 +35,16 @@ from fdiv.rl.dph.loss import (
 )
 from fdiv.rl.dph.metrics import dph_metrics, gathered_log_ratios, rehearsal_columns
 from fdiv.rl.dph.rehearsal import RehearsalBatch, RehearsalCache
+from fdiv.rl.modes import mode_of, resolve_mode
 from fdiv.training.data_checks import check_prompts, gold_checks, named_rows, with_checked
+from fdiv.training.evaluation import PeriodicEvaluationMixin
 from fdiv.training.rollouts import RolloutMixin, checked_log_probs, model_inputs, token_mask
 from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
 
 __all__ = ["DPHConfig", "DPHTrainer"]
 
 
-class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
+class DPHTrainer(BankMixin, PeriodicEvaluationMixin, RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
     r"""DPH-RL on TRL's `GRPOTrainer`: L_explore + w·(mean of f over rehearsal rows); see `DPHConfig` for w.
 
     Args (those of `GRPOTrainer` not listed are passed on):
@@ -87,18 +92,20 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         reward_funcs=None,
         rehearsal: RehearsalCache | None = None,
         rollout_func=None,
+        eval_dataset=None,
         **kwargs: Any,
     ) -> None:
         args = own_options(type(self), args, model)
         rewards = _rewards(reward_funcs, args)
-        own_rows = named_rows(train_dataset, kwargs.get("eval_dataset"))
+        own_rows = named_rows(train_dataset, eval_dataset)
         for name, rows in own_rows.items():
             own_rows[name] = check_prompts(rows, name, "DPH", more=gold_checks(rewards))
-        train_dataset, kwargs["eval_dataset"] = with_checked(own_rows, kwargs.get("eval_dataset"))
+        train_dataset, eval_dataset = with_checked(own_rows, eval_dataset)
         self.divergence, self.kl, self.advantage = (
             args.resolve_divergence(), args.resolve_kl(), args.resolve_advantage()
         )  # fmt: skip
         self.rehearsal = _loaded(args) if rehearsal is None else rehearsal
+        self._mode = resolve_mode(args.mode)
         self._completions_per_step = (
             args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         )
@@ -108,14 +115,19 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             model,
             args=args,
             train_dataset=train_dataset,
+            eval_dataset=self._with_evaluation(args, train_dataset, eval_dataset),
             reward_funcs=rewards,
             rollout_func=rollout_func or args.server_rollouts(),
             **kwargs,
         )
         for name, rows in own_rows.items():
             self.report_prompts(rows, name)
+        self._stop_early()
+        self._rehearsal_at_start = data_fingerprint(self.rehearsal)
         if self.rehearsal is not None:
             self.rehearsal.check(tokenizer=self._tokenizer, model=self.model, temperature=self.temperature)
+        if args.bank != "none":
+            self.rehearsal = self._make_bank()
         self.reference: Reference | None = None
         if self.kl is not None or (args.rehearsal_form == "definition" and self.rehearsal is not None):
             self.reference = Reference(self, copy_adapter=starting_adapter, temperature=self.temperature)
@@ -123,11 +135,12 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         self._joining: RehearsalBatch | None = None
         self._scored: tuple[Tensor, Tensor | None] | None = None
         self._log_ratios: list[Tensor] = []
+        self._correct: Tensor | None = None
         self._window = (-1, 0)
 
     def _checked_rows(self, args: DPHConfig) -> int:
         if self.rehearsal is None:
-            return 0
+            return args.rehearsal_rows(0, self._completions_per_step) if args.rehearses else 0
         self.rehearsal.check(temperature=args.temperature)  # the rest needs the model
         if not len(self.rehearsal):
             raise DataError(
@@ -157,7 +170,7 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
 
     def run_identity(self) -> dict[str, Any]:
         """Also the rehearsal rows."""
-        return super().run_identity() | {"rehearsal cache": data_fingerprint(self.rehearsal)}
+        return super().run_identity() | {"rehearsal cache": self._rehearsal_at_start, "bank": self.args.bank}
 
     # ---------------------------------------------------------------- rollouts, rewards, advantages
     def _generate_and_score_completions(self, inputs):
@@ -168,6 +181,8 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
                 batch["ref_per_token_logps"] = self._score(model, batch)
         if self.advantage is not None:
             batch["advantages"] = self._group_advantages(batch)
+        if self._correct is not None and self.args.bank == "policy":
+            batch["correct"] = self.my_part(self._correct, len(batch["advantages"]))
         return batch
 
     @torch.no_grad()
@@ -187,7 +202,22 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         self._metrics[mode]["reward/unscored_fraction"].append(unscored.float().mean().item())
         total = (rewards * self.reward_weights.to(rewards)).nansum(dim=1)
         self._rewards = total.masked_fill(unscored, torch.nan)
+        self._correct = correct_of(self._rewards, self.args.reward_threshold)
+        if self._correct is not None:
+            self._record_groups(completions, mode)
         return rewards
+
+    def _record_groups(self, completions: list[Any], mode: str) -> None:
+        """Pass@k and modes of the groups of this generation, from counts that are there anyway."""
+        right = self.my_part(self._correct, len(completions)).tolist()
+        function, texts = self._mode, map(completion_text, completions)
+        modes = [
+            mode_of(function, text, "a completion") if ok else None for text, ok in zip(texts, right, strict=True)
+        ]
+        size = self.num_generations if mode == "train" else self.num_generations_eval
+        found = group_statistics(self._correct, ~self._rewards.isnan(), size, gather_object(modes))
+        for name, value in found.items():
+            self._metrics[mode][name].append(value)
 
     def _group_advantages(self, batch: dict[str, Tensor]) -> Tensor:
         """This process's part of the advantages, from the rewards of all processes."""
@@ -233,11 +263,13 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
 
     def _next_rows(self) -> RehearsalBatch | None:
         """The rehearsal rows of this micro-step on this process; None where it has none."""
+        if self._window[0] != self.state.global_step:
+            self._fill_bank()  # a step is rehearsed from one bank
         step, index = self.state.global_step, self._window[1] if self._window[0] == self.state.global_step else 0
         self._window = (step, index + 1)
         processes = self.accelerator.num_processes
         window = self.current_gradient_accumulation_steps
-        rows = rows_of_step(len(self.rehearsal), self._rows_per_step, step, self.args.seed)
+        rows = rows_of_step(len(self.rehearsal), self._rows_per_step, step, self.args.seed) if self.rehearsal else []
         mine = rows_of_slot(
             rows, (index % window) * processes + self.accelerator.process_index, window * processes
         )  # fmt: skip
@@ -269,6 +301,8 @@ class DPHTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         finally:
             self._joining = None
         (log_policy, log_rehearsal), self._scored = self._scored, None
+        if training and args.bank == "policy":
+            self._note_found(inputs, log_policy)
         shared, columns = {"explore_loss": loss.detach() * steps}, {}
         # 2. The KL penalty of the baselines, with GRPO's own normaliser.
         if self.kl is not None and self.kl.enters == "loss":

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fdiv.catalog import EVALUATIONS
 from fdiv.recipes.tasks.tiny.authors import TinyAuthorsConfig
 from fdiv.recipes.tasks.tofu.unlearning import TofuUnlearningConfig
-from fdiv.unlearning.selection import build_evaluation, selection_score
+from fdiv.training.evaluation import build_evaluation
+from fdiv.unlearning.selection import selection_score
 from tests.support.runs.unlearning import forget_rows, history, make_trainer
 from tests.support.same_run import weights
 

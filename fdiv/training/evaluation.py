@@ -1,0 +1,149 @@
+"""Evaluation while training: any `eval:` block at every `eval_strategy`, with random numbers of its own.
+
+`metric_for_best_model`, `load_best_model_at_end` and `early_stopping_patience` work on its numbers (`eval_pass@8`,
+say), for they are returned from `Trainer.evaluate` like those of the trainer's own evaluation.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import EarlyStoppingCallback
+
+from fdiv.catalog import EVALUATIONS
+from fdiv.evaluation import EvalContext
+from fdiv.named import split_spec
+from fdiv.training.config import option
+
+__all__ = [
+    "EvaluationOptions",
+    "PeriodicEvaluationMixin",
+    "build_evaluation",
+    "evaluated",
+    "preserved_random_state",
+]
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Whatever is sampled inside, the random streams outside go on unchanged: an evaluation must not change
+    the training it looks at."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@dataclass
+class EvaluationOptions:
+    """The keys of an evaluation while training. Put it before TRL's config in the bases.
+
+    Raises:
+        ValueError: no mapping, an unknown evaluation or setting; no `eval_strategy`; early stopping without a metric.
+    """
+
+    epoch_evaluation: dict[str, Any] | str | None = option(
+        None, "An evaluation, as in the block `eval:`, to run at every eval_strategy: {name: tofu, max_items: 40, …}"
+    )
+    early_stopping_patience: int | None = option(
+        None, "Stop when metric_for_best_model has not improved in this many evaluations", least=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.early_stopping_patience is not None and not self.metric_for_best_model:
+            raise ValueError(
+                f"early_stopping_patience={self.early_stopping_patience} needs metric_for_best_model, which says what "
+                "has to improve"
+            )
+        if self.epoch_evaluation is None:
+            return
+        if not isinstance(self.epoch_evaluation, Mapping):
+            raise ValueError(f"epoch_evaluation={self.epoch_evaluation!r}: give a mapping with a name")
+        if self.eval_strategy == "no":
+            raise ValueError("epoch_evaluation is set but eval_strategy is no: set eval_strategy to epoch or steps")
+        build_evaluation(self.epoch_evaluation)
+
+
+def build_evaluation(spec: Mapping[str, Any]) -> Any:
+    """The evaluation that `{name: …, settings…}` names, as in a recipe's `eval:` block.
+
+    Raises:
+        ValueError: no or an unknown name, a setting it does not have or refuses.
+    """
+    name, settings = split_spec(spec, "epoch_evaluation")
+    evaluation = EVALUATIONS.find(name, "epoch_evaluation")
+    try:
+        return evaluation(**settings)
+    except TypeError as error:
+        raise ValueError(f"epoch_evaluation ({name}): {error}") from error
+
+
+def evaluated(trainer: Any, evaluation: Any, datasets: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Run `evaluation` on the trainer's model as it is now; what it returns.
+
+    Its random numbers follow from the run's `seed` alone, so that every evaluation of a run sees the same ones, and
+    training goes on as if there had been none.
+
+    Args:
+        trainer: a `transformers.Trainer`.
+        evaluation: see `fdiv.catalog.EVALUATIONS`.
+        datasets: split → untokenised rows.
+    """
+    args, model = trainer.args, trainer.model
+    folder = Path(args.output_dir) / "epoch_evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    context = EvalContext(
+        args, folder, seed=args.seed, stage="standalone", extra={"trainer": trainer}, row_reports=trainer.row_reports
+    )
+    training = model.training
+    model.eval()
+    try:
+        with preserved_random_state(), torch.no_grad():
+            return dict(evaluation.evaluate(model, trainer.processing_class, datasets or {}, context))
+    finally:
+        model.train(training)
+
+
+class PeriodicEvaluationMixin:
+    """A trainer whose evaluation is `epoch_evaluation`, where that is set, instead of TRL's own.
+
+    Put it before the TRL class in the bases, call `_with_evaluation` on the evaluation rows before its constructor,
+    and `_stop_early` after it.
+    """
+
+    args: Any
+
+    def _with_evaluation(self, args: Any, train_dataset: Any, eval_dataset: Any) -> Any:
+        """The `eval_dataset` for Trainer, which wants one wherever it evaluates."""
+        self.epoch_evaluation = None if args.epoch_evaluation is None else build_evaluation(args.epoch_evaluation)
+        self._evaluation_rows = {} if eval_dataset is None else {"test": eval_dataset}
+        if self.epoch_evaluation is not None and eval_dataset is None:
+            return train_dataset.select([0])
+        return eval_dataset
+
+    def _stop_early(self) -> None:
+        """Add the callback that `early_stopping_patience` asks for."""
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """`epoch_evaluation`, its numbers with the prefix `eval_`; without one, as in TRL."""
+        if self.epoch_evaluation is None or metric_key_prefix != "eval":
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        rows = {"train": self.train_dataset, **self._evaluation_rows}
+        values = evaluated(self, self.epoch_evaluation, rows)
+        metrics = {f"eval_{name}": float(value) for name, value in values.items() if isinstance(value, (int, float))}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
