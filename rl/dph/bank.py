@@ -165,9 +165,9 @@ class BankMixin:
         rows = gather_object(self._found)
         self._found = []
         added = self.rehearsal.add(rows)
-        metrics = self._metrics["train"]
-        for name, value in (("rows", len(self.rehearsal)), ("added", added.added), ("refused", added.refused)):
-            metrics[f"bank/{name}"].append(float(value))
+        sizes = {"bank/rows": len(self.rehearsal), "bank/added": added.added, "bank/refused": added.refused}
+        for name, value in sizes.items():
+            self._metrics["train"][name].append(float(value))
         if added.refused and not self._full:
             self._full = True
             info(
