@@ -90,7 +90,7 @@ def build_evaluation(spec: Mapping[str, Any]) -> Any:
 
 
 def evaluated(trainer: Any, evaluation: Any, datasets: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Run `evaluation` on the trainer's model as it is now; what it returns.
+    """Run `evaluation` on the trainer's current model; what it returns.
 
     Its random numbers follow from the run's `seed` alone, so that every evaluation of a run sees the same ones, and
     training goes on as if there had been none.
