@@ -1,8 +1,10 @@
-"""What an evaluation is told besides the model: `EvalContext`, built by the command line and by `fdiv eval …`."""
+"""What an evaluation is told besides the model: `EvalContext`, built by the command line and by `fdiv eval …`; and the
+keys it takes over from the training."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +13,27 @@ if TYPE_CHECKING:
 
     from fdiv.rows.report import RowReport
 
-__all__ = ["EvalContext"]
+__all__ = ["EvalContext", "inherit"]
+
+
+def inherit(evaluation: type, stated: Mapping[str, Any], training: Any) -> dict[str, Any]:
+    """The settings of an evaluation: as stated, and where it does not say, as in training.
+
+    Args:
+        evaluation: its dataclass; a key that it does not have is not taken over.
+        stated: what its block says.
+        training: the config; its `evaluation_keys()` are the encoding of its rows. None, or one without: nothing is
+            taken over.
+    """
+    keys = training.evaluation_keys() if hasattr(training, "evaluation_keys") else {}
+    known = {entry.name for entry in fields(evaluation)}
+    # A format of plain questions is for evaluations of questions with answers.
+    formats = () if "answer_format" in known else ("chat_template", "question_format", "answer_format")
+    taken = {name: value for name, value in keys.items() if name in known and name not in formats}
+    settings = {**taken, **stated}
+    if stated.get("chat_template") == "never" and "system_prompt" not in stated:
+        settings.pop("system_prompt", None)
+    return settings
 
 
 @dataclass

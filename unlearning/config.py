@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from trl import SFTConfig
 
 from fdiv.filling import check_template
-from fdiv.training.config import RowOptions, divergence_option, named_divergence, option, refuse
+from fdiv.training.config import EncodingOptions, RowOptions, divergence_option, named_divergence, option, refuse
 from fdiv.training.evaluation import EvaluationOptions
 from fdiv.unlearning.data.templates import TEMPLATE_SOURCES, GenerationSettings
 
@@ -35,7 +35,7 @@ def retain_option(default: str, *others: str, why: str = "") -> Any:
 
 
 @dataclass
-class UnlearningConfig(EvaluationOptions, RowOptions, SFTConfig):
+class UnlearningConfig(EvaluationOptions, EncodingOptions, RowOptions, SFTConfig):
     r"""What all unlearning methods share: loss = γ·forget term + α·retain term, the mean over examples.
 
     The forget rows are the training dataset; their formats are in `fdiv.unlearning.data.rows`. One retain row meets
@@ -96,9 +96,21 @@ class UnlearningConfig(EvaluationOptions, RowOptions, SFTConfig):
         self.router_aux_loss_coef = 0.0
         if self.prompt_format is not None:
             check_template(self.prompt_format, ("question",), needs=("question",), what="prompt_format")
+        if self.prompt_format is not None and self.system_prompt is not None:
+            raise ValueError(
+                f"system_prompt={self.system_prompt!r} belongs to a chat template, and prompt_format makes plain "
+                "text: drop one of the two"
+            )
         if self.max_length is None:
             raise ValueError("max_length is not set: it bounds every row and cuts raw text into chunks")
         named_divergence(self.retain_divergence, "retain_divergence")
+
+    def evaluation_keys(self) -> dict[str, Any]:
+        """The template's keys, or the formats of plain text that `prompt_format` makes."""
+        if self.prompt_format is None:
+            return super().evaluation_keys()
+        formats = {"chat_template": "never", "question_format": self.prompt_format, "answer_format": " {answer}"}
+        return super().evaluation_keys() | formats
 
     def method_settings(self) -> dict[str, Any]:
         """The fields that define the objective: those of this config that supervised fine-tuning has not."""
@@ -168,6 +180,7 @@ class TemplateConfig(UnlearningConfig):
             max_new_tokens=self.template_max_new_tokens,
             temperature=self.template_temperature,
             seed=self.seed,
+            encoding=self.encoding(),
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import gather_object
 
-from fdiv.errors import DataError
+from fdiv.errors import DataError, RolloutError
 from fdiv.files import numbered_json_lines, write_bytes
 from fdiv.filling import fill
 from fdiv.sealed import DIGEST, NO_DIGEST, UNSEALED, check_sealed, check_token_ids, sealed
@@ -127,12 +127,25 @@ def _sample(trainer: Any, rows: Sequence[Mapping[str, Any]], prompts: list) -> t
     """Completion ids and per-token log-probabilities from the trainer's back end, one for each of `prompts`."""
     if trainer.rollout_func is not None:
         output = trainer.rollout_func(prompts, trainer)
+        if not trainer.args.anchor_instruction_templates:
+            _check_prompts(rows, output["prompt_ids"])
         return output["completion_ids"], output["logprobs"]
     if trainer.args.anchor_instruction_templates:
         prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
     else:
         prompt_ids = [list(row["prompt_ids"]) for row in rows]
     return trainer._generate_single_turn(prompt_ids, None, {}, 1)
+
+
+def _check_prompts(rows: Sequence[Mapping[str, Any]], prompt_ids: Sequence[Sequence[int]] | None) -> None:
+    """Refuse a rollout from another prompt than the one anchors are scored under, where the back end says which."""
+    for number, (row, ids) in enumerate(zip(rows, prompt_ids or (), strict=False)):
+        if list(ids) != list(row["prompt_ids"]):
+            raise RolloutError(
+                f"rollout_func sampled anchor {number} of the batch from a prompt with the tokens {list(ids)[:8]}… "
+                f"({len(ids)}), and it is scored under {list(row['prompt_ids'])[:8]}… ({len(row['prompt_ids'])}): "
+                "sample from `trainer._tokenize_prompts(prompts)`"
+            )
 
 
 def draw_offline_anchors(trainer: Any, cache: AnchorCache, rows: Sequence[Mapping[str, Any]], count: int) -> int:

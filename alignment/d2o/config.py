@@ -14,6 +14,7 @@ from fdiv.alignment.f_dpo.loss import check_f_dpo_divergence
 from fdiv.alignment.scorers import build_scorer
 from fdiv.divergences import Divergence
 from fdiv.filling import check_template
+from fdiv.inference.encoding import ENCODING_HELP, END_TOKENS, Encoding
 from fdiv.memory.step_shape import StepShape, rollout_tokens, sampled_at_once
 from fdiv.training.config import CappedDivergenceOptions, check_options, divergence_option, option, refuse
 from fdiv.training.rollouts import GRPO_LOSS_KEYS, RolloutConfig
@@ -89,6 +90,14 @@ class D2OConfig(CappedDivergenceOptions, RolloutConfig, GRPOConfig):
     max_length: int | None = option(
         1024, "Longest sequence in tokens; a longer rejected answer is cut. null: no bound", least=1
     )
+
+    end_token: str = option("turn", ENCODING_HELP["end_token"], choices=END_TOKENS)
+
+    def encoding(self) -> Encoding:
+        """How rows are encoded: rejected answers follow the prompt that anchors are sampled from."""
+        return Encoding(
+            self.system_prompt, self.date_string, self.chat_template_kwargs, self.end_token, context="generation"
+        )
 
     def __post_init__(self) -> None:
         check_options(self)

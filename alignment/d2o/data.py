@@ -1,4 +1,4 @@
-"""Rows of human-labelled negatives for D²O: checks, tokenisation (TRL's own) and the padded batch.
+"""Rows of human-labelled negatives for D²O: checks, tokenisation and the padded batch.
 
 A row has `prompt` and `rejected`, each a string or a list of `{role, content}` messages, and optionally `anchors`, a
 list of answers to use instead of sampled ones.
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fdiv.errors import DataError
+from fdiv.inference.encoding import Encoding
 from fdiv.rows.checks import Check, answer_fault, check_columns, check_one_format, check_rows, prompt_fault, shown
 from fdiv.rows.report import RowReport
 from fdiv.rows.sources import Source, source_of
-from fdiv.training.data_checks import report_name, tokenize_preferences
+from fdiv.training.data_checks import report_name, row_variables
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from fdiv.alignment.d2o.anchors import Anchor
 
 __all__ = ["check_negatives", "collate_groups", "prepare_negatives", "tokenize_negatives"]
+
+GENERATION = Encoding(context="generation")
 
 
 def prepare_negatives(
@@ -36,12 +39,21 @@ def prepare_negatives(
     anchors: int,
     name: str,
     report: Callable[[RowReport], None] = RowReport.show,
+    encoding: Encoding = GENERATION,
 ) -> Dataset:
     """`check_negatives`, then `tokenize_negatives`; rows that went through it before are returned as they are."""
     if "prompt_ids" in (getattr(rows, "column_names", None) or ()):
         return rows
     check_negatives(rows, name, anchors)
-    return tokenize_negatives(rows, tokenizer, max_length=max_length, anchors=anchors, name=name, report=report)
+    return tokenize_negatives(
+        rows,
+        tokenizer,
+        max_length=max_length,
+        anchors=anchors,
+        name=name,
+        report=report,
+        encoding=encoding,
+    )
 
 
 def check_negatives(dataset: Any, name: str, anchors: int) -> None:
@@ -98,51 +110,42 @@ def tokenize_negatives(
     anchors: int,
     name: str,
     report: Callable[[RowReport], None] = RowReport.show,
+    encoding: Encoding = GENERATION,
 ) -> Dataset:
-    """Add `prompt_ids`, `rejected_ids` and, for rows with `anchors`, `anchor_ids`, tokenised as by TRL's DPO trainer.
+    """Add `prompt_ids`, `rejected_ids` and, for rows with `anchors`, `anchor_ids`.
 
-    Sequences are cut to `max_length` tokens at their end; rows whose prompt alone fills it are dropped. What became
-    of the rows is passed to `report`.
+    The prompt is the one that anchors are sampled from, the generation prompt, and all answers follow it. They are cut
+    where prompt and answer exceed `max_length` tokens; rows whose prompt alone fills it are dropped. What became of
+    the rows is passed to `report`.
 
     Raises:
         DataError: nothing is left after the drop.
     """
-    columns = dataset.column_names
-    given = "anchors" in columns and anchors > 0
-    answers = [[row["rejected"], *(row["anchors"][:anchors] if given else ())] for row in dataset]
-    pairs = [
-        {"prompt": row["prompt"], "chosen": answer, "rejected": answer, "row": number}
-        for number, row in enumerate(dataset.select_columns("prompt"))
-        for answer in answers[number]
-    ]
-    pairs = type(dataset).from_list(pairs)
-    tokenized = tokenize_preferences(pairs, tokenizer, max_length=max_length, name=name, method="D2O")
-    groups: dict[int, list[Mapping[str, Any]]] = {}
-    for pair in tokenized:
-        groups.setdefault(pair["row"], []).append(pair)
-    kept = [number for number, group in groups.items() if len(group) == len(answers[number])]
-    prompt_ids, rejected_ids, anchor_ids = [], [], []
+    given = "anchors" in dataset.column_names and anchors > 0
+    kept, columns = [], {"prompt_ids": [], "rejected_ids": [], "anchor_ids": []}
     cut = longest = 0
-    for number in kept:
-        tokens = max(len(row["prompt_ids"]) + len(row["rejected_ids"]) for row in groups[number])
+    for number, row in enumerate(dataset):
+        answers = [row["rejected"], *(row["anchors"][:anchors] if given else ())]
+        prompt_ids, ids = encoding.encode_answers(tokenizer, row["prompt"], answers, **row_variables(row))
+        if max_length is not None and len(prompt_ids) >= max_length:
+            continue
+        room = None if max_length is None else max_length - len(prompt_ids)
+        tokens = len(prompt_ids) + max(map(len, ids))
         longest, cut = max(longest, tokens), cut + (max_length is not None and tokens > max_length)
-        prompt, completions = _common_prompt(groups[number], max_length)
-        prompt_ids.append(prompt)
-        rejected_ids.append(completions[0])
-        anchor_ids.append(completions[1:])
+        kept.append(number)
+        columns["prompt_ids"].append(prompt_ids)
+        columns["rejected_ids"].append(ids[0][:room])
+        columns["anchor_ids"].append([answer[:room] for answer in ids[1:]])
+    if not kept:
+        raise DataError(f"every prompt of the {name} dataset fills max_length={max_length} alone: raise max_length")
     dropped = {f"prompt fills max_length={max_length}": len(dataset) - len(kept)}
     report(
         RowReport(report_name(name), len(dataset), dropped=dropped, max_length=max_length, cut=cut, longest=longest)
     )
-    result = dataset.select(kept).add_column("prompt_ids", prompt_ids).add_column("rejected_ids", rejected_ids)
-    return result.add_column("anchor_ids", anchor_ids) if given else result
-
-
-def _common_prompt(group: Sequence[Mapping[str, Any]], max_length: int | None) -> tuple[list[int], list[list[int]]]:
-    """The prompt tokens all answers share, and what follows them, as TRL splits a pair."""
-    start = min(len(row["prompt_ids"]) for row in group)
-    full = [(row["prompt_ids"] + row["rejected_ids"])[:max_length] for row in group]
-    return full[0][:start], [ids[start:] for ids in full]
+    result = dataset.select(kept)
+    for column in ("prompt_ids", "rejected_ids", *(("anchor_ids",) if given else ())):
+        result = result.add_column(column, columns[column])
+    return result
 
 
 def collate_groups(

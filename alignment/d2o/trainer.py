@@ -135,7 +135,7 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         starting_adapter = not isinstance(model, str) and is_peft_model(model)
         self._prepare = lambda rows, split: prepare_negatives(
             rows, processing_class, max_length=args.max_length, anchors=args.num_generations, name=split,
-            report=lambda report: self.report_rows(report, args),
+            report=lambda report: self.report_rows(report, args), encoding=args.encoding(),
         )  # fmt: skip
         # TRL would load a second model for β > 0, and bake the sampling temperature into the scores.
         with without_trl_reference(args, temperature=1.0):

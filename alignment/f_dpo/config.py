@@ -9,7 +9,7 @@ from trl import DPOConfig
 
 from fdiv.alignment.f_dpo.loss import check_f_dpo_divergence
 from fdiv.memory.step_shape import StepShape
-from fdiv.training.config import CappedDivergenceOptions, divergence_option, option, refuse
+from fdiv.training.config import CappedDivergenceOptions, EncodingOptions, divergence_option, option, refuse
 
 __all__ = ["FDPOConfig"]
 
@@ -30,7 +30,7 @@ _REFUSED = {
 
 
 @dataclass
-class FDPOConfig(CappedDivergenceOptions, DPOConfig):
+class FDPOConfig(EncodingOptions, CappedDivergenceOptions, DPOConfig):
     """Configuration of `FDPOTrainer`: every key of TRL's `DPOConfig`, `divergence`, `normalized`, `max_exponent`, and
     those below. The fraction of pairs that the cap touched is logged as `clamped_fraction`.
 

@@ -28,6 +28,7 @@ from fdiv.statistics.estimates import density_weight_quantiles, log_ratio_quanti
 from fdiv.terminal import info
 from fdiv.training.data_checks import (
     check_preference_dataset,
+    encode_preferences,
     named_rows,
     preference_report,
     report_name,
@@ -139,6 +140,21 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
         """TRL's model card with the divergence among the tags and the objective's settings in a table."""
         tags = [tags] if isinstance(tags, str) else list(tags or ())
         super().create_model_card(model_name, dataset_name, [*tags, get_divergence(self.args.divergence).name])
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: FDPOConfig, dataset_name: str) -> Any:
+        """As TRL's for a processor; through the one encoder (`fdiv.inference.encoding`) for a tokenizer."""
+        if hasattr(processing_class, "tokenizer"):
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        bound = args.max_length if args.truncation_mode == "keep_start" else None
+        with args.main_process_first(desc=f"tokenising the {dataset_name} dataset"):
+            return encode_preferences(
+                dataset,
+                processing_class,
+                args.encoding(),
+                max_length=bound,
+                name=dataset_name,
+                num_proc=args.dataset_num_proc,
+            )
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """As TRL's, whose file of values is named by weights and rows; here also by their bound, and checked."""

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fdiv.errors import DataError
+from fdiv.inference.encoding import add_encoding
 from fdiv.inference.greedy import BACKENDS
 from fdiv.models.dtypes import add_dtype
 
 __all__ = ["add_arguments", "run"]
 
-_OWN = ("k", "stop", "greedy", "allow_code_execution", "label", "dataset")
+_OWN = ("k", "stop", "greedy", "allow_code_execution", "label", "dataset", "n")
+_ENCODING = ("system_prompt", "date_string", "chat_template_kwargs")
 _MODEL_ONLY = ("adapter", "dataset", "data", "scorer", "databases")
 _FREE = ("n", "k", "greedy", "unscored", "resamples", "label", "batch_size", "allow_code_execution",
          "min_used_fraction")  # fmt: skip
@@ -54,10 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = PassKEvalConfig.n
     how.add_argument("--n", "--samples_per_task", type=int, default=size, dest="n", help=f"samples per task ({size})")
     hints = typing.get_type_hints(PassKEvalConfig)
+    add_encoding(how, rows=False)
     kinds = {"max_new_tokens": int, "batch_size": int, "max_tasks": int, "resamples": int}
     kinds |= {"temperature": float, "top_p": float, "min_used_fraction": float}
     for field in dataclasses.fields(PassKEvalConfig):
-        if field.name not in _OWN and field.name != "n":
+        if field.name not in (*_OWN, *_ENCODING):
             shown = "" if field.default is None else f"({field.default})"
             kind, choices = kinds.get(field.name, str), _choices(hints[field.name])
             how.add_argument(f"--{field.name}", type=kind, choices=choices, default=field.default, help=shown or None)

@@ -17,6 +17,7 @@ from fdiv.eval.pass_at_k.scoring import Scorer, make_scorer, score_completions
 from fdiv.files import write_bytes
 from fdiv.filling import check_template
 from fdiv.inference.cache import ItemCache, fingerprint
+from fdiv.inference.encoding import Encoding
 from fdiv.inference.processes import process_state
 from fdiv.inference.prompting import CHAT_TEMPLATE, PromptFormat
 from fdiv.rows.report import RowReport
@@ -62,7 +63,9 @@ class PassKEvalConfig(RowOptions):
         max_tasks: Use the first N tasks. None: all.
         chat_template: auto, always or never. None: auto for a benchmark, never for text prompts of one's own.
         question_format: Prompt without a chat template, with {question}. None: the question as it stands.
-        system_prompt: System turn of the chat template.
+        system_prompt: System turn before conversations that have none; not before text that is continued as it stands.
+        date_string: Date in chat templates that print one.
+        chat_template_kwargs: Further variables of the chat template.
         greedy: Also draw one greedy completion per task.
         unscored: What a sample that could not be scored does to its task: reduce (n is one less), wrong, or leave_out
             (the task is left out). It is counted in any case.
@@ -88,6 +91,8 @@ class PassKEvalConfig(RowOptions):
     chat_template: Literal["auto", "always", "never"] | None = None
     question_format: str | None = None
     system_prompt: str | None = None
+    date_string: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     greedy: bool = True
     unscored: Literal["reduce", "wrong", "leave_out"] = "reduce"
     resamples: int = 1000
@@ -227,11 +232,11 @@ class PassKEvalConfig(RowOptions):
         prompt = PromptFormat(
             chat_template=loaded.chat,  # type: ignore[arg-type]
             question_format=self.question_format or "{question}",
-            system_prompt=self.system_prompt,
         )
+        encoding = Encoding(self.system_prompt, self.date_string, self.chat_template_kwargs)
         scorer = make_scorer(loaded.scorer, databases=loaded.databases, allow_code_execution=self.allow_code_execution)
         try:
-            requests = sampling_requests(loaded.tasks, tokenizer, prompt, settings, self.n)
+            requests = sampling_requests(loaded.tasks, tokenizer, prompt, settings, self.n, encoding)
             first = {request.key.rpartition("#")[0]: request for request in requests[:: self.n]}
             prompts = [[task, list(request.prompt_ids)] for task, request in first.items()]
             digest = fingerprint(identity, prompts, dataclasses.asdict(settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fdiv.errors import DataError
 from fdiv.eval.pass_at_k.data import EvalTask
 from fdiv.inference.cache import ItemCache
+from fdiv.inference.encoding import Encoding
 from fdiv.inference.prompting import PromptFormat
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ __all__ = [
     "sampling_requests",
     "stream_of",
 ]
+
+
+DEFAULT_ENCODING = Encoding()
 
 
 @dataclass(frozen=True)
@@ -49,32 +54,42 @@ def stream_of(task_id: str, sample: int) -> tuple[int, int]:
     return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:8], "big"), sample
 
 
-def encode_task(task: EvalTask, tokenizer: Any, prompt: PromptFormat) -> tuple[int, ...]:
-    """Token ids of a task's prompt; a conversation goes through the tokenizer's chat template.
+def encode_task(
+    task: EvalTask, tokenizer: Any, prompt: PromptFormat, encoding: Encoding = DEFAULT_ENCODING
+) -> tuple[int, ...]:
+    """Token ids of a task's prompt, as rollouts have it; a conversation goes through the tokenizer's chat template.
 
     Raises:
         DataError: a conversation and a tokenizer without a template, or an empty prompt.
     """
     if isinstance(task.prompt, str):
-        ids = prompt.encode_question(tokenizer, task.prompt)
+        asked, _ = prompt.row(tokenizer, task.prompt, "")
     elif not tokenizer.chat_template:
         raise DataError(f"task {task.task_id!r} is a conversation, but the tokenizer has no chat template")
     else:
-        ids = tuple(prompt.encoding.encode_prompt(tokenizer, task.prompt))
+        asked = task.prompt
+    if isinstance(asked, str):  # continued as it stands: it has no turns
+        encoding = dataclasses.replace(encoding, system_prompt=None)
+    ids = tuple(encoding.encode_prompt(tokenizer, asked))
     if not ids:
         raise DataError(f"task {task.task_id!r} has an empty prompt: a model continues at least one token")
     return ids
 
 
 def sampling_requests(
-    tasks: Sequence[EvalTask], tokenizer: Any, prompt: PromptFormat, settings: SamplingSettings, n: int
+    tasks: Sequence[EvalTask],
+    tokenizer: Any,
+    prompt: PromptFormat,
+    settings: SamplingSettings,
+    n: int,
+    encoding: Encoding = DEFAULT_ENCODING,
 ) -> list[SamplingRequest]:
     """n requests per task; the key is `TASK#SAMPLE`."""
     from fdiv.inference.sampling import SamplingRequest
 
     requests = []
     for task in tasks:
-        ids = encode_task(task, tokenizer, prompt)
+        ids = encode_task(task, tokenizer, prompt, encoding)
         requests += [
             SamplingRequest(
                 f"{task.task_id}#{sample:06d}", ids, settings.max_new_tokens, stream=stream_of(task.task_id, sample)

@@ -97,6 +97,7 @@ class AnswerLikelihoodConfig(RowOptions):
         Raises:
             DataError: a file is missing, or its rows are no preferences.
         """
+
         metrics: dict[str, float | None] = {}
         for split in self.splits:
             rows = self._rows(tokenizer, split, context)
@@ -110,7 +111,7 @@ class AnswerLikelihoodConfig(RowOptions):
         return metrics
 
     def _rows(self, tokenizer: Any, split: str, context: EvalContext) -> list[dict[str, Any]]:
-        from fdiv.training.data_checks import preference_report, tokenize_preferences
+        from fdiv.training.data_checks import encoding_of, preference_report, tokenize_preferences
 
         path = Path(self.data) / f"{split}.jsonl"
         if not path.is_file():
@@ -118,7 +119,13 @@ class AnswerLikelihoodConfig(RowOptions):
                 f"eval answer_likelihood: {path} does not exist; set `data` to the directory of the splits"
             )
         rows = read_file(path)
-        tokenized = tokenize_preferences(rows, tokenizer, name=split, method="eval answer_likelihood")
+        tokenized = tokenize_preferences(
+            rows,
+            tokenizer,
+            encoding=encoding_of(context.training_args),
+            name=split,
+            method="eval answer_likelihood",
+        )
         report = preference_report(len(rows), tokenized, None, f"answers of {split}")
         context.report_rows(report, self.min_used_fraction)
         return list(tokenized)

@@ -12,6 +12,7 @@ from typing import Any
 from fdiv.divergences.saturation import TRAINING_MAX_EXPONENT
 from fdiv.errors import DataError
 from fdiv.files import DATA_FORMATS
+from fdiv.inference.encoding import Encoding, add_encoding
 from fdiv.models.dtypes import add_dtype
 from fdiv.rows.loading import read_file
 
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--normalized", action="store_true", help="divide f by f''(1), as in training")
     parser.add_argument("--max_length", type=int, help="cut prompt + completion to this many tokens")
+    add_encoding(parser)
     add_dtype(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
     parser.add_argument("--output", required=True, metavar="DIR", help="where preferences_eval.json is written")
@@ -118,6 +120,7 @@ def _settings(args: argparse.Namespace) -> Any:
         beta=args.beta,
         max_exponent=args.max_exponent,
         max_length=args.max_length,
+        encoding=lambda: Encoding(args.system_prompt, args.date_string, args.chat_template_kwargs, args.end_token),
     )
 
 

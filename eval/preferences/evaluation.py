@@ -157,7 +157,12 @@ class PreferencesEvalConfig(RowOptions):
         return metrics
 
     def _rows(self, tokenizer: Any, datasets: Mapping[str, Dataset], context: EvalContext) -> list[dict[str, Any]]:
-        from fdiv.training.data_checks import check_preference_dataset, preference_report, tokenize_preferences
+        from fdiv.training.data_checks import (
+            check_preference_dataset,
+            encoding_of,
+            preference_report,
+            tokenize_preferences,
+        )
 
         if self.split not in datasets:
             raise DataError(f"eval preferences: no split {self.split!r} in the data; it has {sorted(datasets)}")
@@ -168,7 +173,12 @@ class PreferencesEvalConfig(RowOptions):
             rows = rows.select(range(self.max_rows))
         max_length = getattr(context.training_args, "max_length", None)
         tokenized = tokenize_preferences(
-            rows, tokenizer, max_length=max_length, name=self.split, method="eval preferences"
+            rows,
+            tokenizer,
+            encoding=encoding_of(context.training_args),
+            max_length=max_length,
+            name=self.split,
+            method="eval preferences",
         )
         report = preference_report(read, tokenized, max_length, f"preferences of {self.split}", read - len(rows))
         context.report_rows(report, self.min_used_fraction)

@@ -14,6 +14,7 @@ from fdiv.errors import DataError
 from fdiv.inference.prompting import EncodedText, PromptFormat
 from fdiv.rows.checks import Check, answer_fault, check_one_format, check_rows, prompt_fault, text_fault, texts_fault
 from fdiv.rows.sources import Source, source_of
+from fdiv.training.data_checks import row_variables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,10 +123,11 @@ def _spaced(text: Any, answer: str) -> Any:
 
 def encode_row(row: Row, answer: str, prompt: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> EncodedText:
     """The row's prompt with `answer`, encoded as the trainers encode rows of its columns."""
+    variables = row_variables(row)
     if row["asked"] == "format":
-        return prompt.encode(tokenizer, row["question"], answer)
+        return prompt.encode(tokenizer, row["question"], answer, **variables)
     given = [{"role": "assistant", "content": answer}] if row["asked"] == "messages" else answer
-    return prompt.encoding.encode(tokenizer, row["prompt"], given)
+    return prompt.encoding.encode(tokenizer, row["prompt"], given, **variables)
 
 
 def forget_columns(row: Row) -> list[Any]:

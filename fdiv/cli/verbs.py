@@ -63,7 +63,7 @@ def _dry_run(recipe: Recipe, accelerate: str | None, num_processes: int | None) 
         info(f"note: the environment variable {name} is not set; the run needs it")
     plan = plan_run(recipe, {name: f"${{{name}}}" for name in unset})
     if is_main_process():
-        sys.stdout.write(resolved_yaml(recipe))
+        sys.stdout.write(resolved_yaml(plan.recipe))
         sys.stdout.flush()
         _memory_plan(plan, accelerate, num_processes)
     return 0

@@ -133,8 +133,14 @@ class Encoding:
             raise DataError(f"context={self.context!r}: choose answer or generation")
 
     # ---------------------------------------------------------------- rendering
-    def turns(self, messages: Messages) -> list[Mapping[str, Any]]:
-        """`messages` with the system turn before them, unless they begin with one."""
+    def turns(self, messages: Text) -> list[Mapping[str, Any]]:
+        """`messages` with the system turn before them, unless they begin with one.
+
+        Raises:
+            DataError: a system prompt, and text.
+        """
+        if isinstance(messages, str):
+            self._check_text()
         if self.system_prompt is None or (messages and messages[0].get("role") == "system"):
             return list(messages)
         return [{"role": "system", "content": self.system_prompt}, *messages]
@@ -203,7 +209,7 @@ class Encoding:
 
         Where the answers' borders differ, the prompt ends at the first of them.
         """
-        parts = [self._parts(tokenizer, prompt, answer, variables) for answer in answers]
+        parts = self._parts(tokenizer, prompt, answers, variables)
         if self.context == "generation":
             ids = self.encode_prompt(tokenizer, prompt, **variables)
             text = self._generation_text(tokenizer, prompt, variables)
@@ -229,23 +235,31 @@ class Encoding:
             return prompt
         return self.render(tokenizer, prompt, add_generation_prompt=True, **variables)
 
-    def _parts(self, tokenizer: Any, prompt: Text, answer: Text, variables: Mapping[str, Any]) -> _Parts:
-        """The row as text, cut where the answer begins."""
-        if isinstance(prompt, str) != isinstance(answer, str):
-            raise DataError(
-                f"prompt {prompt!r:.60} and answer {answer!r:.60}: give two texts, or two lists of messages"
-            )
-        if isinstance(prompt, str) and isinstance(answer, str):
+    def _parts(
+        self, tokenizer: Any, prompt: Text, answers: Sequence[Text], variables: Mapping[str, Any]
+    ) -> list[_Parts]:
+        """The rows as text, each cut where its answer begins."""
+        for answer in answers:
+            if isinstance(prompt, str) != isinstance(answer, str):
+                raise DataError(
+                    f"prompt {prompt!r:.60}, answer {answer!r:.60}: give two texts, or two lists of messages"
+                )
+        if isinstance(prompt, str):
             self._check_text()
             end = tokenizer.eos_token or ""
-            return _Parts(prompt, prompt + (answer.removesuffix(end) if end else answer) + end, special=True)
-        whole = self.render(tokenizer, [*prompt, *answer], **variables)
+            texts = [str(answer).removesuffix(end) if end else str(answer) for answer in answers]
+            return [_Parts(prompt, prompt + text + end, special=True) for text in texts]
         opened = self.render(tokenizer, prompt, add_generation_prompt=True, **variables)
-        head = self._header(tokenizer, prompt, opened, answer[0].get("role", "assistant"), variables)
-        if not whole.startswith(head):
-            # The answer changes what the template writes before it: it brings its own thoughts, which are part of it.
-            head = whole[: shared_length([opened, whole])]
-        return _Parts(head, whole, special=False)
+        roles = dict.fromkeys(_role(answer) for answer in answers)
+        headers = {role: self._header(tokenizer, prompt, opened, role, variables) for role in roles}
+        parts = []
+        for answer in answers:
+            head, whole = headers[_role(answer)], self.render(tokenizer, [*prompt, *answer], **variables)
+            if not whole.startswith(head):
+                # It changes what the template writes before it: an answer with thoughts, which are part of it.
+                head = whole[: shared_length([opened, whole])]
+            parts.append(_Parts(head, whole, special=False))
+        return parts
 
     def _header(self, tokenizer: Any, prompt: Messages, opened: str, role: str, variables: Mapping[str, Any]) -> str:
         """What the template writes before an answer, whatever the answer says; `opened` is the generation prompt."""
@@ -266,6 +280,10 @@ class Encoding:
         end = tokenizer.eos_token_id
         appended = self.end_token == "appended" and end is not None and tuple(ids[-1:]) != (end,)
         return [*ids, end] if appended else list(ids)
+
+
+def _role(answer: Text) -> str:
+    return "" if isinstance(answer, str) or not answer else answer[0].get("role", "assistant")
 
 
 # ------------------------------------------------------------------------------------------------------- tokenising

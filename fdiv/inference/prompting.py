@@ -105,9 +105,11 @@ class PromptFormat:
         question: str,
         answer: str,
         examples: Sequence[tuple[str, str]] = (),
+        **variables: Any,
     ) -> EncodedText:
         """One question with its answer, encoded as in training (see `fdiv.inference.encoding`)."""
-        return self._encoding_of(tokenizer).encode(tokenizer, *self.row(tokenizer, question, answer, examples))
+        prompt, whole = self.row(tokenizer, question, answer, examples)
+        return self._encoding_of(tokenizer).encode(tokenizer, prompt, whole, **variables)
 
     def encode_prompt(
         self,
@@ -121,11 +123,6 @@ class PromptFormat:
         It never holds a token of the answer: a token that spans the border is the first label.
         """
         return self.encode(tokenizer, question, answer, examples).prompt_ids
-
-    def encode_question(self, tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[int, ...]:
-        """What a model sees that is asked `question`, where no answer is known: with the generation prompt."""
-        prompt, _ = self.row(tokenizer, question, "")
-        return tuple(self._encoding_of(tokenizer).encode_prompt(tokenizer, prompt))
 
     def _encoding_of(self, tokenizer: PreTrainedTokenizerBase) -> Encoding:
         """The encoding; a tokenizer without a chat template has no system turn."""

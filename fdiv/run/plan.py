@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fdiv.errors import RecipeError
+from fdiv.evaluation import inherit
 from fdiv.files import one_line, plain
 from fdiv.recipe.model import Block, Configs, Recipe
 from fdiv.run.directory import RunDirectory
@@ -85,8 +86,17 @@ def _resolved(recipe: Recipe, settled: Mapping[str, Any], variables: Mapping[str
     configs = recipe.configs(settled, variables)
     if recipe.prepare is not None:
         recipe.prepare.instance(variables)  # a value that it refuses ends the run here
+    recipe = dataclasses.replace(recipe, evaluations=tuple(_inheriting(recipe, configs.training)))
     evaluations = tuple((block, block.instance(variables)) for block in recipe.evaluations)
     return RunPlan(recipe, configs, evaluations, MappingProxyType({**settled}), MappingProxyType({**variables}))
+
+
+def _inheriting(recipe: Recipe, training: Any) -> list[Block]:
+    """The `eval:` blocks, with the encoding that the run trains with where they do not say."""
+    return [
+        dataclasses.replace(block, values=inherit(block.config, block.values, training))
+        for block in recipe.evaluations
+    ]
 
 
 def prepare(plan: RunPlan, root: Path) -> RunPlan:

@@ -26,11 +26,14 @@ from typing import Any
 
 from fdiv.divergences import Divergence, get_divergence
 from fdiv.divergences.saturation import LARGEST_MAX_EXPONENT, TRAINING_MAX_EXPONENT
+from fdiv.inference.encoding import ENCODING_HELP, END_TOKENS, Encoding
 from fdiv.rows.report import MIN_USED_FRACTION
 
 __all__ = [
     "CappedDivergenceOptions",
+    "ChatTemplateOptions",
     "DivergenceOptions",
+    "EncodingOptions",
     "Options",
     "RowOptions",
     "add_min_used_fraction",
@@ -284,3 +287,39 @@ class CappedDivergenceOptions(DivergenceOptions):
         above=0,
         most=LARGEST_MAX_EXPONENT,
     )
+
+
+@dataclass
+class ChatTemplateOptions(Options):
+    """What chat templates are given, with one meaning in training, evaluation, pre-sampling and rollouts."""
+
+    system_prompt: str | None = option(None, ENCODING_HELP["system_prompt"])
+    date_string: str | None = option(None, ENCODING_HELP["date_string"])
+    chat_template_kwargs: dict[str, Any] | str | None = option(None, ENCODING_HELP["chat_template_kwargs"])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.chat_template_kwargs, Mapping | None):
+            raise ValueError(
+                f"chat_template_kwargs={self.chat_template_kwargs!r}: give a mapping, {{enable_thinking: false}}"
+            )
+        self.encoding()
+
+    def encoding(self) -> Encoding:
+        """How rows are encoded."""
+        return Encoding(self.system_prompt, self.date_string, self.chat_template_kwargs)
+
+    def evaluation_keys(self) -> dict[str, Any]:
+        """What an evaluation of the trained model takes over where its own block does not say."""
+        return {name: getattr(self, name) for name in ENCODING_HELP if hasattr(self, name)}
+
+
+@dataclass
+class EncodingOptions(ChatTemplateOptions):
+    """Adds `end_token`, for rows with answers."""
+
+    end_token: str = option("turn", ENCODING_HELP["end_token"], choices=END_TOKENS)
+
+    def encoding(self) -> Encoding:
+        """How rows are encoded."""
+        return Encoding(self.system_prompt, self.date_string, self.chat_template_kwargs, self.end_token)

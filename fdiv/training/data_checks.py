@@ -7,12 +7,13 @@ Rows are TRL's preference type: `chosen`, `rejected` and (optionally) `prompt`, 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError
+from fdiv.inference.encoding import Encoding
 from fdiv.models.loading import check_pad_token
 from fdiv.rows.checks import (
     Check,
@@ -35,13 +36,18 @@ __all__ = [
     "check_pad_token",
     "check_preference_dataset",
     "check_prompts",
+    "encode_preferences",
+    "encoding_of",
     "gold_checks",
     "named_rows",
     "preference_report",
     "report_name",
+    "row_variables",
     "tokenize_preferences",
     "with_checked",
 ]
+
+DEFAULT_ENCODING = Encoding()
 
 
 _REMEDY = (
@@ -198,24 +204,65 @@ def tokenize_preferences(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    encoding: Encoding = DEFAULT_ENCODING,
     max_length: int | None = None,
     name: str = "eval",
     method: str = "f-DPO",
 ) -> Dataset:
-    """Add `prompt_ids`, `chosen_ids`, `rejected_ids`, exactly as `DPOTrainer` tokenises its own data.
+    """Add `prompt_ids`, `chosen_ids`, `rejected_ids`, as the f-DPO trainer tokenises its own data.
 
-    An eos token ends string completions; conversational rows go through the chat template. Rows whose prompt alone
-    fills `max_length` are dropped.
+    Rows whose prompt alone fills `max_length` are dropped.
 
     Raises:
         DataError: (a ValueError) see `check_preference_dataset`; or nothing is left after the drop.
     """
-    from trl import DPOTrainer
-
     check_preference_dataset(dataset, f"the {name} dataset", method)
-    settings = SimpleNamespace(max_length=max_length, truncation_mode="keep_start", dataset_num_proc=None)
-    # The method only reads `self._tokenizer`; borrowing it keeps one tokenisation for training and evaluation.
-    tokenized = DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, settings, name)
+    tokenized = encode_preferences(dataset, tokenizer, encoding, max_length=max_length, name=name)
     if len(tokenized) == 0:
         raise DataError(f"every prompt of the {name} dataset fills max_length={max_length} alone: raise max_length")
     return tokenized
+
+
+def encode_preferences(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    *,
+    max_length: int | None,
+    name: str,
+    num_proc: int | None = None,
+) -> Any:
+    """A dataset, or a stream, with `prompt_ids`, `chosen_ids`, `rejected_ids`: both answers follow one prompt.
+
+    Columns `chat_template_kwargs` and `tools` of a row are passed to the chat template. Rows whose prompt fills
+    `max_length` are dropped.
+    """
+    from trl.data_utils import extract_prompt
+
+    whole = hasattr(dataset, "__len__")  # a stream has no progress bar and no processes
+    shown = {"num_proc": num_proc, "desc": f"Tokenizing {name} dataset"} if whole else {}
+    if "prompt" not in next(iter(dataset)):
+        dataset = dataset.map(extract_prompt, **shown)
+    dataset = dataset.map(_encode_pair, fn_kwargs={"tokenizer": tokenizer, "encoding": encoding}, **shown)
+    if max_length is None:
+        return dataset
+    shown = {**shown, "desc": f"Dropping prompts of the {name} dataset that fill max_length"} if whole else {}
+    return dataset.filter(lambda row: len(row["prompt_ids"]) < max_length, **shown)
+
+
+def _encode_pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> dict[str, list[int]]:
+    answers = [row["chosen"], row["rejected"]]
+    prompt_ids, (chosen, rejected) = encoding.encode_answers(tokenizer, row["prompt"], answers, **row_variables(row))
+    return {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected}
+
+
+def row_variables(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row itself gives the chat template: its `tools` and `chat_template_kwargs`."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return dict(row.get("chat_template_kwargs") or {}) | ({"tools": tools} if tools else {})
+
+
+def encoding_of(args: Any) -> Encoding:
+    """The encoding of a training config; the default for one that has none."""
+    return args.encoding() if hasattr(args, "encoding") else DEFAULT_ENCODING

@@ -18,7 +18,7 @@ import torch
 from transformers import EarlyStoppingCallback
 
 from fdiv.catalog import EVALUATIONS
-from fdiv.evaluation import EvalContext
+from fdiv.evaluation import EvalContext, inherit
 from fdiv.named import split_spec
 from fdiv.training.config import option
 
@@ -72,11 +72,13 @@ class EvaluationOptions:
             raise ValueError(f"epoch_evaluation={self.epoch_evaluation!r}: give a mapping with a name")
         if self.eval_strategy == "no":
             raise ValueError("epoch_evaluation is set but eval_strategy is no: set eval_strategy to epoch or steps")
-        build_evaluation(self.epoch_evaluation)
+        build_evaluation(self.epoch_evaluation, self)
 
 
-def build_evaluation(spec: Mapping[str, Any]) -> Any:
+def build_evaluation(spec: Mapping[str, Any], training: Any = None) -> Any:
     """The evaluation that `{name: …, settings…}` names, as in a recipe's `eval:` block.
+
+    Where the settings do not say, rows are encoded as in `training`, the config it belongs to.
 
     Raises:
         ValueError: no or an unknown name, a setting it does not have or refuses.
@@ -84,7 +86,7 @@ def build_evaluation(spec: Mapping[str, Any]) -> Any:
     name, settings = split_spec(spec, "epoch_evaluation")
     evaluation = EVALUATIONS.find(name, "epoch_evaluation")
     try:
-        return evaluation(**settings)
+        return evaluation(**inherit(evaluation, settings, training))
     except TypeError as error:
         raise ValueError(f"epoch_evaluation ({name}): {error}") from error
 
@@ -126,7 +128,9 @@ class PeriodicEvaluationMixin:
 
     def _with_evaluation(self, args: Any, train_dataset: Any, eval_dataset: Any) -> Any:
         """The `eval_dataset` for Trainer, which wants one wherever it evaluates."""
-        self.epoch_evaluation = None if args.epoch_evaluation is None else build_evaluation(args.epoch_evaluation)
+        self.epoch_evaluation = (
+            None if args.epoch_evaluation is None else build_evaluation(args.epoch_evaluation, args)
+        )
         self._evaluation_rows = {} if eval_dataset is None else {"test": eval_dataset}
         if self.epoch_evaluation is not None and eval_dataset is None:
             return train_dataset.select([0])

@@ -27,13 +27,14 @@ from torch.utils.data import Sampler
 
 from fdiv.errors import DataError, RolloutError
 from fdiv.files import read_json_lines
+from fdiv.inference.encoding import template_without_clock
 from fdiv.inference.padding import depends_on_padding
 from fdiv.models.loading import check_fits, context_length
 from fdiv.rows.report import RowReport
 from fdiv.rows.sources import source_of
 from fdiv.sealed import NO_DIGEST, SealedLines, sealed_line
 from fdiv.terminal import info
-from fdiv.training.config import Options, option
+from fdiv.training.config import ChatTemplateOptions, option
 from fdiv.training.data_checks import report_name
 from fdiv.training.finite import check_weights
 
@@ -76,8 +77,9 @@ _PROMPTS_AT_ONCE = 1000
 
 
 @dataclass
-class RolloutConfig(Options):
-    """Keys a trainer config inherits to choose the rollout back end (beside TRL's `use_vllm` family)."""
+class RolloutConfig(ChatTemplateOptions):
+    """Keys a trainer config inherits to choose the rollout back end (beside TRL's `use_vllm` family), and those of the
+    chat template."""
 
     rollout_server_url: str | None = option(
         None, "Base URL of a vLLM server to sample from over HTTP, for instance http://localhost:8000"
@@ -126,6 +128,12 @@ class RolloutMixin:
         if rollout_func is not None:
             rollout_func = _checked(rollout_func)
         super().__init__(*args, rollout_func=rollout_func, **kwargs)
+        self.encoding = self.args.encoding()
+        self.chat_template_kwargs = self.encoding.template_variables()
+        template = self.chat_template or getattr(self.processing_class, "chat_template", None)
+        if isinstance(template, str):  # TRL renders with it: no clock in a prompt
+            dated = template_without_clock(template, self.chat_template_kwargs.get("date_string"))
+            self.chat_template = dated if dated != template else self.chat_template
         reason = depends_on_padding(self.model)
         if reason is not None and not reason.startswith("longrope"):
             raise DataError(
@@ -139,7 +147,9 @@ class RolloutMixin:
         return _EpochOrder(super()._get_train_sampler(dataset), self)
 
     def _tokenize_prompts(self, prompts: list):
-        """As TRL's; a prompt that leaves no room for the completion is refused."""
+        """As TRL's, with the system turn; a prompt that leaves no room for the completion is refused."""
+        if self.encoding.system_prompt is not None:
+            prompts = [self.encoding.turns(prompt) for prompt in prompts]
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)
         longest = max(range(len(prompts)), key=lambda number: len(prompt_ids[number]))
         room = self.max_completion_length

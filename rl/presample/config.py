@@ -10,7 +10,7 @@ from fdiv.models.dtypes import dtype_name
 from fdiv.rl.dph.rehearsal import parse_threshold
 from fdiv.rl.modes import resolve_mode
 from fdiv.rl.presample.selection import WEIGHTS
-from fdiv.training.config import RowOptions, option
+from fdiv.training.config import ChatTemplateOptions, RowOptions, option
 
 __all__ = ["DECISIONS", "PresampleConfig"]
 
@@ -24,7 +24,7 @@ _CHECKS = ("min_used_fraction",)
 
 
 @dataclass
-class PresampleConfig(RowOptions):
+class PresampleConfig(ChatTemplateOptions, RowOptions):
     """How the reference is sampled and what becomes of a prompt.
 
     `reward` may also be a function with TRL's signature in Python; 1 is correct, 0 is not, None is "not scored" and is
@@ -55,7 +55,6 @@ class PresampleConfig(RowOptions):
     temperature: float = option(1.0, "Temperature of the sampling", above=0)
     top_p: float = option(0.95, "Nucleus of the sampling", above=0, most=1)
     max_completion_length: int = option(256, "Bound on a completion, in tokens", least=1)
-    chat_template_kwargs: dict[str, Any] | None = option(None, "Passed to the chat template, as in training")
     reward_threshold: float | None = option(
         None, "For a reward that is not 0/1: a completion is correct from this reward on"
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError
+from fdiv.inference.encoding import Encoding
 from fdiv.models.fingerprints import data_fingerprint
 from fdiv.models.loading import check_fits, context_length
 from fdiv.rows.loading import named_dataset
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from fdiv.rl.presample.config import PresampleConfig
 
 __all__ = ["check_room", "data_fingerprint", "load_prompts", "load_reward", "tokenize_prompts"]
+
+DEFAULT_ENCODING = Encoding()
 
 
 def load_prompts(config: PresampleConfig, reward: Any = None) -> Dataset:
@@ -65,30 +68,20 @@ def check_room(rows: Dataset, prompt_ids: Sequence[Sequence[int]], model: Any, c
 
 
 def tokenize_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], chat_template_kwargs: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], encoding: Encoding = DEFAULT_ENCODING
 ) -> list[list[int]]:
-    """Prompt tokens exactly as TRL's `GRPOTrainer` makes them: chat template with generation prompt, or the text.
+    """Prompt tokens as the trainers on rollouts make them: chat template with generation prompt, or the text.
 
     Raises:
         DataError: messages without a chat template; a prompt without tokens.
     """
-    prompts = list(prompts)
-    if isinstance(prompts[0], str):
-        ids = tokenizer(text=prompts)["input_ids"]
-    else:
-        if tokenizer.chat_template is None:
-            raise DataError("the prompts are messages, and the tokenizer has no chat template: give texts")
-        ids = tokenizer.apply_chat_template(
-            conversation=prompts,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            **(chat_template_kwargs or {}),
-        )["input_ids"]
+    if not isinstance(prompts[0], str) and not tokenizer.chat_template:
+        raise DataError("the prompts are messages, and the tokenizer has no chat template: give texts")
+    ids = [encoding.encode_prompt(tokenizer, prompt) for prompt in prompts]
     for index, row in enumerate(ids):
         if not row:
             raise DataError(f"row {index}: the prompt {prompts[index]!r} has no tokens")
-    return [list(row) for row in ids]
+    return ids
 
 
 def load_reward(spec: Any) -> Any:

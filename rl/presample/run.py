@@ -20,6 +20,7 @@ from fdiv.errors import DataError
 from fdiv.inference.backends import EngineSource, ServerSource, TransformersSource
 from fdiv.inference.batches import run_batches
 from fdiv.inference.cache import ItemCache, fingerprint
+from fdiv.inference.encoding import encoding_stamp
 from fdiv.inference.greedy import VLLMSource, stop_token_ids
 from fdiv.inference.processes import process_state
 from fdiv.inference.sampling import SamplingRequest
@@ -66,7 +67,7 @@ def presample(config: PresampleConfig, output_dir: str | Path, *, repartition: b
 def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, reward: Any) -> dict[str, Any]:
     rows = load_prompts(config, reward.scorer)
     tokenizer = load_tokenizer(config.model, config.adapter)
-    prompt_ids = tokenize_prompts(tokenizer, rows["prompt"], config.chat_template_kwargs)
+    prompt_ids = tokenize_prompts(tokenizer, rows["prompt"], config.encoding())
     model: PreTrainedModel | None = load_model(config.model, config.adapter, config.dtype)
     check_room(rows, prompt_ids, model, config)
     drawing = {
@@ -74,6 +75,7 @@ def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, rew
         "data_fingerprint": data_fingerprint(rows, every_row=True),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "weights_fingerprint": weights_fingerprint(model),
+        "encoding": encoding_stamp(tokenizer, config.encoding(), chat=not isinstance(rows[0]["prompt"], str)),
     }
     finished = enter_directory(output_dir, drawing, config.decisions(), repartition)
     if finished is not None:

@@ -322,8 +322,6 @@ def test_a_generation_goes_on_from_where_the_labels_begin(tiny_model_dir):
     assert tokenizer.decode(whole.label_ids) == " the capital<|im_end|>", "this tokenizer no longer shows the case"
     ids = prompt.encode_prompt(tokenizer, question, answer="the capital")
     assert ids == whole.prompt_ids and tokenizer.decode(ids) == "what is the capital of France? Answer:"
-    # Where no answer is known, the prompt is what was given.
-    assert tokenizer.decode(prompt.encode_question(tokenizer, question)) == "what is the capital of France? Answer: "
 
 
 def test_prompt_formats(tiny_model_dir):

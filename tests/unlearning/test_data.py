@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from itertools import chain
@@ -10,9 +11,11 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from torch.utils.data import BatchSampler
 from transformers import AutoTokenizer
 
+from fdiv.inference.prompting import PromptFormat
 from fdiv.unlearning.data import (
     Answer,
     EncodedAnswer,
@@ -131,15 +134,28 @@ def test_truncation_cuts_the_answer_never_the_prompt(tokenizer):
         encode_answer(answer, tokenizer, len(full.prompt_ids))
 
 
-def test_raw_text_chunks_cover_the_text_once(tokenizer):
+@pytest.mark.parametrize("beginning", [False, True])
+def test_raw_text_chunks_cover_the_text_once(tokenizer, beginning):
+    """A chunk begins as a text does, and so as the evaluation of texts has it: with a bos where the tokenizer writes
+    one."""
     text = "The capital of France is Paris and the capital of Italy is Rome. " * 5
-    chunks = encode_text([text], tokenizer, 16, prompt_tokens=3)
-    assert all(row.prompt_ids[0] == tokenizer.bos_token_id and len(row.prompt_ids) == 4 for row in chunks)
-    joined = sum(((*row.prompt_ids[1:], *row.answer_ids) for row in chunks), ())
     ids = tokenizer(text)["input_ids"]
+    if beginning:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)]
+        )
+    chunks = encode_text([text], tokenizer, 16, prompt_tokens=3)
+    head = [tokenizer.bos_token_id] * beginning
+    assert all(row.prompt_ids[: len(head)] == head and len(row.prompt_ids) == len(head) + 3 for row in chunks)
+    joined = sum(((*row.prompt_ids[len(head) :], *row.answer_ids) for row in chunks), ())
+    scored = PromptFormat.encode_continuation(tokenizer, "", text, 15)
+    whole = encode_text([text], tokenizer, 16)[0]
+    assert (*whole.prompt_ids, *whole.answer_ids)[:15] == scored.input_ids[:15]
+    assert len(whole.prompt_ids) == scored.prompt_length
     assert list(joined) == ids[: len(joined)] and len(ids) - len(joined) <= 3  # at most an unscorable end is left out
-    with pytest.raises(ValueError, match="text_prompt_tokens=15"):
-        encode_text([text], tokenizer, 16, prompt_tokens=15)
+    with pytest.raises(ValueError, match="text_prompt_tokens=16"):
+        encode_text([text], tokenizer, 16, prompt_tokens=16)
     with pytest.raises(ValueError, match="longer texts"):
         encode_text(["The"], tokenizer, 16, prompt_tokens=5)
 

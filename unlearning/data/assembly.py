@@ -75,7 +75,7 @@ def _encode(
     lengths: list[int] = []
     for position, answer in enumerate(answers):
         try:
-            encoded.append(encode_answer(answer, tokenizer, args.max_length, lengths))
+            encoded.append(encode_answer(answer, tokenizer, args.max_length, lengths, args.encoding()))
         except ValueError as error:
             raise DataError(f"{source.row(position)}: {error}") from None
     report(_length_report(f"{what} rows", lengths, args.max_length))
@@ -140,7 +140,9 @@ def build_forget_dataset(
         templates = _templates(answers, args, tokenizer, model, model_name, source)
         if not raw_text:
             report(_template_report(answers, templates, args, tokenizer, source))
-    return ForgetDataset(forget, retain, templates, answers, tokenizer, args.max_length, seed, raw_text)
+    return ForgetDataset(
+        forget, retain, templates, answers, tokenizer, args.max_length, seed, raw_text, args.encoding()
+    )
 
 
 def _template_report(
@@ -154,7 +156,9 @@ def _template_report(
     lengths: list[int] = []
     for position, (answer, texts) in enumerate(zip(answers, templates, strict=True)):
         try:
-            encode_answer(answer.with_completion(max(texts, key=len)), tokenizer, args.max_length, lengths)
+            encode_answer(
+                answer.with_completion(max(texts, key=len)), tokenizer, args.max_length, lengths, args.encoding()
+            )
         except ValueError as error:
             raise DataError(f"{source.row(position)}, template answer: {error}") from None
     return _length_report("template rows", lengths, args.max_length)

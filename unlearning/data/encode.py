@@ -10,13 +10,17 @@ import torch
 
 from fdiv.errors import DataError
 from fdiv.files import folded
+from fdiv.inference.encoding import Encoding
 from fdiv.rows.sources import Source
+from fdiv.training.data_checks import row_variables
 from fdiv.unlearning.data.rows import Answer, plain_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["EncodedAnswer", "UnlearningCollator", "check_disjoint", "encode_answer", "encode_text", "render_chat"]
+
+DEFAULT_ENCODING = Encoding()
 
 
 class EncodedAnswer(NamedTuple):
@@ -27,27 +31,24 @@ class EncodedAnswer(NamedTuple):
 
 
 def encode_answer(
-    answer: Answer, tokenizer: PreTrainedTokenizerBase, max_length: int | None, lengths: list[int] | None = None
+    answer: Answer,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    lengths: list[int] | None = None,
+    encoding: Encoding = DEFAULT_ENCODING,
 ) -> EncodedAnswer:
-    """Tokenise prompt and answer together and cut where the tokenised prompt ends.
+    """Prompt and answer as token ids (see `fdiv.inference.encoding`), cut to `max_length` tokens at their end.
 
-    Plain text gets the end-of-sequence token, as TRL does; messages go through the chat template. The sequence is cut
-    to `max_length` tokens at its end. Its length before that is appended to `lengths`.
+    The length before that is appended to `lengths`. Columns `chat_template_kwargs` and `tools` of the row are passed
+    to the chat template.
 
     Raises:
         ValueError: no answer token is left (the prompt alone fills `max_length`).
     """
-    if isinstance(answer.prompt, list):
-        prompt_ids = render_chat(tokenizer, answer.prompt, add_generation_prompt=True)
-        ids = render_chat(tokenizer, answer.prompt + answer.completion, add_generation_prompt=False)
-    else:
-        eos = tokenizer.eos_token or ""
-        prompt_ids = tokenizer(answer.prompt)["input_ids"]
-        ids = tokenizer(answer.prompt + answer.completion.removesuffix(eos) + eos)["input_ids"]
-    start = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
+    encoded = encoding.encode(tokenizer, answer.prompt, answer.completion, **row_variables(answer.row))
     if lengths is not None:
-        lengths.append(len(ids))
-    ids = ids[:max_length]
+        lengths.append(len(encoded.input_ids))
+    start, ids = encoded.prompt_length, list(encoded.input_ids[:max_length])
     if start >= len(ids):
         raise ValueError(
             f"no answer token is left after truncation to max_length={max_length}: the prompt has {start} tokens "
@@ -56,9 +57,14 @@ def encode_answer(
     return EncodedAnswer(ids[:start], ids[start:])
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **kwargs: Any) -> list[int]:
-    """Token ids of messages under the tokenizer's chat template."""
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    encoding: Encoding = DEFAULT_ENCODING,
+    **kwargs: Any,
+) -> list[int]:
+    """Token ids of messages under the tokenizer's chat template, whose clock is stopped."""
+    return tokenizer(encoding.render(tokenizer, messages, **kwargs), add_special_tokens=False)["input_ids"]
 
 
 def encode_text(
@@ -68,15 +74,16 @@ def encode_text(
     prompt_tokens: int = 0,
     short: list[int] | None = None,
 ) -> list[EncodedAnswer]:
-    """Cut raw texts (MUSE) into chunks of at most `max_length` tokens, the beginning-of-sequence token included.
+    """Cut raw texts (MUSE) into chunks of at most `max_length` tokens.
 
-    The first `prompt_tokens` tokens of a chunk are its prompt, the others are scored; a chunk too short to score a
-    token is left out. The numbers of texts without any chunk are appended to `short`.
+    A chunk begins as a text does: with the beginning-of-sequence token where the tokenizer writes one. The first
+    `prompt_tokens` tokens of a chunk are its prompt, the others are scored; a chunk too short to score a token is left
+    out. The numbers of texts without any chunk are appended to `short`.
 
     Raises:
         ValueError: `prompt_tokens` leaves nothing to score, or no chunk is left.
     """
-    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    head = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
     unscored = max(1, len(head) + prompt_tokens)  # the first token of a sequence has no context and is never scored
     if unscored >= max_length:
         raise ValueError(f"text_prompt_tokens={prompt_tokens} leaves no token to score within max_length={max_length}")

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from fdiv.unlearning.data.encode import EncodedAnswer, encode_answer
+from fdiv.inference.encoding import Encoding
+from fdiv.unlearning.data.encode import DEFAULT_ENCODING, EncodedAnswer, encode_answer
 from fdiv.unlearning.data.rows import Answer
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class ForgetDataset(Dataset):
         tokenizer, max_length: for the templates.
         seed: of the draws.
         raw_text: the rows are chunks of raw text.
+        encoding: of the templates.
     """
 
     forget: Sequence[EncodedAnswer]
@@ -104,6 +106,7 @@ class ForgetDataset(Dataset):
     max_length: int | None = None
     seed: int = 0
     raw_text: bool = False
+    encoding: Encoding = DEFAULT_ENCODING
 
     def __len__(self) -> int:
         return len(self.forget)
@@ -124,7 +127,7 @@ class ForgetDataset(Dataset):
         """`text` in place of row `index`'s answer; a chunk of raw text is continued by it."""
         answer = self.answers[index].with_completion(text)
         if not self.raw_text:
-            return encode_answer(answer, self.tokenizer, self.max_length)
+            return encode_answer(answer, self.tokenizer, self.max_length, encoding=self.encoding)
         # The chunk's own tokens are the prompt: decoding and tokenising them again need not give them back.
         prompt_ids = self.forget[index].prompt_ids
         ids = self.tokenizer(answer.completion, add_special_tokens=False)["input_ids"]

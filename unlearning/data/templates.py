@@ -9,16 +9,17 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError
 from fdiv.files import numbered_lines
 from fdiv.filling import fill
+from fdiv.inference.encoding import Encoding
 from fdiv.rows.checks import text_fault, texts_fault
 from fdiv.rows.sources import Source
 from fdiv.sealed import read_record, write_record
 from fdiv.terminal import info
-from fdiv.unlearning.data.encode import render_chat
+from fdiv.unlearning.data.encode import DEFAULT_ENCODING
 from fdiv.unlearning.data.rows import Answer
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class GenerationSettings:
         max_new_tokens: longest answer in tokens.
         temperature: 0 is greedy (one answer per row only).
         seed: of the sampling. batch_size: rows generated at once.
+        encoding: of the prompts; an answer begins where a label would.
     """
 
     model: str
@@ -130,6 +132,7 @@ class GenerationSettings:
     temperature: float = 1.0
     seed: int = 0
     batch_size: int = 16
+    encoding: Encoding = DEFAULT_ENCODING
 
     def __post_init__(self) -> None:
         if self.answers_per_row < 1 or self.max_new_tokens < 1 or self.batch_size < 1:
@@ -173,7 +176,10 @@ def generate_templates(
 
         model, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
     templates: list[list[str]] = [[] for _ in prompts]
-    for row, text in _generate(prompts, settings, model, tokenizer):
+    completions = [answer.completion for answer in answers]
+    rows = zip(prompts, completions, strict=True)
+    encoded = [settings.encoding.encode(tokenizer, prompt, answer).prompt_ids for prompt, answer in rows]
+    for row, text in _generate(encoded, settings, model, tokenizer):
         if text.strip():
             templates[row].append(text.strip())
     silent = [row for row, texts in enumerate(templates) if not texts]
@@ -197,18 +203,14 @@ def _instructed(answer: Answer, instruction: str | None) -> str | list[dict[str,
     return [*answer.prompt[:-1], {**answer.prompt[-1], "content": text}]
 
 
-def _generate(prompts, settings: GenerationSettings, model, tokenizer) -> Iterator[tuple[int, str]]:
+def _generate(
+    encoded: Sequence[Sequence[int]], settings: GenerationSettings, model: Any, tokenizer: Any
+) -> Iterator[tuple[int, str]]:
     """(row, text) for every answer, in batches of prompts sorted by length."""
     import torch
     from trl.trainer.utils import pad
 
-    encoded = [
-        tokenizer(prompt)["input_ids"]
-        if isinstance(prompt, str)
-        else render_chat(tokenizer, prompt, add_generation_prompt=True)
-        for prompt in prompts
-    ]
-    order = sorted(range(len(prompts)), key=lambda row: len(encoded[row]))
+    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sampling = (
         {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
