@@ -389,12 +389,12 @@ def test_raw_text_rows(tiny_model_dir, tmp_path):
     text = Dataset.from_list([{"text": "The quick brown fox jumps over the lazy dog. " * 12}])
     other = Dataset.from_list([{"text": "The capital of France is Paris. " * 12}])
     plain = make_trainer("GradDiff", str(tiny_model_dir), tmp_path, rows=text, retain=other, max_length=32)
-    assert all(len(row.prompt_ids) == 1 for row in plain.train_dataset.forget)  # the beginning-of-sequence token
+    assert all(len(row.prompt_ids) == 1 for row in plain.train_dataset.forget)  # the first token has no context
     flat = make_trainer(
         "FLAT", str(tiny_model_dir), tmp_path, rows=text, retain=other, max_length=32, text_prompt_tokens=8
     )
     item = flat.train_dataset[0]
-    assert len(item["forget"].prompt_ids) == 9 and item["template"].prompt_ids == item["forget"].prompt_ids
+    assert len(item["forget"].prompt_ids) == 8 and item["template"].prompt_ids == item["forget"].prompt_ids
     for trainer in (plain, flat):
         trainer.train()
     with pytest.raises(ValueError, match="text_prompt_tokens"):
