@@ -13,7 +13,8 @@ __all__ = ["REDACTED", "is_secret_name", "is_setting", "learn", "redacted", "wit
 REDACTED = "REDACTED"
 _NAME = re.compile(
     r"(^|[_.-])(secret|password|passwd|passphrase|pass|credentials?|bearer|dsn|(api|access|private|secret|auth|ssh)_?key"
-    r"|(?<!pad_)(?<!end_)(?<!eos_)(?<!bos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!stop_)(?<!image_)token|auth)$",
+    r"|(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!stop_)(?<!image_)"
+    r"(?<!(?<![a-z])end_)token|auth)$",  # not `backend_token`
     re.IGNORECASE,
 )
 _NAME_IN_ENV = re.compile(r"TOKEN|KEY|SECRET|PASS|AUTH|CRED|DSN|UR[IL]$", re.IGNORECASE)
