@@ -107,6 +107,12 @@ class DPHConfig(EvaluationOptions, CappedDivergenceOptions, RolloutConfig, GRPOC
         "How rewards of a group become advantages: {name: pkpo, k: 4} and the like, see `fdiv.rl.advantages`; not "
         "set: TRL's own (`scale_rewards`)",
     )
+    resample_groups: int = option(
+        0,
+        "Dynamic sampling: how often a group whose rewards are all alike is sampled again. Rewards in the log stay "
+        "those of the first try",
+        least=0,
+    )
     kl: str | None = option(
         None,
         "Penalty on the KL to a live reference, estimated on rollouts, see `fdiv.rl.kl_estimators` (`k3_loss` is "
@@ -120,6 +126,21 @@ class DPHConfig(EvaluationOptions, CappedDivergenceOptions, RolloutConfig, GRPOC
         resolve_mode(self.mode)
         self._check_reference()
         self._check_advantage()
+        self._check_resampling()
+
+    def _check_resampling(self) -> None:
+        rows = self.per_device_train_batch_size * self.steps_per_generation
+        if self.resample_groups and rows % self.num_generations:
+            raise ValueError(
+                f"resample_groups={self.resample_groups} needs whole groups on every process: "
+                f"per_device_train_batch_size × steps_per_generation = {rows} is no multiple of "
+                f"num_generations={self.num_generations}"
+            )
+        if self.resample_groups and self.scale_rewards == "batch":
+            raise ValueError(
+                f"resample_groups={self.resample_groups} and scale_rewards=batch exclude each other: the scale of a "
+                "batch would be that of its last groups; take scale_rewards: group"
+            )
 
     def _check_reference(self) -> None:
         if self.beta != 0.0 or self.sync_ref_model:

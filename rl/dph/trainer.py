@@ -35,6 +35,7 @@ from fdiv.rl.dph.loss import (
 )
 from fdiv.rl.dph.metrics import dph_metrics, gathered_log_ratios, rehearsal_columns
 from fdiv.rl.dph.rehearsal import RehearsalBatch, RehearsalCache
+from fdiv.rl.dph.resampling import resample_groups
 from fdiv.rl.modes import mode_of, resolve_mode
 from fdiv.training.data_checks import check_prompts, gold_checks, named_rows, with_checked
 from fdiv.training.evaluation import PeriodicEvaluationMixin
@@ -174,6 +175,13 @@ class DPHTrainer(BankMixin, PeriodicEvaluationMixin, RolloutMixin, ObjectiveTrai
 
     # ---------------------------------------------------------------- rollouts, rewards, advantages
     def _generate_and_score_completions(self, inputs):
+        batch = self._generation(inputs)
+        if self.model.training and self.args.resample_groups:
+            batch = resample_groups(self, inputs, batch, self._generation)
+        return batch
+
+    def _generation(self, inputs: list[Any]) -> dict[str, Any]:
+        """TRL's batch, with our advantages, the reference's log-probabilities and which completions are correct."""
         batch = super()._generate_and_score_completions(inputs)
         checked_log_probs(batch)
         if self.reference is not None:

@@ -257,6 +257,11 @@ _RL = (
         _SHARE,
         "higher",
     ),
+    Metric(
+        "groups/without_signal", "share of the groups whose rewards are all alike, at the first try", _SHARE, "lower"
+    ),
+    Metric("groups/left_without_signal", "the same after `resample_groups` more tries", _SHARE, "lower"),
+    Metric("groups/sampled_again", "groups that were sampled again in a generation", "≥ 0"),
     Metric("group/modes", "different modes among the correct completions of a group that has one", "≥ 1", "higher"),
     Metric("bank/rows", "rows of the answer bank", "≥ 0"),
     Metric("bank/added", "rows that entered the answer bank in a step", "≥ 0"),
