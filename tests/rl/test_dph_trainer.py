@@ -63,12 +63,18 @@ def rehearsal_gradient(model_dir, rows, weight, term):
 
 
 # ---------------------------------------------------------------- parity with TRL
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo"])
+ADAPTIVE = {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_target": 5.0, "entropy_coef_delta": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "entropy"),
+    [("grpo", {}), ("dapo", {}), ("dr_grpo", {}), ("bnpo", {}), ("dapo", {"entropy_coef": 0.3}), ("dapo", ADAPTIVE)],
+)
 @pytest.mark.processor
-def test_without_rehearsal_it_is_grpo_step_for_step(tiny_model_dir, tmp_path, records, loss_type):
+def test_without_rehearsal_it_is_grpo_step_for_step(tiny_model_dir, tmp_path, records, loss_type, entropy):
     settings = {
         "loss_type": loss_type, "max_steps": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
-        "num_iterations": 2, "learning_rate": 0.05, "disable_dropout": True,
+        "num_iterations": 2, "learning_rate": 0.05, "disable_dropout": True, **entropy,
     }  # fmt: skip
     theirs, expected = weights_after(trl_trainer, tiny_model_dir, tmp_path / "trl", records, **settings)
     ours, weights = weights_after(trainer, tiny_model_dir, tmp_path / "dph", records, **settings)
