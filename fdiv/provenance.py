@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fdiv
-from fdiv.secrets import REDACTED, is_secret_name, redacted
+from fdiv.secrets import REDACTED, is_secret_name, redacted, without_secrets
 
 __all__ = ["command_line", "environment", "git_revision", "package_versions"]
 
@@ -62,12 +62,13 @@ def command_line(words: Sequence[str] | None = None) -> str:
     words = list(sys.argv[1:] if words is None else words)
     shown, secret = [], False
     for word in words:
-        flag, equals, _value = word.partition("=")
+        flag, equals, value = word.partition("=")
         if word.startswith("--"):
             secret = _holds_secret(flag)
-            shown.append(f"{flag}={REDACTED}" if secret and equals else redacted(word))
+            hidden = equals and (secret or _mapping_with_secret(value))
+            shown.append(f"{flag}={REDACTED}" if hidden else redacted(word))
         else:
-            shown.append(REDACTED if secret else redacted(word))
+            shown.append(REDACTED if secret or _mapping_with_secret(word) else redacted(word))
     return redacted(shlex.join(["fdiv", *shown]))
 
 
@@ -75,6 +76,19 @@ def _holds_secret(flag: str) -> bool:
     """`--hub_token`, `--model_init_kwargs.token`, `--env`, `--env.NAME`."""
     name = flag.removeprefix("--").replace("-", "_")
     return name == "env" or name.startswith("env.") or is_secret_name(name)
+
+
+def _mapping_with_secret(value: str) -> bool:
+    """Whether a value written as YAML holds a secret under a name: `{name: r, api_key: X}`."""
+    import yaml
+
+    if not value.lstrip().startswith(("{", "[")):
+        return False
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return False
+    return without_secrets(parsed) != parsed
 
 
 def _distributed(state: Any) -> str:

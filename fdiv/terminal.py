@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from fdiv import lazy
+from fdiv.secrets import redacted
 
 __all__ = ["binary_size", "error", "info", "is_main_process", "number", "print_table"]
 
@@ -21,10 +22,10 @@ def is_main_process() -> bool:
 
 
 def info(message: str) -> None:
-    """A line of progress, on stderr; a terminal that is closed or full stops no run."""
+    """A line of progress, on stderr, without secrets; a terminal that is closed or full stops no run."""
     if is_main_process():
         with suppress(OSError):
-            sys.stderr.write(f"{message}\n")
+            sys.stderr.write(f"{redacted(message)}\n")
             sys.stderr.flush()
 
 
@@ -80,12 +81,12 @@ def print_table(
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index in text_columns else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(redacted, row))
     stream = sys.stderr if on_stderr else sys.stdout
     console = Console(width=None if stream.isatty() else 200, file=stream)
     console.print(table)
     for note in notes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        console.print(redacted(note), markup=False, highlight=False, soft_wrap=True)
 
 
 def divergence_label(spec: Any) -> str:

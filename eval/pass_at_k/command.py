@@ -214,9 +214,10 @@ def _draw(args: argparse.Namespace, config: Any, loaded: Any, folder: Path) -> t
     from fdiv.inference.greedy import VLLMSource, stop_token_ids
     from fdiv.models.fingerprints import files_fingerprint, weights_fingerprint
     from fdiv.models.loading import base_and_adapter, load_model, load_tokenizer
+    from fdiv.secrets import without_secrets
 
     tokenizer = load_tokenizer(args.model, args.adapter)
-    settings = dataclasses.asdict(config) | {"stop": list(loaded.stop), "scorer": loaded.scorer}
+    settings = dataclasses.asdict(config) | {"stop": list(loaded.stop), "scorer": without_secrets(loaded.scorer)}
     settings |= {name: getattr(args, name) for name in ("model", "adapter", "dtype", "backend", "seed")}
     if args.backend == "vllm":
         base, adapter = base_and_adapter(args.model, args.adapter)
@@ -262,8 +263,9 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
     """
     from fdiv.inference.processes import process_state
     from fdiv.sealed import read_record, write_record
+    from fdiv.secrets import without_secrets
 
-    mine = {name: value for name, value in settings.items() if name not in _FREE}
+    mine = without_secrets({name: value for name, value in settings.items() if name not in _FREE})
     mark = folder / "settings.json"
     if mark.is_file():
         theirs = read_record(mark, "choose another --output")

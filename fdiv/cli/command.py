@@ -9,9 +9,11 @@ import inspect
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from types import TracebackType
 from typing import NoReturn
 
 import fdiv
@@ -21,6 +23,7 @@ from fdiv.errors import FdivError, RecipeError
 from fdiv.files import place_fault
 from fdiv.interrupts import stoppable
 from fdiv.models.dtypes import add_dtype
+from fdiv.secrets import learn_environment, learn_words, redacted
 
 __all__ = ["main"]
 
@@ -150,6 +153,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for a failed run, 2 for a wrong recipe or command line."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _learn_secrets(words)
     flag_first = len(words) > 1 and words[1].startswith("-") and words[1] not in ("-h", "--help")
     if flag_first and words[0] in ("run", "sweep"):
         terminal.error(f"the recipe comes first: fdiv {words[0]} RECIPE {words[1]} …")
@@ -181,6 +185,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         terminal.error(str(interrupt))
         return 130
+
+
+def _learn_secrets(words: list[str]) -> None:
+    """Before anything can fail, or be written; a traceback is printed without them too."""
+
+    def parse(text: str) -> object:
+        from fdiv.recipe.document import parse_value
+
+        return parse_value(text)
+
+    learn_environment(os.environ)
+    learn_words(words, parse)
+    sys.excepthook = _show_traceback
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
 
 
 _GO_ON = {

@@ -11,6 +11,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from fdiv.run.directory import RunDirectory
 from fdiv.sealed import forget_listed, write_record
+from fdiv.secrets import redacted
 from fdiv.terminal import number
 
 __all__ = ["MetricsFile", "ProgressBar", "RecordFiles"]
@@ -64,10 +65,15 @@ class MetricsFile(TrainerCallback):
         """Start the file; a resumed run starts from the history in its checkpoint."""
         if state.is_world_process_zero:
             forget_listed(self.path)
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history), encoding="utf-8")
+            self.path.write_text("".join(map(_line, state.log_history)), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Append the newest entry."""
         if state.is_world_process_zero and state.log_history:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
+                file.write(_line(state.log_history[-1]))
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    """One log as a JSON line, without secrets: rewards and scorers name their own metrics."""
+    return redacted(json.dumps(entry)) + "\n"

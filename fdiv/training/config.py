@@ -28,6 +28,7 @@ from fdiv.divergences import Divergence, get_divergence
 from fdiv.divergences.saturation import LARGEST_MAX_EXPONENT, TRAINING_MAX_EXPONENT
 from fdiv.inference.encoding import ENCODING_HELP, END_TOKENS, Encoding
 from fdiv.rows.report import MIN_USED_FRACTION
+from fdiv.secrets import without_secrets
 
 __all__ = [
     "CappedDivergenceOptions",
@@ -186,6 +187,10 @@ class Options:
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', which trackers (`report_to`) publish; without secrets of any key."""
+        return without_secrets(super().to_dict())
 
 
 def _with_options(text: str | None, own: Mapping[str, Field]) -> str | None:

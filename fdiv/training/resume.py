@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import json
 import shutil
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from fdiv.errors import CheckpointError
 from fdiv.models.fingerprints import data_fingerprint
-from fdiv.secrets import is_secret_name, without_secrets
+from fdiv.secrets import without_secrets
 from fdiv.terminal import info
 from fdiv.training.checkpoints import STAGING, checkpoint_fault, newest_checkpoint, publish, read_marker, recover
 from fdiv.training.finite import check_weights, what_stands
@@ -80,12 +82,22 @@ class ResumableMixin(RunSumsMixin):
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         """As in Trainer, which writes the options to `training_args.bin`: without secrets."""
+        with self._options_for_disk():
+            super()._save(*args, **kwargs)
+
+    def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer, which writes `training_args.bin` for the hub again."""
+        with self._options_for_disk():
+            super()._push_from_checkpoint(*args, **kwargs)
+
+    @contextmanager
+    def _options_for_disk(self) -> Iterator[None]:
+        """The trainer's options with all that they hold, but secrets are left out where they are pickled."""
         options = self.args
         self.args = copy.copy(options)
-        vars(self.args).update(without_secrets(vars(options)))
-        vars(self.args).update(dict.fromkeys((name for name in vars(options) if is_secret_name(name)), None))
+        self.args.__class__ = _pickled_without_secrets(type(options))
         try:
-            super()._save(*args, **kwargs)
+            yield
         finally:
             self.args = options
 
@@ -204,6 +216,18 @@ class ResumableMixin(RunSumsMixin):
             self.load_method_state(Path(checkpoint))
 
 
+@cache
+def _pickled_without_secrets(config: type) -> type:
+    """A subclass whose instances are pickled as instances of `config`, without secrets."""
+
+    def reduced(self: Any) -> tuple[Any, ...]:
+        state = without_secrets(vars(self))
+        state |= dict.fromkeys((name for name in vars(self) if name not in state), None)
+        return copyreg._reconstructor, (config, object, None), state
+
+    return type(config.__name__, (config,), {"__reduce__": reduced, "__reduce_ex__": lambda self, _: reduced(self)})
+
+
 @contextmanager
 def _same_number_types(model: Any) -> Iterator[None]:
     """Trained parameters keep their number type: PEFT turns a bfloat16 adapter (TRL's for QLoRA) into float32."""
@@ -215,10 +239,10 @@ def _same_number_types(model: Any) -> Iterator[None]:
 
 
 def _json_values(settings: dict[str, Any]) -> dict[str, Any]:
-    """As they are read back from a marker: tuples as lists; what is no JSON counts by its type."""
+    """As they are read back from a marker: tuples as lists; what is no JSON counts by its type; without secrets."""
     from fdiv.files import plain
 
-    return json.loads(json.dumps(plain(settings), default=lambda value: type(value).__name__))
+    return without_secrets(json.loads(json.dumps(plain(settings), default=lambda value: type(value).__name__)))
 
 
 def _differences(stored: dict[str, Any], current: dict[str, Any], known: Container[str] = ()) -> list[str]:

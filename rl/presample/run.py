@@ -35,6 +35,7 @@ from fdiv.rl.presample.data import check_room, load_prompts, load_reward, tokeni
 from fdiv.rl.presample.output import Sample, enter_directory, explored, write_outputs
 from fdiv.rl.presample.selection import distinct_first, row_weights
 from fdiv.rows.report import RowReport
+from fdiv.secrets import without_secrets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,7 +72,7 @@ def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, rew
     model: PreTrainedModel | None = load_model(config.model, config.adapter, config.dtype)
     check_room(rows, prompt_ids, model, config)
     drawing = {
-        **config.drawing(),
+        **without_secrets(config.drawing()),
         "data_fingerprint": data_fingerprint(rows, every_row=True),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "weights_fingerprint": weights_fingerprint(model),

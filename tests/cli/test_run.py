@@ -290,37 +290,15 @@ def test_sigterm_after_the_last_step_saves_the_model_first(write_recipe, monkeyp
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_no_secret_is_in_anything_a_run_writes(write_recipe, tmp_path, monkeypatch):
-    secrets = [f"pl4nt-{index}'s <secret>" for index in range(12)]
-    for name in ("WANDB_AUTH", "PGPASS", "MY_KEY", "DATABASE_URL", "PLAIN", "HF_TOKEN", "HIDDEN"):
-        monkeypatch.setenv(name, "")  # taken back after the test
-    env = {"WANDB_AUTH": secrets[0], "PGPASS": secrets[1], "MY_KEY": secrets[2], "PLAIN": secrets[4]}
-    env |= {"DATABASE_URL": f"postgres://me:{secrets[3].replace(' ', '')}@host/db", "OMP_NUM_THREADS": "1"}
-    text = yaml.safe_dump({
-        "env": env, "model_init_kwargs": {"token": secrets[5]}, "hub_token": "overridden",
-        "report": {"title": f"{secrets[0]} and https://me:{secrets[6].replace(' ', '')}@host"},
-        "eval": {"name": "weights"},
-    })  # fmt: skip
-    words = ["--env.HF_TOKEN", secrets[7], f"--env.HIDDEN={secrets[8]}", "--hub_token", secrets[9]]
-    path = write_recipe(text, save_strategy="steps", save_steps=1)
-    assert main(["run", str(path), *words]) == 0
-    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
-    assert {"training_args.bin", "recipe_resolved.yaml", "report.html", "README.md"} <= {file.name for file in files}
-    for file in files:
-        assert b"pl4nt" not in file.read_bytes(), file
-    resolved = yaml.safe_load((tmp_path / "out" / "recipe_resolved.yaml").read_text())
-    assert resolved["env"] == {"OMP_NUM_THREADS": "1"}
-    assert (
-        "# withheld: DATABASE_URL, HF_TOKEN, HIDDEN, MY_KEY, PGPASS, PLAIN, WANDB_AUTH"
-        in (tmp_path / "out" / "recipe_resolved.yaml").read_text()
-    )
-
-
 def test_weights_that_are_not_finite_are_no_checkpoint(write_recipe, tmp_path, capsys):
     path = write_recipe(save_strategy="steps", save_steps=1, learning_rate=1e300)
     assert main(["run", str(path)]) == 1
     assert "fdiv: step 1: the optimizer made weights NaN or infinite" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+class Cut(Exception):
+    """A kill, without a process of its own."""
 
 
 def test_the_result_of_a_resumed_run_is_that_of_the_whole(write_recipe, tmp_path, monkeypatch):
@@ -334,15 +312,15 @@ def test_the_result_of_a_resumed_run_is_that_of_the_whole(write_recipe, tmp_path
 
     def cut_step(trainer, *arguments, **options):
         if trainer.state.global_step == 2:
-            raise OSError("cut")
+            raise Cut
         return step(trainer, *arguments, **options)
 
     monkeypatch.setattr(FDPOTrainer, "training_step", cut_step)
-    with pytest.raises(OSError, match="cut"):
+    with pytest.raises(Cut):
         main(["run", str(path)])
     monkeypatch.setattr(FDPOTrainer, "training_step", step)
-    monkeypatch.setattr("fdiv.run.run._save", lambda *_: (_ for _ in ()).throw(OSError("cut")))
-    with pytest.raises(OSError, match="cut"):
+    monkeypatch.setattr("fdiv.run.run._save", lambda *_: (_ for _ in ()).throw(Cut()))
+    with pytest.raises(Cut):
         main(["run", str(path), "--resume_from_checkpoint", "true"])
     monkeypatch.setattr("fdiv.run.run._save", save)
     assert main(["run", str(path), "--resume_from_checkpoint", "true"]) == 0
