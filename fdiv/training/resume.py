@@ -94,8 +94,8 @@ class ResumableMixin(RunSumsMixin):
     def _options_for_disk(self) -> Iterator[None]:
         """The trainer's options with all that they hold, but secrets are left out where they are pickled."""
         options = self.args
-        self.args = copy.copy(options)
-        self.args.__class__ = _pickled_without_secrets(type(options))
+        self.args = without = copy.copy(options)
+        without.__class__ = _pickled_without_secrets(type(options))
         try:
             yield
         finally:
