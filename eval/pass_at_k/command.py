@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--n", "--samples_per_task", type=int, default=size, dest="n", help=f"samples per task ({size})")
     hints = typing.get_type_hints(PassKEvalConfig)
     add_encoding(how, rows=False)
-    kinds = {"max_new_tokens": int, "batch_size": int, "max_tasks": int, "resamples": int}
+    kinds = {"max_new_tokens": int, "batch_size": int, "max_tasks": int, "skip_tasks": int, "resamples": int}
     kinds |= {"temperature": float, "top_p": float, "min_used_fraction": float}
     for field in dataclasses.fields(PassKEvalConfig):
         if field.name not in (*_OWN, *_ENCODING):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from fdiv.errors import DataError
 from fdiv.eval.pass_at_k.aggregate import compare_with_base, distinct_correct, parse_k, summarise
 from fdiv.eval.pass_at_k.data import EvalTask, LoadedTasks, load_tasks, tasks_of_rows
 from fdiv.eval.pass_at_k.records import TaskCounts, Unscored, counts_of_samples, read_counts
@@ -60,7 +61,8 @@ class PassKEvalConfig(RowOptions):
         max_new_tokens: Longest completion.
         stop: Texts that end a completion. None: the benchmark's own.
         batch_size: Completions sampled at once.
-        max_tasks: Use the first N tasks. None: all.
+        max_tasks: Use the first N tasks, after those of `skip_tasks`. None: all.
+        skip_tasks: Leave out the first N tasks (a validation half and a test half of one file).
         chat_template: auto, always or never. None: auto for a benchmark, never for text prompts of one's own.
         question_format: Prompt without a chat template, with {question}. None: the question as it stands.
         system_prompt: System turn before conversations that have none; not before text that is continued as it stands.
@@ -88,6 +90,7 @@ class PassKEvalConfig(RowOptions):
     stop: list[str] | None = None
     batch_size: int = 64
     max_tasks: int | None = None
+    skip_tasks: int = 0
     chat_template: Literal["auto", "always", "never"] | None = None
     question_format: str | None = None
     system_prompt: str | None = None
@@ -107,6 +110,8 @@ class PassKEvalConfig(RowOptions):
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.max_tasks is not None and self.max_tasks < 1:
             raise ValueError(f"max_tasks={self.max_tasks}: must be at least 1, or empty for all")
+        if self.skip_tasks < 0:
+            raise ValueError(f"skip_tasks={self.skip_tasks}: must be at least 0")
         self.k = parse_k(self.k)
         if self.k[-1] > self.n:
             raise ValueError(f"k={self.k[-1]} is more than n={self.n}: pass@{self.k[-1]} needs as many samples")
@@ -174,10 +179,10 @@ class PassKEvalConfig(RowOptions):
 
     # ---------------------------------------------------------------- the parts
     def load(self, splits: Mapping[str, Any] | None = None) -> LoadedTasks:
-        """The tasks these settings name, cut to `max_tasks`; `splits` are the run's own rows by name.
+        """The tasks these settings name, cut by `skip_tasks` and `max_tasks`; `splits` are the run's own rows by name.
 
         Raises:
-            DataError: see `load_tasks`; a benchmark that runs code without `allow_code_execution`.
+            DataError: see `load_tasks`; a benchmark that runs code without `allow_code_execution`; no task left.
         """
         if splits is not None and self.dataset in splits:
             tasks = tasks_of_rows(splits[self.dataset], f"split {self.dataset!r}", self.answer_column)
@@ -188,7 +193,11 @@ class PassKEvalConfig(RowOptions):
         self._refuse_code(scorer)
         databases = self.databases or loaded.databases
         stop = loaded.stop if self.stop is None else tuple(self.stop)
-        cut = loaded.tasks[: self.max_tasks]
+        cut = loaded.tasks[self.skip_tasks :][: self.max_tasks]
+        if not cut:
+            raise DataError(
+                f"skip_tasks={self.skip_tasks} leaves no task: {self.dataset} has {len(loaded.tasks)} of them"
+            )
         return LoadedTasks(cut, scorer, stop, self.chat_template or loaded.chat, databases, len(loaded.tasks))
 
     def report(self, loaded: LoadedTasks, rows: Sequence[Mapping[str, Any]]) -> RowReport:

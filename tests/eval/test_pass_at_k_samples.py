@@ -173,3 +173,21 @@ def test_sql_gold_queries_score_one(shared_data):
     finally:
         scorer.close()
     assert [key for key, row in scores.items() if row["correct"] is not True] == []
+
+
+def test_a_file_has_a_validation_half_and_a_test_half(tmp_path):
+    from fdiv.errors import DataError
+    from fdiv.eval.pass_at_k.evaluation import PassKEvalConfig
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "p{i}", "answer": "{i}"}}\n' for i in range(10)), encoding="utf-8")
+
+    def prompts(**cut):
+        return [task.prompt for task in PassKEvalConfig(dataset=str(rows), n=1, k=[1], **cut).load().tasks]
+
+    assert prompts(max_tasks=4) + prompts(skip_tasks=4) == prompts() == [f"p{i}" for i in range(10)]
+    assert prompts(skip_tasks=4, max_tasks=3) == ["p4", "p5", "p6"]
+    with pytest.raises(DataError, match="skip_tasks=10 leaves no task: .* has 10 of them"):
+        prompts(skip_tasks=10)
+    with pytest.raises(ValueError, match="skip_tasks=-1: must be at least 0"):
+        prompts(skip_tasks=-1)
