@@ -13,7 +13,7 @@ SEED ?= 0
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-vllm smollm2 demo demo-real test test-slow test-processor test-all test-gpu test-vllm fuzz lint format recipes \
-	readme metrics docs bench bench-gpu constraints clean
+	readme metrics licences docs bench bench-gpu constraints clean
 
 # Tests, demonstration and documentation fetch nothing from a hub.
 demo demo-real test test-slow test-processor test-gpu test-vllm recipes docs bench bench-gpu: export HF_HUB_OFFLINE = 1
@@ -96,6 +96,9 @@ readme: ## copy the tables of results/ into the README
 
 metrics: setup ## write docs/metrics.md, what every metric means
 	$(BIN)/python scripts/metrics_page.py
+
+licences: setup ## write docs/licences.md, the licences of the pinned packages
+	$(BIN)/python scripts/licences.py
 
 docs: setup ## build the API reference and the guides into site/
 	$(BIN)/python scripts/build_docs.py
