@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "licences.md"
 HEAD = """# Licences of the dependencies
 
-fdiv is Apache-2.0. It ships none of these packages; `pip` installs them. The list is the pinned set (`constraints.txt`)
-on Linux without an accelerator, with what each package says of itself; `make licences` writes it.
+fdiv is Apache-2.0. It ships none of these packages; `pip` installs them. The list is the pinned set
+(`constraints.txt`) on Linux without an accelerator, with what each package says of itself; `make licences` writes it.
 
 | package | version | licence |
 |---|---|---|
