@@ -1,7 +1,7 @@
-"""Copy the committed result tables into the README. Standard library only; run by `make readme`.
+"""Copy the committed result tables into the README and the guides. Standard library only; run by `make readme`.
 
-    python scripts/readme_tables.py            rewrite README.md
-    python scripts/readme_tables.py --check    exit 1 when a table in it differs from its file
+    python scripts/readme_tables.py            rewrite README.md and docs/robustness.md
+    python scripts/readme_tables.py --check    exit 1 when a table in them differs from its file
 
 Between `<!-- table: PATH -->` and `<!-- end of table -->` stands the Markdown table of PATH (its first block of lines
 that begin with `|`), which the command named in the result's JSON has written.
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "robustness.md")
 _PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -32,14 +33,15 @@ def filled(text: str, root: Path = ROOT) -> str:
 
 def main(arguments: list[str]) -> None:
     """Entry point; see the module's docstring."""
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = filled(before)
-    if arguments == ["--check"]:
-        raise SystemExit(None if before == after else "README.md: a table differs from its file; run `make readme`")
-    if arguments:
+    if arguments not in ([], ["--check"]):
         raise SystemExit(__doc__)
-    readme.write_text(after, encoding="utf-8")
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = filled(before)
+        if arguments and before != after:
+            raise SystemExit(f"{page.name}: a table differs from its file; run `make readme`")
+        if not arguments:
+            page.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

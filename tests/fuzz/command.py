@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fdiv.errors import FdivError
 from tests.fuzz.case import Outcome
 
 __all__ = ["Ended", "TooLong", "command", "crash", "judged", "time_limit"]
@@ -41,7 +42,8 @@ class Ended:
     @property
     def messages(self) -> list[str]:
         """The lines that `fdiv` says an error with."""
-        return [line for line in self.err.splitlines() if line.startswith("fdiv: ")]
+        lines = (line for line in self.err.splitlines() if line.startswith("fdiv: "))
+        return [line.removeprefix("fdiv: ") for line in lines]
 
 
 @contextlib.contextmanager
@@ -118,6 +120,8 @@ def judged(ended: Ended, must_refuse: str = "") -> Outcome:
         ended: the command.
         must_refuse: what is wrong with the input, where that is certain; success is then `silent`.
     """
+    if isinstance(ended.error, FdivError) and "--debug" in ended.words:  # it asks for the traceback
+        return Outcome("refused", "", str(ended.error))
     if ended.error is not None:
         return crash(ended.error)
     if "Traceback (most recent call last)" in ended.err:

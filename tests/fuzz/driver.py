@@ -186,7 +186,7 @@ def _row(name: str, counts: Counter[str], seconds: float) -> tuple[str, ...]:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """The counts and faults as JSON."""
+    """The counts and faults as JSON, and the counts as a table in Markdown beside it."""
     from fdiv.provenance import environment
 
     content: dict[str, Any] = {
@@ -207,3 +207,20 @@ def write_report(report: Report, path: Path) -> None:
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+
+
+def markdown(report: Report) -> str:
+    """The counts as a table; a column of the faults of each class."""
+    heads = (
+        "kind",
+        "tried",
+        "ok",
+        "refused",
+        *(f"{verdict}s" if verdict == "traceback" else verdict for verdict in FAULTS),
+    )
+    rows = [(name, counts) for name, counts in report.counts.items() if name not in report.left_out]
+    rows.append(("sum", sum(report.counts.values(), Counter())))
+    lines = [heads, ("---", *["---:"] * (len(heads) - 1))]
+    lines += [_row(name, counts, 0)[:-1] for name, counts in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

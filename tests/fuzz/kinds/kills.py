@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,7 @@ class Kills(Kind):
             if name != "signal" or (out / "result.json").is_file():
                 continue
             code, said = _forked(recipe, folder, more, getattr(signal, values[0]), values[1] * seconds)
-            fault = _fault_of_end(values[0], code, said)
+            fault = None if (out / "result.json").is_file() else _fault_of_end(values[0], code, said)
             if fault:
                 return fault
             if (out / "model.safetensors").is_file() and not (out / "result.json").is_file():
@@ -97,10 +99,13 @@ def _fault_of_end(name: str, code: int, said: str) -> Outcome | None:
 
 
 def _forked(recipe: Path, folder: Path, more: list[str], number: int | None, after: float) -> tuple[int, str]:
-    """`fdiv run` in a fork of this process, ended by a signal after a time. The exit code (negative: the signal), and
-    what it said."""
+    """`fdiv run` in a fork of this process, ended by a signal some seconds after it can be: its handlers stand then.
+
+    The exit code (negative: the signal), and what it said.
+    """
     log = folder / "said.txt"
     sys.stdout.flush()
+    ready, started = os.pipe()
     process = os.fork()
     if process == 0:
         code = 99
@@ -112,10 +117,13 @@ def _forked(recipe: Path, folder: Path, more: list[str], number: int | None, aft
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.chdir(folder)
-            code = _main(["run", str(recipe), *more])
+            code = _main(["run", str(recipe), *more], started)
         finally:
             sys.stderr.flush()
             os._exit(code)
+    os.close(started)
+    os.read(ready, 1)
+    os.close(ready)
     if number is not None:
         time.sleep(after)
         os.kill(process, number)
@@ -130,11 +138,22 @@ def _forked(recipe: Path, folder: Path, more: list[str], number: int | None, aft
     return os.waitstatus_to_exitcode(status[1]), log.read_text(encoding="utf-8", errors="replace")
 
 
-def _main(words: list[str]) -> int:
+def _main(words: list[str], started: int) -> int:
+    """`fdiv`, which says on a pipe when it can be stopped."""
     import traceback
 
+    import fdiv.cli.command as module
     from fdiv.cli import main
 
+    stoppable = module.stoppable
+
+    @contextlib.contextmanager
+    def told(how_to_go_on: Any) -> Iterator[None]:
+        with stoppable(how_to_go_on):
+            os.write(started, b".")
+            yield
+
+    module.stoppable = told
     try:
         return main(words)
     except SystemExit as end:

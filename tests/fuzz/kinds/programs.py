@@ -1,9 +1,12 @@
-"""Programs for the code reward: cheats and escapes in many forms, right answers beside them; hostile answers for the
-rewards of SQL and mathematics are judged the same way."""
+"""Programs for the code reward: cheats and escapes in many places and forms, right answers beside them."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import random
+import socket
 import textwrap
 from functools import cached_property
 from pathlib import Path
@@ -134,9 +137,6 @@ class Programs(Kind):
             raise Unavailable(str(error)) from None
 
     def judge(self, edits: list[Edit], folder: Path) -> Outcome:
-        import os
-        import socket
-
         canary = folder / "canary"
         canary.write_text("secret", encoding="utf-8")
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -146,7 +146,10 @@ class Programs(Kind):
             programs = [_program(edit, targets) for edit in edits]
             os.environ["FUZZ_SECRET"] = "hf_fuzz_secret"
             reward = self.reward
-            scores = reward(["?"] * len(edits), [text for text, _ in programs], test=[test for _, test in programs])
+            with contextlib.redirect_stderr(io.StringIO()):  # a line for each answer that was lost
+                scores = reward(
+                    ["?"] * len(edits), [text for text, _ in programs], test=[test for _, test in programs]
+                )
             del os.environ["FUZZ_SECRET"]
             try:
                 listener.accept()
