@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -78,20 +79,23 @@ class EvalLog:
     ) -> dict[int, float | list[float]]:
         """One field of a metric by index, rows where it is null left out. ValueError for a row without the field or
         a NaN."""
-        column = {}
+        column: dict[int, float | list[float]] = {}
+        first = None  # the first row and how many values it holds: all hold as many
         for index, row in self.items(metric, part, max_rows).items():
+            where = f"{self.source}: {metric}, row {index}"
             if name not in row:
-                raise DataError(f"{self.source}: {metric}, row {index} has no {name!r}, only {', '.join(row)}")
+                raise DataError(f"{where} has no {name!r}, only {', '.join(row)}")
             value = row[name]
             if value is None:
                 continue
             for number in value if isinstance(value, list) else [value]:
-                if not isinstance(number, int | float):
-                    raise DataError(f"{self.source}: {metric}, row {index}: {name} is {number!r}, not a number")
-                if not math.isfinite(number):
-                    word = "NaN" if math.isnan(number) else "infinite"
-                    raise DataError(f"{self.source}: {metric}, row {index}: {name} is {word}")
-                _check_range(f"{self.source}: {metric}, row {index}", metric, name, number)
+                _check_number(where, metric, name, number)
+            shape = f"a list of {len(value)}" if isinstance(value, list) else "a number"
+            first = first or (index, shape)
+            if shape != first[1]:
+                raise DataError(
+                    f"{where}: {name} is {shape}, that of row {first[0]} is {first[1]}; make the log again"
+                )
             column[index] = value
         return column
 
@@ -134,12 +138,16 @@ class EvalLog:
 _ROUNDING = 1e-4  # a probability of 1 may be a little more in a log that was made in bfloat16
 
 
-def _check_range(where: str, metric: str, name: str, number: float) -> None:
+def _check_number(where: str, metric: str, name: str, number: Any) -> None:
     """Refuse a value that its metric cannot have.
 
     Raises:
-        DataError: a probability or share outside [0, 1], a loss below 0.
+        DataError: no number, NaN, infinite or beyond float; a probability or share outside [0, 1], a loss below 0.
     """
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise DataError(f"{where}: {name} is {str(number)[:40]!r}, not a number")
+    if number != number or abs(number) > sys.float_info.max:
+        raise DataError(f"{where}: {name} is {'NaN' if number != number else 'infinite'}")
     share = name == "prob" or name.startswith("rouge") or metric in ("extraction_strength", "exact_memorization")
     if share and not -_ROUNDING <= number <= 1 + _ROUNDING:
         what = "a probability" if name == "prob" else "a share"

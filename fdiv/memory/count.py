@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fdiv.errors import RecipeError
+from fdiv.files import one_line
+
 if TYPE_CHECKING:
     from fdiv.memory.step_shape import StepShape
 
@@ -155,7 +158,10 @@ def _built(config: Any, dtype: torch.dtype, attention: str | None, peft_config: 
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)
+            try:
+                model = get_peft_model(model, peft_config)
+            except ValueError as error:
+                raise RecipeError(f"the adapter does not fit the model: {one_line(error)}") from error
     if disable_dropout:
         disable_dropout_in_model(model)
     return model.train()

@@ -14,6 +14,7 @@ directory the `prepare:` block built. A recipe does not change once it is read; 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,9 @@ class ReportKeys:
     """`report:` block: with it, the run ends by writing `report.html` and its plots."""
 
     title: str | None = field(default=None, metadata={"help": "Heading of the page; the recipe's name when null."})
+
+
+_MODULE = re.compile(r"(?!all-linear$)[\w.-]+")
 
 
 class Configs(NamedTuple):
@@ -170,6 +174,11 @@ class Recipe:
         script, model, mixture = trl_configs()
         parser = TrlParser((script, method_config(self.method), model, mixture))
         try:
-            return Configs(*parser.parse_dict(values))
+            configs = Configs(*parser.parse_dict(values))
         except (ValueError, TypeError) as error:
             raise RecipeError(f"{self.source}: {one_line(error)}") from error
+        modules = values.get("lora_target_modules")
+        if isinstance(modules, list) and len(modules) == 1 and _MODULE.fullmatch(str(modules[0])):
+            # TRL makes a pattern of a list of one, which has to match whole paths: it would fit nothing.
+            configs.model.lora_target_modules = modules
+        return configs

@@ -177,3 +177,22 @@ def test_settings_of_a_sweep_win_over_the_command_line(write_recipe):
     assert recipe.configs().training.divergence == {"name": "alpha", "alpha": 0.2}
     with pytest.raises(RecipeError, match=r"^sweep: unknown key 'seeed'"):
         load_recipe(write_recipe(), [], {"seeed": 1})
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        (["q_proj"], ["q_proj"]),  # TRL would make a pattern of it that no path matches
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["all-linear"], "all-linear"),
+        ([".*q_proj"], ".*q_proj"),
+    ],
+)
+def test_one_lora_module_is_a_name(write_recipe, modules, expected):
+    recipe = load_recipe(write_recipe(use_peft=True, lora_target_modules=modules))
+    assert recipe.configs().model.lora_target_modules == expected
+
+
+def test_lora_modules_that_the_model_lacks_are_refused_by_the_dry_run(write_recipe, fails):
+    path = write_recipe(use_peft=True, lora_target_modules=["c_attn", "x"])
+    assert "the adapter does not fit the model: Target modules " in fails("run", path, "--dry_run").splitlines()[-1]

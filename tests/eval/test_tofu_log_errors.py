@@ -177,3 +177,26 @@ def test_utility_curve():
         utility_curve([], 0.5)
     with pytest.raises(ValueError, match="nothing to keep"):
         utility_curve([0.1], 0.0)
+
+
+RAGGED = ([0.1], [0.1, 0.2, 0.3], [], 0.1, None)
+
+
+@pytest.mark.parametrize("value", RAGGED, ids=str)
+@pytest.mark.parametrize("row", ["0", "2"])
+def test_rows_of_different_lengths_are_named(value, row):
+    log = make_log()
+    for node in ("forget_Q_A_PERT_Prob", "forget_Q_A_PARA_Prob"):
+        log.metrics[node]["value_by_index"] = {str(i): {"prob": 0.5, "avg_loss": [0.1, 0.2]} for i in range(3)}
+    log.metrics["forget_Q_A_PERT_Prob"]["value_by_index"][row]["avg_loss"] = value
+    message = "hold different rows" if value is None else "row (1|2): avg_loss is .*, that of row 0 is "
+    with pytest.raises(DataError, match=message):
+        aggregate_tofu(log, OPEN)
+
+
+@pytest.mark.parametrize("value", [True, "0.5", 10**400, float("inf"), {}, [None]], ids=lambda value: str(value)[:9])
+def test_what_is_no_number_is_named(value):
+    log = make_log()
+    log.metrics["forget_Q_A_PARA_Prob"]["value_by_index"]["1"]["avg_loss"] = value
+    with pytest.raises(DataError, match="forget_Q_A_PARA_Prob, row 1: avg_loss is "):
+        aggregate_tofu(log, OPEN)
