@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import errno
 import inspect
+import io
 import logging
 import os
 import sys
@@ -154,6 +155,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for a failed run, 2 for a wrong recipe or command line."""
     words = list(sys.argv[1:] if argv is None else argv)
     _learn_secrets(words)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text that the terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if any("\0" in word for word in words):
+        terminal.error("the command line holds a NUL character, which no name and no value may")
+        return 2
     flag_first = len(words) > 1 and words[1].startswith("-") and words[1] not in ("-h", "--help")
     if flag_first and words[0] in ("run", "sweep"):
         terminal.error(f"the recipe comes first: fdiv {words[0]} RECIPE {words[1]} …")

@@ -1,5 +1,6 @@
 """The other verbs, the launcher, and the command under `accelerate launch` and with two processes."""
 
+import io
 import json
 import re
 import subprocess
@@ -260,3 +261,19 @@ def test_accelerate_launch_and_two_processes_give_the_run_of_one(write_recipe, t
     for name in ("accelerate", "two"):
         for key in ("train/loss", "train/grad_norm", "before/reward_margin", "after/reward_margin"):
             assert results[name][key] == pytest.approx(results["plain"][key], rel=1e-4, abs=1e-6), (name, key)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["recipes", "tiny/f_dpo", "--copy", "FOLDER/a\0b"], ["report", "a\0b", "--output", "c"], ["a\0b"], ["run", "\0"]],
+)
+def test_a_nul_is_refused_by_every_verb(words, fails, tmp_path):
+    assert "the command line holds a NUL" in fails(*(word.replace("FOLDER", str(tmp_path)) for word in words))
+
+
+def test_a_name_that_is_no_text_is_shown(tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["recipes", "tiny/f_dpo", "--copy", f"{tmp_path}/\udcff.yaml"]) == 0
+    terminal.flush()
+    assert b"\\udcff.yaml" in terminal.buffer.getvalue()
