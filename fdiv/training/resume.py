@@ -10,12 +10,15 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from transformers import TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
-from fdiv.errors import CheckpointError
+from fdiv.errors import CheckpointError, FdivError
 from fdiv.models.fingerprints import data_fingerprint
 from fdiv.secrets import without_secrets
 from fdiv.terminal import info
@@ -187,6 +190,8 @@ class ResumableMixin(RunSumsMixin):
                     f"cannot resume from {checkpoint}: {fault}. Its pickled state is loaded only from a complete "
                     "checkpoint of fdiv; to start from its weights alone, give it as model_name_or_path"
                 )
+        with _reading_errors(checkpoint):
+            TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         marker, identity = read_marker(checkpoint), self.json_identity()
         differences = _differences(marker["identity"], identity)
         if differences and not self.force_resume:
@@ -201,19 +206,48 @@ class ResumableMixin(RunSumsMixin):
             info(f"resume: changed since that checkpoint: {'; '.join(changed)}")
         return checkpoint
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with _same_number_types(self.model):
-            super()._load_from_checkpoint(*args, **kwargs)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with _same_number_types(self.model), _reading_errors(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_best_model(self) -> None:
         with _same_number_types(self.model):
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with _reading_errors(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._load_sums(Path(checkpoint))
             self.load_method_state(Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading_errors(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def _reading_errors(checkpoint: str | Path | None) -> Iterator[None]:
+    """A file that agrees with its marker and is no state of a training (forged, or of another version) is named."""
+    try:
+        yield
+    except (FdivError, torch.OutOfMemoryError):
+        raise
+    except (
+        UnpicklingError,
+        SafetensorError,
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:
+        reason = next(iter(str(error).strip().splitlines()), "")[:200]
+        raise CheckpointError(
+            f"{checkpoint} cannot be loaded ({type(error).__name__}: {reason}): remove it, and resume from the one "
+            "before, or start again with --overwrite_output_dir true"
+        ) from error
 
 
 @cache

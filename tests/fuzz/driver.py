@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 import shutil
@@ -66,10 +68,14 @@ def edits_of(kind: Kind, seed: int, case: int) -> list[Edit]:
 
 
 def judge(kind: Kind, edits: list[Edit], place: Path) -> Outcome:
-    """The kind's judgement in a folder of its own. What the judge itself raises is a traceback too."""
-    folder = Path(tempfile.mkdtemp(dir=place))
+    """The kind's judgement in a folder of its own; what is said meanwhile is not shown.
+
+    What the judge itself raises is a traceback too.
+    """
+    folder, said = Path(tempfile.mkdtemp(dir=place)), io.StringIO()
     try:
-        return kind.judge(edits, folder)
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return kind.judge(edits, folder)
     except Unavailable:
         raise
     except (Exception, TooLong) as error:

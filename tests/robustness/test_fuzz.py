@@ -170,3 +170,21 @@ def test_a_case_is_the_same_again(kind, tmp_path, tiny_model_dir):
     first = [edits_of(kind(world), 5, number) for number in range(10)]
     assert repr(first) == repr([edits_of(kind(world), 5, number) for number in range(10)])
     assert repr(first) != repr([edits_of(kind(world), 6, number) for number in range(10)])
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, tiny_model_dir):
+    world = World(tmp_path_factory.mktemp("world"))
+    world.model = tiny_model_dir
+    return Checkpoints(world)
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+def test_a_forged_checkpoint_is_refused_and_not_executed(file, interrupted, tmp_path):
+    """Its marker agrees with the pickle in it: whoever can write the one can write the other."""
+    outcome = interrupted.judge([("pickle", 3, file)], tmp_path)
+    assert outcome.verdict == "refused", outcome
+    assert "checkpoint-3 cannot be loaded (" in outcome.message
+    assert "remove it, and resume from the one before" in outcome.message

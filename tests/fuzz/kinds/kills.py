@@ -22,8 +22,8 @@ __all__ = ["Kills"]
 _STEPS = 6
 _LIMIT = 120.0  # seconds, for a run that takes three
 _EXIT = {"SIGTERM": 143, "SIGINT": 130}
-# Numbers that say how long something took, or where.
-_TIMES = ("runtime", "per_second", "seconds", "flops", "memory", "time")
+# Entries that say how long something took, or hold all others.
+_TIMES = ("digest", "runtime", "per_second", "seconds", "flops", "memory", "time")
 
 
 class Kills(Kind):
