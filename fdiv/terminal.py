@@ -93,8 +93,8 @@ def divergence_label(spec: Any) -> str:
     """`reverse_kl`, `alpha(alpha=0.3)`, or `no divergence`."""
     if spec is None:
         return "no divergence"
-    if isinstance(spec, str):
-        return spec
+    if not isinstance(spec, dict):
+        return str(spec)
     parameters = ", ".join(f"{name}={value}" for name, value in spec.items() if name != "name")
     return f"{spec.get('name')}({parameters})" if parameters else str(spec.get("name"))
 

@@ -67,6 +67,12 @@ class EvalLog:
         if wrong is not None:
             raise DataError(f"{self.source}: {metric}: the row {wrong!r} is not numbered")
         rows = {int(index): self._object(row, f"{metric}, row {index}") for index, row in rows.items()}
+        for index, row in rows.items():
+            for name in ("input", "ground_truth", "generation"):
+                if not isinstance(row.get(name, ""), str):
+                    raise DataError(
+                        f"{self.source}: {metric}, row {index}: {name} is {str(row[name])[:40]!r}, not text"
+                    )
         return {i: rows[i] for i in sorted(rows) if max_rows is None or i < max_rows}
 
     def _object(self, value: Any, where: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fdiv.errors import DataError, FdivError
 from fdiv.files import numbered_json_lines, read_bytes
+from fdiv.report.shapes import ENVIRONMENT, check_result, check_results, check_shape
 from fdiv.sealed import LISTING, NO_DIGEST, check_listed, read_record
 from fdiv.terminal import divergence_label, info
 
@@ -82,9 +83,7 @@ def read_results(file: Path) -> dict[str, Any]:
     results = read_record(file, RERUN, unchecked=unchecked)
     for line in unchecked:
         info(line)
-    cells = results.get("cells")
-    if not isinstance(cells, list) or not all(_is_cell(cell) for cell in cells):
-        raise DataError(f"{file} has no list `cells` of runs with name and settings: `fdiv sweep` did not write it")
+    check_results(results, file, RERUN)
     return results
 
 
@@ -95,10 +94,6 @@ def read_result(cell: Path) -> dict[str, Any]:
         DataError: it is damaged.
     """
     return read_record(cell / "result.json", f"remove {cell}, so that the cell runs again")
-
-
-def _is_cell(cell: Any) -> bool:
-    return isinstance(cell, dict) and isinstance(cell.get("name"), str) and isinstance(cell.get("settings"), dict)
 
 
 def _read_sweep(file: Path) -> SweepRecord:
@@ -127,6 +122,9 @@ def _read_run(path: Path, name: str) -> RunRecord:
         history=read_history(history) if history.is_file() else [],
         recipe=_read_recipe(recipe) if recipe.is_file() else "",
     )
+    if record.finished:
+        check_result(record.result, result, RERUN)
+    check_shape(record.environment, ENVIRONMENT, environment, RERUN)
     if record.finished and (path / LISTING).is_file() is False:
         unchecked += [f"{file}: {NO_DIGEST}" for file in (recipe, history) if file.is_file()]
     for line in unchecked:

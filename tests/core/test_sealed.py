@@ -120,12 +120,15 @@ def run(folder: Path) -> Path:
     )
     (folder / "recipe_resolved.yaml").write_text("beta: 0.1\n")
     write_record(folder / "environment.json", {"seed": 0})
-    RunDirectory(folder).finish({"method": "f_dpo", "divergence": "reverse_kl", "after/loss": 0.25})
+    settings = {"recipe": "r", "method": "f_dpo", "divergence": "reverse_kl", "seed": 0}
+    RunDirectory(folder).finish({**settings, "steps": 3, "train_seconds": 0.5, "after/loss": 0.25})
     return folder / "result.json"
 
 
 def sweep(folder: Path) -> Path:
-    write_record(folder / "results.json", {"cells": [{"name": "a", "settings": {"beta": 0.1}}], "aggregate": []})
+    cells = [{"name": "a", "settings": {"beta": 0.1}, "status": "failed"}]
+    rest = {"recipe": "r", "command": "fdiv sweep r", "aggregate": [], "seeds": [], "columns": []}
+    write_record(folder / "results.json", {"cells": cells, **rest})
     return folder / "results.json"
 
 

@@ -35,6 +35,8 @@ class Logs(Kind):
             name = "results.json" if target == "sweep" else rng.choice(_RECORDS)
             edits = [("target", target), ("file", name)]
             content = self.sweep if target == "sweep" else self._tree(name)
+        if target in ("record", "sweep") and rng.random() < 0.4:  # as a record of before there were digests
+            edits.append(("delete", ("digest",)))
         for _ in range(rng.choice([1, 1, 1, 2])):
             if content is None or rng.random() < 0.4:
                 edits.append(byte_damage(rng))
