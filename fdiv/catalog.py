@@ -42,6 +42,7 @@ METHODS = Table(
         "d2o": "fdiv.alignment.d2o.trainer:D2OTrainer",
         "f_dpg": "fdiv.alignment.f_dpg.trainer:FDPGTrainer",
         "dph": "fdiv.rl.dph.trainer:DPHTrainer",
+        "f_distill": "fdiv.distillation.f_distill.trainer:FDistillTrainer",
         "flat": "fdiv.unlearning.methods.flat:FLATTrainer",
         "grad_ascent": "fdiv.unlearning.methods.grad_ascent:GradAscentTrainer",
         "grad_diff": "fdiv.unlearning.methods.grad_diff:GradDiffTrainer",
@@ -78,6 +79,7 @@ TASKS = Table(
         "chinook": "fdiv.recipes.tasks.sql.chinook:ChinookTaskConfig",
         "tiny_texts": "fdiv.recipes.tasks.tiny.texts:TinyTextsConfig",
         "empty_prompts": "fdiv.recipes.tasks.tiny.texts:EmptyPromptsConfig",
+        "tiny_distillation": "fdiv.recipes.tasks.tiny.distillation:TinyDistillationConfig",
         "tiny_preferences": "fdiv.recipes.tasks.tiny.preferences:TinyPreferencesConfig",
         "tofu_preferences": "fdiv.recipes.tasks.tofu.preferences:TofuPreferencesConfig",
         "rehearsal": "fdiv.recipes.tasks.rehearsal:RehearsalConfig",
@@ -86,6 +88,7 @@ TASKS = Table(
         "tiny_authors": "fdiv.recipes.tasks.tiny.authors:TinyAuthorsConfig",
         "novels_unlearning": "fdiv.recipes.tasks.novels.unlearning:NovelsUnlearningConfig",
         "sampled_preferences": "fdiv.recipes.tasks.sampled_preferences:SampledPreferencesConfig",
+        "thinned_student": "fdiv.recipes.tasks.novels.distillation:ThinnedStudentConfig",
         "tofu_memorised": "fdiv.recipes.tasks.tofu.memorised:TofuMemorisedConfig",
         "tofu_unlearning": "fdiv.recipes.tasks.tofu.unlearning:TofuUnlearningConfig",
     },
@@ -97,6 +100,7 @@ PREPARE = TASKS  # its name in release 0.1
 # Name → (what `eval: {name: …}` of a recipe makes, what `fdiv eval NAME` runs).
 _EVALUATIONS: dict[str, tuple[str | None, str | None]] = {
     "target": ("fdiv.alignment.f_dpg.evaluation:TargetEvalConfig", None),
+    "to_teacher": ("fdiv.distillation.evaluation:ToTeacherEvalConfig", None),
     "preferences": ("fdiv.eval.preferences.evaluation:PreferencesEvalConfig", "fdiv.eval.preferences.command"),
     "passk": ("fdiv.eval.pass_at_k.evaluation:PassKEvalConfig", "fdiv.eval.pass_at_k.command"),
     "tofu": ("fdiv.eval.tofu.evaluation:TofuEvalConfig", "fdiv.eval.tofu.command"),

@@ -87,7 +87,7 @@ def _check_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
     return ("log_probs", *(name for name in OUTPUTS[1:] if name in outputs))
 
 
-def _causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: nn.Module) -> nn.Module:
     """The transformers model under DDP/DeepSpeed wrappers and PEFT."""
     from accelerate.utils import extract_model_from_parallel
 
@@ -100,7 +100,7 @@ def fused_head(model: nn.Module) -> FusedHead | None:
 
     A model patched by a TRL trainer is recognised too.
     """
-    forward = _causal_lm(model).forward
+    forward = causal_lm(model).forward
     while forward is not None:
         function = getattr(forward, "__func__", forward)
         if getattr(getattr(function, "__code__", None), "co_name", None) == "_fused_forward":
@@ -142,7 +142,7 @@ def enable_fused_head(model: nn.Module, outputs: Sequence[str] = ("log_probs",),
         if set(outputs) <= set(present.outputs):
             return
         outputs = _check_outputs({*outputs, *present.outputs})
-    base = _causal_lm(model)
+    base = causal_lm(model)
     if hasattr(base.get_output_embeddings(), "base_layer"):
         raise ValueError(
             "an adapter sits on the LM head, whose weight the fused head multiplies by directly, so the adapter would "
@@ -171,11 +171,11 @@ def check_fused_head(model: nn.Module) -> str | None:
     """
     from fdiv.terminal import info
 
-    base = _causal_lm(model)
+    base = causal_lm(model)
     head = fused_head(base)
     if head is not None:
         _name_experts(base.config)
-    if head is None or _is_spread(base):
+    if head is None or is_spread(base):
         return None
     key = (type(base), type(base.get_output_embeddings()), base.config.to_json_string())
     if key not in _CHECKED:
@@ -190,7 +190,7 @@ def check_fused_head(model: nn.Module) -> str | None:
     return _CHECKED[key]
 
 
-def _is_spread(base: nn.Module) -> bool:
+def is_spread(base: nn.Module) -> bool:
     """Whether a single forward of `base` cannot be run here: no weights, or parts of them on each process."""
     from torch._subclasses.fake_tensor import FakeTensor
 
@@ -219,12 +219,12 @@ def aux_loss_fault(model: nn.Module) -> str | None:
 
     Not checked where `check_fused_head` does not check.
     """
-    base = _causal_lm(model)
-    if _is_spread(base):
+    base = causal_lm(model)
+    if is_spread(base):
         return None
     _name_experts(base.config)
-    inputs = {**_few_tokens(base), "output_router_logits": True}
-    with _evaluating(base):
+    inputs = {**few_tokens(base), "output_router_logits": True}
+    with evaluating(base):
         try:
             result = base(**inputs, labels=inputs["input_ids"], fused_lm_head=True)
         except Exception as error:  # any, from a forward that was written for other models
@@ -237,7 +237,8 @@ def aux_loss_fault(model: nn.Module) -> str | None:
     return None
 
 
-def _few_tokens(base: nn.Module) -> dict[str, Any]:
+def few_tokens(base: nn.Module) -> dict[str, Any]:
+    """One short row of tokens to try a model on, as the inputs of its forward."""
     # 64: xLSTM's kernels for training want whole chunks
     length = min(64, context_length(base) or 64)
     ids = (torch.arange(length) * 37 + 5).remainder(base.config.get_text_config().vocab_size)
@@ -246,7 +247,7 @@ def _few_tokens(base: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def _evaluating(base: nn.Module) -> Iterator[None]:
+def evaluating(base: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; modes and random numbers afterwards are those of before."""
     keep_trainable_layout(base)
     device = next(base.parameters()).device
@@ -268,9 +269,9 @@ def _named(error: Exception) -> str:
 def _fused_fault(base: nn.Module, temperature: float) -> str | None:
     """What is wrong with the fused head of `base`, in a few words; None when it agrees with the logits."""
     device, dtype = next(base.parameters()).device, next(base.parameters()).dtype
-    inputs = _few_tokens(base)
+    inputs = few_tokens(base)
     ids = inputs["input_ids"]
-    with _evaluating(base):
+    with evaluating(base):
         try:
             logits = base(**inputs).logits[:, :-1].float() / temperature
         except Exception:  # not to be judged here: a model that does not run is reported by whoever runs it
@@ -334,7 +335,7 @@ def _takes_position_ids(model_class: type) -> bool:
 
 def takes_position_ids(model: nn.Module) -> bool:
     """Whether the forward of `model` (possibly wrapped by PEFT or DDP) has a `position_ids` argument."""
-    return _takes_position_ids(type(_causal_lm(model)))
+    return _takes_position_ids(type(causal_lm(model)))
 
 
 def with_position_ids(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from fdiv.models.logprobs import TokenScores, enable_fused_head, token_scores
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["FrozenReference", "Reference", "frozen_copy", "reference_for_trl", "reference_of"]
+__all__ = ["FrozenReference", "Reference", "frozen_copy", "placed", "reference_for_trl", "reference_of"]
 
 _ADAPTER = "ref"  # the name TRL uses, so that its own tools find it
 
@@ -68,7 +68,7 @@ class Reference:
         keep_trainable_layout(self.model)  # it has to round as the policy does
         enable_fused_head(self.model, temperature=temperature)
         self.model.requires_grad_(False).eval()
-        self.model = _placed(trainer, self.model)
+        self.model = placed(trainer, self.model)
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
@@ -169,7 +169,7 @@ def _second_model(trainer: Any) -> PreTrainedModel:
     return create_model_from_path(path, **{"dtype": policy.dtype, **(args.model_init_kwargs or {})})
 
 
-def _placed(trainer: Any, model: nn.Module) -> nn.Module:
+def placed(trainer: Any, model: nn.Module) -> nn.Module:
     """`model` placed and sharded as the trainer's backend wants it."""
     from trl.models import prepare_deepspeed, prepare_fsdp
 

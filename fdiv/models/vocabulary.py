@@ -24,8 +24,20 @@ from torch import Tensor
 
 from fdiv.divergences import Divergence, DivergenceSpec, get_divergence
 from fdiv.divergences.cells import Cells
+from fdiv.errors import DataError
+from fdiv.models.logprobs import causal_lm, evaluating, few_tokens, is_spread, with_position_ids
 
-__all__ = ["Head", "model_head", "topk_divergence", "topk_vocabulary_divergence", "vocabulary_divergence"]
+__all__ = [
+    "Head",
+    "VocabularyScores",
+    "check_head",
+    "last_hidden_states",
+    "model_head",
+    "score_vocabulary",
+    "topk_divergence",
+    "topk_vocabulary_divergence",
+    "vocabulary_divergence",
+]
 
 #: Logits of one model in a block, on the processor and on an accelerator: 32 MiB and 256 MiB of float32.
 _BLOCK, _BLOCK_ON_ACCELERATOR = 2**23, 2**26
@@ -96,17 +108,49 @@ def vocabulary_divergence(
     """
     student = Head(head_p, bias_p, scale_p, softcap_p)
     teacher = Head(head_q, bias_q, scale_q, softcap_q)
-    _check_head("p", hidden_p, student, temperature)
-    _check_head("q", hidden_q, teacher, temperature)
-    if hidden_p.shape[0] != hidden_q.shape[0]:
-        raise ValueError(f"hidden_p has {hidden_p.shape[0]} rows and hidden_q {hidden_q.shape[0]}: they are compared")
-    if _rows_of(head_p) != _rows_of(head_q):
-        raise ValueError(
-            f"head_p has {_rows_of(head_p)} tokens and head_q {_rows_of(head_q)}: a divergence compares the same "
-            "tokens. Where one tokenizer was padded to two widths, cut both heads to the shorter one (head[:V])"
-        )
+    _check_pair(hidden_p, student, hidden_q, teacher, temperature)
     measure = _Whole(get_divergence(divergence), teacher, temperature)
     return _Function.apply(hidden_p, head_p, bias_p, student, temperature, measure, hidden_q, head_q, bias_q)
+
+
+class VocabularyScores(NamedTuple):
+    """What `score_vocabulary` gives of each row, `[N]`; only `divergence` carries a gradient.
+
+    Attributes:
+        divergence: D_f(P‖Q), nats.
+        log_p, log_q: log-probability of the row's token under student and teacher, nats.
+        entropy_p, entropy_q: entropy of both distributions, nats.
+    """
+
+    divergence: Tensor
+    log_p: Tensor
+    log_q: Tensor
+    entropy_p: Tensor
+    entropy_q: Tensor
+
+
+def score_vocabulary(
+    hidden_p: Tensor,
+    head_p: Head,
+    hidden_q: Tensor,
+    head_q: Head,
+    token_ids: Tensor,
+    divergence: DivergenceSpec,
+    *,
+    temperature: float = 1.0,
+) -> VocabularyScores:
+    """`vocabulary_divergence` of two heads, and in the same pass what a trainer logs of the rows' `token_ids[N]`.
+
+    Errors as there; a token outside the vocabulary is a ValueError, too.
+    """
+    _check_pair(hidden_p, head_p, hidden_q, head_q, temperature)
+    if token_ids.shape != hidden_p.shape[:1] or bool(((token_ids < 0) | (token_ids >= _rows_of(head_p.weight))).any()):
+        raise ValueError(f"token_ids must be one of {_rows_of(head_p.weight)} tokens for each of {len(hidden_p)} rows")
+    measure = _Whole(get_divergence(divergence), head_q, temperature, token_ids)
+    value = _Function.apply(
+        hidden_p, head_p.weight, head_p.bias, head_p, temperature, measure, hidden_q, head_q.weight, head_q.bias
+    )
+    return VocabularyScores(value, *measure.scores())
 
 
 def topk_vocabulary_divergence(
@@ -182,6 +226,46 @@ def model_head(model: Any) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), _logit_scale(config), softcap)
 
 
+def last_hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, keep: int | None = None) -> Tensor:
+    """The hidden states `[B, keep, H]` that the LM head of `model` reads to predict the last `keep` tokens.
+
+    Positions count the unmasked tokens, so padding may stand on either side. A PEFT model's adapter applies.
+
+    Args:
+        model: a causal language model, plain or under PEFT (no wrapper of DDP or DeepSpeed).
+        keep: tokens predicted, at the end; None: all but the first.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inputs = with_position_ids(model, {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False})
+    hidden = model.base_model(**inputs).last_hidden_state[:, :-1]
+    return hidden if keep is None else hidden[:, hidden.shape[1] - keep :]
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Refuse a model whose logits are not its LM head times its last hidden states, on a few tokens.
+
+    Not checked where a forward cannot be run here (ZeRO-3, FSDP, weights without values).
+
+    Raises:
+        DataError: the logits differ, with by how much.
+    """
+    base = causal_lm(model)
+    if is_spread(base):
+        return
+    inputs = few_tokens(base)
+    with evaluating(base):
+        logits = base(**inputs).logits[:, :-1].float()
+        hidden = last_hidden_states(base, inputs["input_ids"], inputs["attention_mask"]).flatten(0, 1)
+        ours, _ = _log_softmax(hidden, model_head(base), 1.0)
+    difference = (ours - logits.log_softmax(-1).flatten(0, 1)).abs().max().item()
+    if not difference <= 1e-3 + 16 * torch.finfo(hidden.dtype).eps * logits.abs().max().clamp(min=1).item():
+        raise DataError(
+            f"the logits of {type(base).__name__} are not its LM head times its last hidden states (off by "
+            f"{difference:.2g} nats), so its divergence cannot be computed in blocks: take another model"
+        )
+
+
 def _logit_scale(config: Any) -> float:
     """What a config multiplies the logits by, under the names that models give it; 1 where it has none."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -214,6 +298,19 @@ def _check_head(side: str, hidden: Tensor, head: Head, temperature: float) -> No
     for name, value in (("temperature", temperature), (f"softcap_{side}", head.softcap)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name}={value!r}: must be a number above 0")
+
+
+def _check_pair(hidden_p: Tensor, student: Head, hidden_q: Tensor, teacher: Head, temperature: float) -> None:
+    _check_head("p", hidden_p, student, temperature)
+    _check_head("q", hidden_q, teacher, temperature)
+    if hidden_p.shape[0] != hidden_q.shape[0]:
+        raise ValueError(f"hidden_p has {hidden_p.shape[0]} rows and hidden_q {hidden_q.shape[0]}: they are compared")
+    sizes = _rows_of(student.weight), _rows_of(teacher.weight)
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"head_p has {sizes[0]} tokens and head_q {sizes[1]}: a divergence compares the same tokens. Where one "
+            "tokenizer was padded to two widths, cut both heads to the shorter one (head[:V])"
+        )
 
 
 def _gathered(*weights: Tensor | None) -> AbstractContextManager:
@@ -283,10 +380,34 @@ def _multiply_back(block: Tensor, weight: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- what is summed over cells
 class _Whole:
-    """D_f over all tokens: per row D and A = ∑w, and the gradient w − p·A."""
+    """D_f over all tokens: per row D and A = ∑w, and the gradient w − p·A; with `token_ids`, scores of these too."""
 
-    def __init__(self, divergence: Divergence, head: Head, temperature: float) -> None:
+    def __init__(
+        self, divergence: Divergence, head: Head, temperature: float, token_ids: Tensor | None = None
+    ) -> None:
         self.divergence, self.head, self.temperature = divergence, head, temperature
+        self.token_ids, self.holes = token_ids, False
+        self._scores: list[Tensor] = []
+        self._rows = slice(0)
+
+    def scores(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log P and log Q of the tokens and both entropies, of the rows seen so far."""
+        if not self._scores:
+            none = torch.zeros(0)
+            return none, none, none, none
+        log_p, log_q, entropy_p, entropy_q = torch.cat(self._scores, dim=1)
+        return log_p, log_q, entropy_p, entropy_q
+
+    def _note(self, log_p: Tensor, log_q: Tensor) -> None:
+        if self.token_ids is None:
+            return
+        ids = self.token_ids[self._rows].unsqueeze(-1)
+        entropies = [log_p.new_zeros(len(log_p)) for _ in range(2)]
+        for tile in _tiles(log_p):
+            for entropy, logs in zip(entropies, (log_p, log_q), strict=True):
+                terms = logs[:, tile].exp().mul_(logs[:, tile])
+                entropy -= (terms.nan_to_num_(0.0) if self.holes else terms).sum(-1)
+        self._scores.append(torch.stack([log_p.gather(1, ids)[:, 0], log_q.gather(1, ids)[:, 0], *entropies]))
 
     def weights(self, teacher: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         return teacher[1:]
@@ -295,13 +416,12 @@ class _Whole:
         hidden, weight, bias = teacher
         assert hidden is not None and weight is not None
         head = self.head._replace(weight=weight, bias=bias)
-        self.holes = self.holes or _has_holes(bias)
+        self.holes, self._rows = self.holes or _has_holes(bias), rows
         return _log_softmax(hidden[rows], head, self.temperature)[0]
-
-    holes = False
 
     def sums(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         """D `[n]` and A `[n]` of a block."""
+        self._note(log_p, log_q)
         value, total = log_p.new_zeros(log_p.shape[0]), log_p.new_zeros(log_p.shape[0])
         for tile in _tiles(log_p):
             mass, weight = self._both(log_p[:, tile], log_q[:, tile])

@@ -46,11 +46,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GRPO_LOSS_KEYS",
+    "EpochOrder",
     "RecordedRollouts",
     "RolloutConfig",
     "RolloutMixin",
     "RolloutRecorder",
+    "check_completions",
+    "check_padding",
+    "check_room",
     "checked_log_probs",
+    "checked_rollouts",
     "model_inputs",
     "record_log_probs",
     "token_mask",
@@ -126,7 +131,7 @@ class RolloutMixin:
 
     def __init__(self, *args: Any, rollout_func: Callable | None = None, **kwargs: Any) -> None:
         if rollout_func is not None:
-            rollout_func = _checked(rollout_func)
+            rollout_func = checked_rollouts(rollout_func)
         super().__init__(*args, rollout_func=rollout_func, **kwargs)
         self.encoding = self.args.encoding()
         self.chat_template_kwargs = self.encoding.template_variables()
@@ -134,31 +139,17 @@ class RolloutMixin:
         if isinstance(template, str):  # TRL renders with it: no clock in a prompt
             dated = template_without_clock(template, self.chat_template_kwargs.get("date_string"))
             self.chat_template = dated if dated != template else self.chat_template
-        reason = depends_on_padding(self.model)
-        if reason is not None and not reason.startswith("longrope"):
-            raise DataError(
-                f"{type(self.model).__name__} cannot be trained on rollouts: {reason}, and prompts of a batch are "
-                "padded on the left; take another model, or an objective on given answers"
-            )
-        if reason is not None:
-            info(f"keep prompt and completion within original_max_position_embeddings: {reason}")
+        check_padding(self.model)
 
     def _get_train_sampler(self, dataset=None):
-        return _EpochOrder(super()._get_train_sampler(dataset), self)
+        return EpochOrder(super()._get_train_sampler(dataset), self)
 
     def _tokenize_prompts(self, prompts: list):
         """As TRL's, with the system turn; a prompt that leaves no room for the completion is refused."""
         if self.encoding.system_prompt is not None:
             prompts = [self.encoding.turns(prompt) for prompt in prompts]
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)
-        longest = max(range(len(prompts)), key=lambda number: len(prompt_ids[number]))
-        room = self.max_completion_length
-        check_fits(
-            len(prompt_ids[longest]) + room,
-            self.model,
-            f"the prompt {str(prompts[longest])[:60]!r} with max_completion_length={room}",
-            "shorten the prompt or leave it out, or lower max_completion_length",
-        )
+        check_room(self, prompts, prompt_ids)
         return prompt_ids, images, fields
 
     def report_prompts(self, rows: Any, name: str) -> None:
@@ -261,11 +252,39 @@ class RolloutMixin:
             with without_generation_defaults(model), record_log_probs(model, self.temperature) as recorded:
                 completion_ids, _ = super()._generate_single_turn(prompt_ids, *args, **kwargs)
             log_probs = recorded.of(completion_ids)
-        _check_completions(completion_ids, log_probs, len(prompt_ids), "the generation back end")
+        check_completions(completion_ids, log_probs, len(prompt_ids), "the generation back end")
         return completion_ids, log_probs
 
 
-class _EpochOrder(Sampler):
+def check_padding(model: nn.Module) -> None:
+    """Refuse a model whose scores change under left padding.
+
+    Raises:
+        DataError: with the reason.
+    """
+    reason = depends_on_padding(model)
+    if reason is not None and not reason.startswith("longrope"):
+        raise DataError(
+            f"{type(model).__name__} cannot be trained on rollouts: {reason}, and prompts of a batch are "
+            "padded on the left; take another model, or an objective on given answers"
+        )
+    if reason is not None:
+        info(f"keep prompt and completion within original_max_position_embeddings: {reason}")
+
+
+def check_room(trainer: Any, prompts: list, prompt_ids: list[list[int]]) -> None:
+    """Refuse a prompt that leaves no room for the completion in the model's context."""
+    longest = max(range(len(prompts)), key=lambda number: len(prompt_ids[number]))
+    room = trainer.max_completion_length
+    check_fits(
+        len(prompt_ids[longest]) + room,
+        trainer.model,
+        f"the prompt {str(prompts[longest])[:60]!r} with max_completion_length={room}",
+        "shorten the prompt or leave it out, or lower max_completion_length",
+    )
+
+
+class EpochOrder(Sampler):
     """TRL's `RepeatSampler`, seeded again for each epoch; its own generator runs on, and a resumed one starts over."""
 
     def __init__(self, sampler: Sampler, trainer: Any) -> None:
@@ -353,7 +372,7 @@ def without_generation_defaults(model: nn.Module) -> Iterator[None]:
         inner.generation_config = kept
 
 
-def _checked(rollout_func: Callable) -> Callable:
+def checked_rollouts(rollout_func: Callable) -> Callable:
     """`rollout_func` with its answer checked."""
     name = getattr(rollout_func, "__name__", type(rollout_func).__name__)
 
@@ -363,13 +382,14 @@ def _checked(rollout_func: Callable) -> Callable:
         missing = {"prompt_ids", "completion_ids", "logprobs"} - output.keys()
         if missing:
             raise RolloutError(f"rollout_func {name} returned no {', '.join(sorted(missing))}")
-        _check_completions(output["completion_ids"], output["logprobs"], len(prompts), f"rollout_func {name}")
+        check_completions(output["completion_ids"], output["logprobs"], len(prompts), f"rollout_func {name}")
         return output
 
     return checked
 
 
-def _check_completions(ids: list, log_probs: list | None, prompts: int, source: str) -> None:
+def check_completions(ids: list, log_probs: list | None, prompts: int, source: str) -> None:
+    """Refuse what is not one completion, with a token at least and a log-probability each, per prompt."""
     if len(ids) != prompts:
         raise RolloutError(
             f"{source} returned {len(ids)} completions for {prompts} prompts (prompts come repeated num_generations "

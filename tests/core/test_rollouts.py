@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fdiv.errors import RolloutError
 from fdiv.inference.vllm_server import VLLMServerRollouts, merged_state_dict
 from fdiv.models.logprobs import token_scores
-from fdiv.training.rollouts import RecordedRollouts, RolloutMixin, _check_completions, record_log_probs
+from fdiv.training.rollouts import RecordedRollouts, RolloutMixin, check_completions, record_log_probs
 
 
 @pytest.mark.parametrize("folder", ["tiny_model_dir", "tiny_gpt2_dir"])
@@ -39,13 +39,13 @@ def test_recorded_log_probs_are_those_of_the_model(folder, temperature, request)
 
 
 def test_completions_are_checked():
-    _check_completions([[1], [2, 3]], [[-0.1], [-0.2, -0.3]], 2, "x")
+    check_completions([[1], [2, 3]], [[-0.1], [-0.2, -0.3]], 2, "x")
     with pytest.raises(RolloutError, match="x returned 1 completions for 2 prompts"):
-        _check_completions([[1]], None, 2, "x")
+        check_completions([[1]], None, 2, "x")
     with pytest.raises(RolloutError, match="x returned an empty completion for prompt 1"):
-        _check_completions([[1], []], None, 2, "x")
+        check_completions([[1], []], None, 2, "x")
     with pytest.raises(RolloutError, match="x returned 1 log-probabilities for the 2 tokens of completion 0"):
-        _check_completions([[1, 2]], [[-0.1]], 1, "x")
+        check_completions([[1, 2]], [[-0.1]], 1, "x")
 
 
 def test_private_hooks_have_the_signatures_we_rely_on():

@@ -16,6 +16,7 @@ FOLDERS = {
     "alignment": "fdiv.alignment",
     "unlearning": "fdiv.unlearning",
     "rl": "fdiv.rl",
+    "distillation": "fdiv.distillation",
     "eval": "fdiv.eval",
     "recipes": "fdiv.recipes",
 }
@@ -26,14 +27,14 @@ FLOORS = (
     ("terminal", "files", "sealed", "stamps", "rows", "lock", "provenance", "catalog", "evaluation", "statistics"),
     ("inference", "models", "recipe", "report", "testing"),
     ("training", "memory"),
-    ("run", "alignment"),
+    ("run", "alignment", "distillation"),
     ("unlearning", "rl", "eval"),
     ("recipes", "cli"),
     ("__main__",),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # Objective folders have the first three, benchmark folders the others.
-OBJECTIVES = ("alignment/f_dpo", "alignment/d2o", "alignment/f_dpg", "rl/dph")
+OBJECTIVES = ("alignment/f_dpo", "alignment/d2o", "alignment/f_dpg", "rl/dph", "distillation/f_distill")
 OBJECTIVE_DOORS = ("loss.py", "config.py", "trainer.py")
 BENCHMARKS = ("eval/tofu", "eval/muse", "eval/pass_at_k")
 BENCHMARK_DOORS = ("data.py", "aggregate.py", "evaluation.py", "command.py")
@@ -208,7 +209,9 @@ def test_no_module_is_called_utils():
 def test_options_are_declared_not_checked():
     """Help and bounds of a key stand in its `option`: no `field(…)` and no check of one key's range beside it."""
     files = [
-        file for folder in ("alignment", "rl", "unlearning") for file in sorted((ROOT / folder).rglob("config.py"))
+        file
+        for folder in ("alignment", "rl", "unlearning", "distillation")
+        for file in sorted((ROOT / folder).rglob("config.py"))
     ]
     files += sorted((ROOT / "unlearning" / "methods").glob("*.py"))
     bounds = ("must be above", "must be at least", "must be below", "must be at most", "must be one of", "must lie in")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What `result.json` holds beside metrics.
 SETTINGS = {"seed", "beta"}
 # Where metrics are made: our trainers, objectives and evaluations.
-FOLDERS = ("alignment", "rl", "unlearning", "fdiv/training", "eval", "recipes/tasks/tiny")
+FOLDERS = ("alignment", "rl", "unlearning", "distillation", "fdiv/training", "eval", "recipes/tasks/tiny")
 # Functions whose dictionaries are metrics (or columns that `reduce_examples` turns into metrics of the same name).
 MAKERS = {
     "decide", "diversity", "dph_metrics", "f_dpg_metrics", "method_columns", "partition_metrics",

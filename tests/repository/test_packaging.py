@@ -17,7 +17,7 @@ from packaging.version import Version
 
 import fdiv
 
-MAPPED = ("alignment", "unlearning", "rl", "eval", "recipes")
+MAPPED = ("alignment", "unlearning", "rl", "distillation", "eval", "recipes")
 HEAVY = ("torch", "transformers", "trl", "matplotlib", "scipy", "datasets", "peft", "accelerate", "deepspeed", "vllm")
 
 

@@ -27,7 +27,7 @@ from fdiv.training.checkpoints import (
 )
 from fdiv.training.signals import StopOnSigterm
 from tests.cli.conftest import pairs, write_recipe  # noqa: F401 (fixtures)
-from tests.support.runs.all_trainers import TRAINERS, build, flat_weights
+from tests.support.runs.all_trainers import EVERY, build, flat_weights
 from tests.support.runs.dph import cache
 from tests.support.runs.unlearning import retain_rows
 
@@ -123,7 +123,7 @@ def test_an_output_folder_that_cannot_be_written(write_recipe, monkeypatch, caps
 
 
 # ---------------------------------------------------------------- numbers
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_gradient_that_is_not_finite_stops_before_the_step(name, tiny_model_dir, tmp_path):
     """The loss is finite; a hook makes one gradient infinite in the third step."""
     trainer = build(name, tiny_model_dir, tmp_path)

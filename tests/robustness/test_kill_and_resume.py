@@ -10,7 +10,7 @@ import torch
 
 from fdiv.training.checkpoints import STAGING, checkpoint_fault, checkpoint_folders
 from tests.support.processes import run
-from tests.support.runs.all_trainers import TRAINERS, build, flat_weights, losses
+from tests.support.runs.all_trainers import EVERY, build, flat_weights, losses
 
 SETTINGS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 MIDDLE_OF_ROLLOUTS = {"num_iterations": 2, "save_steps": 1, "max_steps": 4}
@@ -75,14 +75,14 @@ def compare(name, model_dir, tmp_path, death, at, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_killed_at_a_random_step(name, tiny_model_dir, tmp_path):
     compare(name, tiny_model_dir, tmp_path, "step", random.Random(name).choice([2, 3, 4, 5]), SETTINGS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("death", ["half written", "before the rename"])
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_killed_in_the_middle_of_a_save(name, death, tiny_model_dir, tmp_path):
     compare(name, tiny_model_dir, tmp_path, death, 4, SETTINGS)
 

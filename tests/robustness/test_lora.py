@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from fdiv.models.logprobs import token_scores
-from tests.support.runs.all_trainers import ROUNDING, TRAINERS, build, losses
+from tests.support.runs.all_trainers import EVERY, ROUNDING, TRAINERS, build, losses
 from tests.support.runs.d2o import negative_rows
 from tests.support.runs.dph import cache
 from tests.support.runs.f_dpg import PROMPTS, recorded
@@ -117,7 +117,7 @@ def test_the_reference_is_the_base_and_no_second_model_is_held(name, tiny_model_
     assert (policy - expected).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_only_the_adapter_is_trained(name, tiny_model_dir, tmp_path):
     """As each is run: with rollouts of its own, Z, anchors sampled online, rehearsal rows."""
     gradients = Gradients()
@@ -134,7 +134,7 @@ def test_only_the_adapter_is_trained(name, tiny_model_dir, tmp_path):
     assert all(torch.equal(weight, start[key]) for key, weight in base.items())
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.processor
 def test_the_first_loss_is_that_of_full_training(name, tiny_model_dir, tmp_path, given):
     settings = {**WITH_REFERENCE.get(name, {}), **given(name, 1)}
@@ -190,7 +190,7 @@ def test_gradient_checkpointing_changes_nothing(name, reentrant, tiny_model_dir,
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_checkpoints_hold_the_adapter_alone_and_resume_exactly(name, tiny_model_dir, tmp_path):
     whole = lora(name, tiny_model_dir, tmp_path / "whole", **SAVING)
     whole.train()

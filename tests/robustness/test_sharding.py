@@ -9,7 +9,7 @@ import pytest
 
 from fdiv.memory.accelerate import accelerate_config
 from fdiv.models.tiny import build_tiny_model
-from tests.support.runs.all_trainers import ROUNDING, TRAINERS
+from tests.support.runs.all_trainers import EVERY, ROUNDING
 from tests.support.runs.dph import cache
 from tests.support.runs.f_dpg import recorded
 from tests.support.scripts.all_trainers import STEPS
@@ -50,7 +50,7 @@ def runs(tiny_model_dir, tmp_path_factory, repository):
     (folder / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     results = {}
 
-    def run(launcher, names=TRAINERS):
+    def run(launcher, names=EVERY):
         if launcher not in results:
             results[launcher] = launch(launcher, tiny_model_dir, folder, repository, *names)
         return results[launcher]
@@ -62,7 +62,7 @@ def runs(tiny_model_dir, tmp_path_factory, repository):
 @pytest.mark.parametrize(
     ("launcher", "names"),
     [
-        *((launcher, TRAINERS) for launcher in ("ddp", "zero2", "zero3")),
+        *((launcher, EVERY) for launcher in ("ddp", "zero2", "zero3")),
         *((launcher, FURTHER) for launcher in ("zero1", "zero2_offload", "zero3_offload")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

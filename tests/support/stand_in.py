@@ -32,6 +32,7 @@ _CHEAP_PREPARE: dict[str, dict[str, Any]] = {
     "sampled_preferences": {"samples_per_prompt": 2, "pairs_per_prompt": 1, "max_new_tokens": 4},
     "tofu_memorised": {"forget_rows": 4, "retain_rows": 4, "epochs": 1},
     "tiny_authors": {"authors": 4, "forget_authors": 1, "train_steps": 2},
+    "tiny_distillation": {"teacher_steps": 20, "rows": 8},
     "rehearsal": {"num_samples": 2, "threshold": "1", "tries": 8, "max_completion_length": 4, "seed": 1},
 }
 # The same for the builder that `prepare: {name: rehearsal}` runs first.
@@ -85,7 +86,17 @@ def prompt_rows() -> list[dict[str, str]]:
     return [{"prompt": f"Ask {i}:", "answer": str(i), "solution": str(i), "database": "db"} for i in range(ROWS)]
 
 
-_ROWS = {"alignment": preference_rows, "unlearning": question_rows, "rl": prompt_rows}
+def completion_rows() -> list[dict[str, str]]:
+    """Prompts with completions."""
+    return [{"prompt": f"Ask {i}:", "completion": f" yes {i}"} for i in range(ROWS)]
+
+
+_ROWS = {
+    "alignment": preference_rows,
+    "unlearning": question_rows,
+    "rl": prompt_rows,
+    "distillation": completion_rows,
+}
 
 
 def stand_in_recipe(path: Path, model: Path, folder: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
@@ -117,9 +128,17 @@ def stand_in_recipe(path: Path, model: Path, folder: Path, changes: Mapping[str,
         settings["pad_token"] = _pad_token(model)
     settings |= _data(values, folder) | _prepare(values, folder, model) | _unlearning(values, folder)
     settings |= _evaluations(values, folder)
-    settings |= _rollouts(values) | _rehearsal(values, model, folder)
+    settings |= _rollouts(values) | _rehearsal(values, model, folder) | _teacher(values, model)
     settings |= changes or {}
     return load_recipe(path, (), settings)
+
+
+def _teacher(values: Mapping[str, Any], model: Path) -> dict[str, Any]:
+    """Distillation: short completions, and the stand-in as its own teacher."""
+    if values["method"] != "f_distill":
+        return {}
+    teacher = {"teacher_model_name_or_path": str(model)} if "teacher_model_name_or_path" in values else {}
+    return {"max_completion_length": 4, "teacher_model_init_kwargs": None, **teacher}
 
 
 def odd_sum(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -273,6 +292,10 @@ def _prepare(values: Mapping[str, Any], folder: Path, model: Path) -> dict[str, 
             rows = _renamed(question_rows(), prefix)
             (source / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         settings |= {"prepare.data": str(source), "prepare.retain_model": None}
+    if block["name"] == "thinned_student":
+        settings["prepare.data"] = _write_novels(folder / "novels", block["train_novels"] + block["test_novels"])
+        settings |= {"prepare.teacher": str(model), "prepare.layers": 1, "prepare.passages": 2}
+        settings |= {"prepare.passage_words": 32, "prepare.prompt_words": 4}
     if block["name"] == "sampled_preferences":
         settings |= {"prepare.model": str(model), "prepare.scorer": f"{__name__}:text_length"}
     if block["name"] == "tofu_memorised":

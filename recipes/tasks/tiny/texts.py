@@ -15,7 +15,7 @@ import torch
 
 from fdiv.models.tiny import train_tiny_model
 
-__all__ = ["EmptyPromptsConfig", "TinyTextsConfig"]
+__all__ = ["EmptyPromptsConfig", "TinyTextsConfig", "review", "small_model", "word_tokenizer"]
 
 _NOUNS = ("film", "story", "plot", "music", "acting", "ending", "cast", "dialogue")
 _ADJECTIVES = {
@@ -31,7 +31,8 @@ _CODE_PROMPTS = ("def f ( a , b ) : return", "def g ( x ) : return", "total =", 
 _VARIABLES = {_CODE_PROMPTS[0]: "ab", _CODE_PROMPTS[1]: "x", _CODE_PROMPTS[2]: "ab", _CODE_PROMPTS[3]: "xy"}
 
 
-def _review(draw: random.Random) -> tuple[str, str]:
+def review(draw: random.Random) -> tuple[str, str]:
+    """An empty prompt and a short review."""
     words, weights = zip(*_ADJECTIVES.items(), strict=True)
     first, second = draw.choices(words, weights, k=2)
     middle = [draw.choice(_ADVERBS)] if draw.random() < 0.5 else []
@@ -64,7 +65,7 @@ def _code(draw: random.Random) -> tuple[str, str]:
 
 
 _CORPORA: dict[str, tuple[Callable[[random.Random], tuple[str, str]], tuple[str, ...]]] = {
-    "reviews": (_review, ("",)),
+    "reviews": (review, ("",)),
     "biographies": (_biography, ("",)),
     "code": (_code, _CODE_PROMPTS),
 }
@@ -102,8 +103,8 @@ class TinyTextsConfig:
         draw = random.Random(self.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            tokenizer = _tokenizer(sample)
-            model = train_tiny_model(_new_model(tokenizer), tokenizer, lambda: sample(draw), self.steps)
+            tokenizer = word_tokenizer(sample)
+            model = train_tiny_model(small_model(tokenizer), tokenizer, lambda: sample(draw), self.steps)
         model.save_pretrained(model_dir)
         tokenizer.save_pretrained(model_dir)
         keys = _write_prompts(data_dir, [prompts[number % len(prompts)] for number in range(64)])
@@ -140,7 +141,7 @@ def _write_prompts(folder: Path, prompts: list[str]) -> dict[str, Any]:
     return {"dataset_name": str(folder), "dataset_train_split": "train"}
 
 
-def _tokenizer(sample: Callable[[random.Random], tuple[str, str]]) -> Any:
+def word_tokenizer(sample: Callable[[random.Random], tuple[str, str]]) -> Any:
     """One token per word of the corpus, and pad, bos and eos."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -156,8 +157,8 @@ def _tokenizer(sample: Callable[[random.Random], tuple[str, str]]) -> Any:
     )  # fmt: skip
 
 
-def _new_model(tokenizer: Any) -> Any:
-    """A random two-layer Llama of about 0.08 M parameters."""
+def small_model(tokenizer: Any, hidden_size: int = 64) -> Any:
+    """A random two-layer Llama, of about 0.08 M parameters at width 64."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     special = {
@@ -167,7 +168,7 @@ def _new_model(tokenizer: Any) -> Any:
     }
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=2,
             num_attention_heads=2, head_dim=32, max_position_embeddings=64, **special,
         )
     )  # fmt: skip

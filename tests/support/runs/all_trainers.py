@@ -1,4 +1,4 @@
-"""The five trainers on the same tiny model behind one function, for the tests of scale and endurance.
+"""The six trainers on the same tiny model behind one function, for the tests of scale and endurance.
 
 Rollouts are sampled by the trainer itself unless `rollouts` gives recorded ones.
 """
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 TRAINERS = ("f_dpo", "f_dpg", "d2o", "flat", "dph")
+EVERY = (*TRAINERS, "f_distill")  # with the one that has a teacher in place of a reference
 ROLLOUT_TRAINERS = ("f_dpg", "d2o", "dph")
-ROUNDING = {"f_dpo": 1e-5, "f_dpg": 1e-4, "d2o": 1e-5, "flat": 1e-5, "dph": 1e-5}
+ROUNDING = {"f_dpo": 1e-5, "f_dpg": 1e-4, "d2o": 1e-5, "flat": 1e-5, "dph": 1e-5, "f_distill": 1e-5}
 """How far the losses of two runs that should be one may lie apart, on any processor.
 
 Sums of 30 log-probabilities, 1e-5 apart, times β. f-DPG's loss is a mean of coefficient · log π(y) with log π(y) ≈ -25 and
@@ -68,7 +69,27 @@ def _dph(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
     return trainer(load(model_dir), output, **options)
 
 
-_BUILDERS = {"f_dpo": _f_dpo, "f_dpg": _f_dpg, "d2o": _d2o, "flat": _flat, "dph": _dph}
+def _f_distill(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
+    from tests.support.runs.f_distill import make_trainer, rows
+
+    # A teacher of the student's own size: the student with other weights.
+    teacher = _other_weights(model_dir)
+    data = rows(options.pop("rows", 12))
+    return make_trainer(model_dir, teacher, data, output, **{"divergence": "jensen_shannon", **options})
+
+
+def _other_weights(model_dir: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    teacher = AutoModelForCausalLM.from_pretrained(model_dir)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for parameter in teacher.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return teacher
+
+
+_BUILDERS = {"f_dpo": _f_dpo, "f_dpg": _f_dpg, "d2o": _d2o, "flat": _flat, "dph": _dph, "f_distill": _f_distill}
 
 
 def flat_weights(trainer: Any) -> torch.Tensor:

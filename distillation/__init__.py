@@ -1,0 +1,27 @@
+"""Distillation: a student towards a teacher under any divergence over the whole vocabulary."""
+
+if __name__ != "fdiv.distillation":
+    raise ImportError("this folder is installed as fdiv.distillation: use `import fdiv.distillation`")
+
+
+from fdiv import lazy
+from fdiv.distillation.f_distill.loss import f_distill_loss
+from fdiv.models.vocabulary import topk_divergence, topk_vocabulary_divergence, vocabulary_divergence
+
+# The trainer imports trl (seconds), so it is loaded on first use.
+_LAZY = {
+    "FDistillConfig": "fdiv.distillation.f_distill.config",
+    "FDistillTrainer": "fdiv.distillation.f_distill.trainer",
+}
+
+__all__ = [
+    "FDistillConfig",
+    "FDistillTrainer",
+    "f_distill_loss",
+    "topk_divergence",
+    "topk_vocabulary_divergence",
+    "vocabulary_divergence",
+]
+
+
+__getattr__, __dir__ = lazy.attach(__name__, _LAZY)

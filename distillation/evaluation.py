@@ -1,0 +1,151 @@
+"""The evaluation `to_teacher`: how far a student is from its teacher, by several divergences, on held-out answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdiv.distillation.f_distill.data import check_rows, completion_tokens
+from fdiv.distillation.teachers import load_teacher, shared_tokens, teacher_tokenizer
+from fdiv.divergences import get_divergence
+from fdiv.evaluation import EvalContext
+from fdiv.models.vocabulary import last_hidden_states, model_head, vocabulary_divergence
+from fdiv.statistics.estimates import clustered_mean
+
+__all__ = ["ToTeacherEvalConfig"]
+
+
+@dataclass
+class ToTeacherEvalConfig:
+    """Recipe block `eval: {name: to_teacher}`: D_f(student‖teacher) per token on held-out prompts with completions.
+
+    Both distributions are taken at temperature 1 over the whole vocabulary. Gives `to_teacher/NAME` with `_se` over
+    answers for each divergence, and `to_teacher/agreement`, the share of tokens where both would say the same.
+
+    Args:
+        teacher: path or hub name; left out: the run's `teacher_model_name_or_path`.
+        split: of the data. divergences: names or mappings. max_rows: at most this many rows; None: all.
+        max_tokens: answers are cut to it. batch_size: rows scored at once.
+    """
+
+    teacher: str | None = None
+    split: str = "test"
+    divergences: list[Any] = field(default_factory=lambda: ["reverse_kl", "forward_kl", "jensen_shannon"])
+    max_rows: int | None = None
+    max_tokens: int = 512
+    batch_size: int = 8
+
+    @property
+    def summary_metrics(self) -> tuple[str, ...]:
+        """What the tables show."""
+        return (*(f"to_teacher/{get_divergence(spec).label}" for spec in self.divergences), "to_teacher/agreement")
+
+    def __post_init__(self) -> None:
+        if not self.divergences:
+            raise ValueError("divergences is empty: name at least one")
+        for spec in self.divergences:
+            get_divergence(spec)
+        for name in ("max_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: Any, tokenizer: Any, datasets: Mapping[str, Any], context: EvalContext
+    ) -> dict[str, float | None]:
+        """The numbers of `model` on `datasets[split]`.
+
+        Raises:
+            DataError: no such rows, no teacher, or a teacher of another vocabulary.
+            ValueError: neither `teacher` nor the run names one.
+        """
+        name = self.teacher or getattr(context.training_args, "teacher_model_name_or_path", None)
+        if name is None:
+            raise ValueError("to_teacher needs a teacher: set `teacher`, or teacher_model_name_or_path of the run")
+        rows = datasets.get(self.split)
+        check_rows(rows, f"the {self.split} split", given=True)
+        rows = list(rows)[: self.max_rows]
+        teacher = load_teacher(name).to(model.device)
+        widths = [part.config.get_text_config().vocab_size for part in (model, teacher)]
+        shared = shared_tokens(tokenizer, teacher_tokenizer(name), *widths)
+        columns: dict[str, list[Tensor]] = {}
+        for start in range(0, len(rows), self.batch_size):
+            batch = [_tokens(tokenizer, row, self.max_tokens) for row in rows[start : start + self.batch_size]]
+            for key, values in self._score(model, teacher, shared, tokenizer, batch).items():
+                columns.setdefault(key, []).append(values)
+        return _reduce({key: torch.cat(parts).double().cpu() for key, parts in columns.items()})
+
+    def _score(
+        self,
+        model: Any,
+        teacher: Any,
+        shared: int | None,
+        tokenizer: Any,
+        batch: Sequence[tuple[list[int], list[int]]],
+    ) -> dict[str, Tensor]:
+        """Sums over the tokens of each row, and their number."""
+        length = max(len(prompt) + len(answer) for prompt, answer in batch)
+        ids = torch.full((len(batch), length), tokenizer.pad_token_id)
+        mask, answers = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for row, (prompt, answer) in enumerate(batch):
+            end = len(prompt) + len(answer)
+            ids[row, :end], mask[row, :end] = torch.tensor(prompt + answer), 1
+            answers[row, len(prompt) : end] = True
+        ids, mask, answers = ids.to(model.device), mask.to(model.device), answers[:, 1:].to(model.device)
+        hidden, heads = [], []
+        for part in (model, teacher):
+            hidden.append(last_hidden_states(part, ids, mask)[answers])
+            head = model_head(part)
+            heads.append(
+                head._replace(weight=head.weight[:shared], bias=None if head.bias is None else head.bias[:shared])
+            )
+        owner = answers.nonzero()[:, 0]
+
+        def sums(values: Tensor) -> Tensor:
+            return torch.zeros(len(batch), device=values.device).index_add(0, owner, values.float())
+
+        options = {
+            f"{key}_{side}": getattr(head, key)
+            for side, head in zip("pq", heads, strict=True)
+            for key in ("bias", "scale", "softcap")
+        }
+        found = {"tokens": answers.sum(-1)}
+        for spec in self.divergences:
+            values = vocabulary_divergence(hidden[0], heads[0].weight, hidden[1], heads[1].weight, spec, **options)
+            found[get_divergence(spec).label] = sums(values)
+        same = _top(hidden[0], heads[0]) == _top(hidden[1], heads[1])
+        return found | {"agreement": sums(same)}
+
+
+def _top(hidden: Tensor, head: Any) -> Tensor:
+    """The most likely token of each row; scale and soft cap keep the order where the scale is above 0."""
+    chosen = []
+    for rows in hidden.split(max(1, 2**22 // head.weight.shape[0])):
+        logits = rows @ head.weight.t().to(rows.dtype)
+        chosen.append((logits if head.bias is None else logits + head.bias).argmax(-1))
+    return torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.long)
+
+
+def _tokens(tokenizer: Any, row: Mapping[str, Any], most: int) -> tuple[list[int], list[int]]:
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        prompt_ids = tokenizer(text=prompt)["input_ids"]
+    else:
+        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = completion_tokens(tokenizer, prompt, row["completion"], prompt_ids, [tokenizer.eos_token_id])
+    return list(prompt_ids), ids[:most]
+
+
+def _reduce(columns: dict[str, Tensor]) -> dict[str, float | None]:
+    """Means over tokens, with errors over rows."""
+    tokens = columns.pop("tokens")
+    agreement = columns.pop("agreement")
+    result: dict[str, float | None] = {}
+    for name, sums in columns.items():
+        value, error = clustered_mean(sums / tokens.clamp(min=1), tokens, torch.arange(len(tokens)))
+        result |= {f"to_teacher/{name}": value, f"to_teacher/{name}_se": error}
+    return result | {"to_teacher/agreement": (agreement.sum() / tokens.sum()).item()}

@@ -1,0 +1,129 @@
+"""The evaluation `to_teacher` against dense sums, and the builders of students."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fdiv.distillation.evaluation import ToTeacherEvalConfig
+from fdiv.divergences import get_divergence
+from fdiv.errors import DataError
+from fdiv.evaluation import EvalContext
+from fdiv.models.tiny import build_tiny_model
+from fdiv.recipes.tasks.novels.distillation import ThinnedStudentConfig, kept_layers
+from fdiv.recipes.tasks.tiny.distillation import TinyDistillationConfig
+from tests.support.runs.f_distill import make_teacher, messages, rows
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tmp_path_factory):
+    return make_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def context(path, **arguments):
+    return EvalContext(training_args=type("Arguments", (), arguments)(), output_dir=path)
+
+
+def test_numbers_are_dense_sums_over_tokens(tiny_model_dir, teacher_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in (tiny_model_dir, teacher_dir))
+    spec = {"name": "alpha", "alpha": 0.3}
+    config = ToTeacherEvalConfig(
+        str(teacher_dir), divergences=["reverse_kl", spec], batch_size=2, max_rows=5, max_tokens=9
+    )
+    found = config.evaluate(student, tokenizer, {"test": Dataset.from_list(rows(7))}, context(tmp_path))
+    sums, same, tokens = {}, 0, 0
+    for row in rows(5):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = [*tokenizer(row["prompt"] + row["completion"])["input_ids"][len(prompt) :], tokenizer.eos_token_id][
+            :9
+        ]
+        ids = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            log_p, log_q = (
+                model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1) for model in (student, teacher)
+            )
+        for f in (get_divergence("reverse_kl"), get_divergence(spec)):
+            sums[f.label] = sums.get(f.label, 0.0) + f.exact(log_p, log_q).sum().item()
+        same += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
+        tokens += len(answer)
+    for label, total in sums.items():
+        assert found[f"to_teacher/{label}"] == pytest.approx(total / tokens, rel=1e-4)
+        assert found[f"to_teacher/{label}_se"] > 0
+    assert found["to_teacher/agreement"] == pytest.approx(same / tokens)
+    assert config.summary_metrics == ("to_teacher/reverse_kl", "to_teacher/alpha(0.3)", "to_teacher/agreement")
+
+
+def test_a_student_is_at_no_distance_from_itself(tiny_model_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    student = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    found = ToTeacherEvalConfig().evaluate(
+        student, tokenizer, {"test": Dataset.from_list(messages(3))},
+        context(tmp_path, teacher_model_name_or_path=str(tiny_model_dir)),
+    )  # fmt: skip
+    assert found["to_teacher/agreement"] == 1
+    assert all(abs(value) < 1e-6 for name, value in found.items() if name != "to_teacher/agreement")
+
+
+def test_what_it_refuses(tiny_model_dir, teacher_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    student = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    data = {"test": Dataset.from_list(rows(2))}
+    with pytest.raises(ValueError, match="needs a teacher"):
+        ToTeacherEvalConfig().evaluate(student, tokenizer, data, context(tmp_path))
+    with pytest.raises(DataError, match="the valid split is missing"):
+        ToTeacherEvalConfig(str(teacher_dir), split="valid").evaluate(student, tokenizer, data, context(tmp_path))
+    other = build_tiny_model(tmp_path / "other", vocab_texts=["quite other words, and no others"], vocab_size=300)
+    with pytest.raises(DataError, match="different vocabularies"):
+        ToTeacherEvalConfig(str(other)).evaluate(student, tokenizer, data, context(tmp_path))
+    for options, message in (({"divergences": []}, "is empty"), ({"divergences": ["kl"]}, "ambiguous"), ({"batch_size": 0}, "batch_size")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            ToTeacherEvalConfig(**options)
+
+
+def test_layers_are_spread_evenly():
+    assert kept_layers(30, 10) == [0, 3, 6, 10, 13, 16, 19, 23, 26, 29]
+    assert kept_layers(4, 4) == [0, 1, 2, 3] and kept_layers(4, 1) == [0] and kept_layers(7, 2) == [0, 6]
+    with pytest.raises(ValueError, match="the teacher has 3"):
+        kept_layers(3, 4)
+
+
+def test_a_thinned_student_has_its_teachers_layers(teacher_dir, tmp_path):
+    """All layers kept: the same model; one of three: the first, and it generates (its cache has one layer)."""
+    text = " ".join(f"On day {day} the fox of the wood met Bruno near the mill and ran away." for day in range(80))
+    for name in ("Seen", "Unseen"):
+        (tmp_path / f"{name}.txt").write_text(text)
+    options = {"teacher": str(teacher_dir), "data": str(tmp_path), "train_novels": ["Seen"], "test_novels": ["Unseen"]}
+    options |= {"passages": 3, "passage_words": 32, "prompt_words": 4}
+    keys = ThinnedStudentConfig(**options, layers=3).build(tmp_path / "whole")
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(keys[f"{which}model_name_or_path"]) for which in ("", "teacher_")
+    )
+    ids = torch.arange(10).unsqueeze(0)
+    torch.testing.assert_close(one(ids).logits, other(ids).logits)
+    small = ThinnedStudentConfig(**options, layers=1).build(tmp_path / "small")
+    student = AutoModelForCausalLM.from_pretrained(small["model_name_or_path"])
+    assert student.config.num_hidden_layers == len(student.model.layers) == 1
+    assert student.generate(ids, max_new_tokens=2, min_new_tokens=2).shape == (1, 12)
+    lines = [json.loads(line) for line in (tmp_path / "small" / "data" / "train.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and all(len(row["prompt"].split()) == 4 and row["completion"][0] == " " for row in lines)
+    for changes, message in (
+        ({"test_novels": ["Seen"]}, "stands in"),
+        ({"teacher": ""}, "teacher is not set"),
+        ({"prompt_words": 32}, "below passage_words"),
+        ({"layers": 0}, "layers=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ThinnedStudentConfig(**(options | changes))
+
+
+def test_the_tiny_pair(tmp_path):
+    keys = TinyDistillationConfig(teacher_steps=20, rows=8).build(tmp_path)
+    sizes = [AutoModelForCausalLM.from_pretrained(keys[key]).config.hidden_size for key in ("model_name_or_path", "teacher_model_name_or_path")]  # fmt: skip
+    assert sizes == [16, 64]
+    train, test = ((tmp_path / "data" / f"{split}.jsonl").read_text().splitlines() for split in ("train", "test"))
+    assert (len(train), len(test)) == (8, 2) and set(json.loads(train[0])) == {"prompt", "completion"}
+    with pytest.raises(ValueError, match="teacher_steps"):
+        TinyDistillationConfig(teacher_steps=1)
