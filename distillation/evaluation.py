@@ -13,6 +13,7 @@ from fdiv.distillation.f_distill.data import check_rows, completion_tokens
 from fdiv.distillation.teachers import load_teacher, shared_tokens, teacher_tokenizer
 from fdiv.divergences import get_divergence
 from fdiv.evaluation import EvalContext
+from fdiv.inference.encoding import Encoding
 from fdiv.models.vocabulary import last_hidden_states, model_head, vocabulary_divergence
 from fdiv.statistics.estimates import clustered_mean
 
@@ -30,6 +31,7 @@ class ToTeacherEvalConfig:
         teacher: path or hub name; left out: the run's `teacher_model_name_or_path`.
         split: of the data. divergences: names or mappings. max_rows: at most this many rows; None: all.
         max_tokens: answers are cut to it. batch_size: rows scored at once.
+        system_prompt, date_string, chat_template_kwargs: of the chat template; left out: as in training.
     """
 
     teacher: str | None = None
@@ -38,6 +40,9 @@ class ToTeacherEvalConfig:
     max_rows: int | None = None
     max_tokens: int = 512
     batch_size: int = 8
+    system_prompt: str | None = None
+    date_string: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def summary_metrics(self) -> tuple[str, ...]:
@@ -66,18 +71,21 @@ class ToTeacherEvalConfig:
         name = self.teacher or getattr(context.training_args, "teacher_model_name_or_path", None)
         if name is None:
             raise ValueError("to_teacher needs a teacher: set `teacher`, or teacher_model_name_or_path of the run")
-        rows = datasets.get(self.split)
-        check_rows(rows, f"the {self.split} split", given=True)
-        rows = list(rows)[: self.max_rows]
+        rows = list(check_rows(datasets.get(self.split), f"the {self.split} split", given=True))[: self.max_rows]
         teacher = load_teacher(name).to(model.device)
         widths = [part.config.get_text_config().vocab_size for part in (model, teacher)]
         shared = shared_tokens(tokenizer, teacher_tokenizer(name), *widths)
         columns: dict[str, list[Tensor]] = {}
         for start in range(0, len(rows), self.batch_size):
-            batch = [_tokens(tokenizer, row, self.max_tokens) for row in rows[start : start + self.batch_size]]
+            batch = [self._tokens(tokenizer, row) for row in rows[start : start + self.batch_size]]
             for key, values in self._score(model, teacher, shared, tokenizer, batch).items():
                 columns.setdefault(key, []).append(values)
         return _reduce({key: torch.cat(parts).double().cpu() for key, parts in columns.items()})
+
+    def _tokens(self, tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        encoding = Encoding(self.system_prompt, self.date_string, self.chat_template_kwargs, context="generation")
+        prompt, ids = completion_tokens(tokenizer, row, encoding, [tokenizer.eos_token_id])
+        return prompt, ids[: self.max_tokens]
 
     def _score(
         self,
@@ -128,16 +136,6 @@ def _top(hidden: Tensor, head: Any) -> Tensor:
         logits = rows @ head.weight.t().to(rows.dtype)
         chosen.append((logits if head.bias is None else logits + head.bias).argmax(-1))
     return torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.long)
-
-
-def _tokens(tokenizer: Any, row: Mapping[str, Any], most: int) -> tuple[list[int], list[int]]:
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        prompt_ids = tokenizer(text=prompt)["input_ids"]
-    else:
-        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-    ids = completion_tokens(tokenizer, prompt, row["completion"], prompt_ids, [tokenizer.eos_token_id])
-    return list(prompt_ids), ids[:most]
 
 
 def _reduce(columns: dict[str, Tensor]) -> dict[str, float | None]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from trl import DistillationConfig
 
+from fdiv.inference.encoding import Encoding
 from fdiv.memory.step_shape import StepShape, rollout_tokens, sampled_at_once
 from fdiv.training.config import DivergenceOptions, divergence_option, option, refuse
 from fdiv.training.rollouts import RolloutConfig
@@ -46,6 +47,10 @@ class FDistillConfig(DivergenceOptions, RolloutConfig, DistillationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(self, _REFUSED)
+
+    def encoding(self) -> Encoding:
+        """How rows are encoded: given completions follow the prompt that own ones are sampled from."""
+        return Encoding(self.system_prompt, self.date_string, self.chat_template_kwargs, context="generation")
 
     def step_shape(self, *, peft: bool, processes: int, prompt_tokens: int | None = None) -> StepShape:
         """Rows of prompt and completion; the teacher, whose size the config does not say, comes on top."""

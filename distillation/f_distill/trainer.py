@@ -20,9 +20,12 @@ from fdiv.distillation.teachers import load_teacher, shared_tokens, teacher_toke
 from fdiv.divergences import get_divergence
 from fdiv.errors import DataError
 from fdiv.models.fingerprints import weights_fingerprint
-from fdiv.models.loading import checked_tokenizer
+from fdiv.models.loading import check_fits, checked_tokenizer, context_length
 from fdiv.models.reference import placed
 from fdiv.models.vocabulary import Head, check_head, last_hidden_states, model_head, score_vocabulary
+from fdiv.rows.report import RowReport
+from fdiv.rows.sources import source_of
+from fdiv.training.data_checks import named_rows, report_name, row_variables, with_checked
 from fdiv.training.rollouts import (
     EpochOrder,
     check_completions,
@@ -89,13 +92,18 @@ class FDistillTrainer(ObjectiveTrainerMixin, DistillationTrainer):
         if hasattr(processing_class, "tokenizer"):
             raise DataError("FDistillTrainer trains on text: pass a tokenizer, not a multimodal processor")
         processing_class = checked_tokenizer(processing_class, model, padding_side="left")
-        _check_data(train_dataset, eval_dataset, args.on_policy_share < 1)
+        given = args.on_policy_share < 1
+        datasets = named_rows(train_dataset, eval_dataset)
+        datasets = {"train_dataset": train_dataset, **datasets}  # a missing one is refused
+        datasets = {name: check_rows(rows, name, given) for name, rows in datasets.items()}
+        train_dataset, eval_dataset = with_checked(datasets, eval_dataset)
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
         if teacher_model is None:
             raise DataError("there is no teacher: set teacher_model_name_or_path, or pass teacher_model")
         self.rollouts = rollout_func if rollout_func is not None else args.server_rollouts()
         self.rollouts = None if self.rollouts is None else checked_rollouts(self.rollouts)
         self._rows: list[dict[str, Any]] = []
+        self.encoding = args.encoding()
         super().__init__(
             model,
             args=args,
@@ -109,6 +117,8 @@ class FDistillTrainer(ObjectiveTrainerMixin, DistillationTrainer):
         )
         check_padding(self.model)
         self._take_teacher(teacher_model)
+        for name, rows in datasets.items():
+            self._report(rows, name, given)
 
     def _take_teacher(self, teacher: Any) -> None:
         """Load the teacher, compare vocabularies and heads, and place it as the backend wants it."""
@@ -150,10 +160,38 @@ class FDistillTrainer(ObjectiveTrainerMixin, DistillationTrainer):
         return EpochOrder(super()._get_train_sampler(dataset), self)
 
     def _tokenize_prompts(self, prompts: list):
-        """As TRL's; a prompt that leaves no room for the completion is refused."""
-        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        """By the common encoding; a prompt that leaves no room for the completion is refused."""
+        prompt_ids = [self.encoding.encode_prompt(self._tokenizer, prompt) for prompt in prompts]
         check_room(self, prompts, prompt_ids)
-        return prompt_ids, images, fields
+        return prompt_ids, None, {}
+
+    def _report(self, rows: Any, name: str, given: bool) -> None:
+        """Report the prompts and given completions of a data path, and refuse prompts that are too long."""
+        if not hasattr(rows, "__len__"):
+            return
+        room, limit = self.max_completion_length, context_length(self.model)
+        prompts, answers = [], []
+        for row in rows:
+            if given:
+                prompt, answer = completion_tokens(self._tokenizer, row, self.encoding, self.eos_token_ids)
+                answers.append(len(answer))
+            else:
+                prompt = self.encoding.encode_prompt(self._tokenizer, row["prompt"], **row_variables(row))
+            prompts.append(len(prompt))
+        long = [number for number, tokens in enumerate(prompts) if limit is not None and tokens + room > limit]
+        if long:
+            check_fits(
+                prompts[long[0]] + room,
+                self.model,
+                f"{source_of(rows, name).row(long[0])}: the prompt with max_completion_length={room}",
+                f"{len(long)} of {len(rows)} prompts are too long; shorten them or leave them out, or lower "
+                "max_completion_length",
+            )
+        self.report_rows(RowReport(report_name(name, "prompts"), len(rows), longest=max(prompts), unit="prompts"))
+        if given:
+            cut = sum(tokens > room for tokens in answers)
+            name = report_name(name, "completions")
+            self.report_rows(RowReport(name, len(rows), max_length=room, cut=cut, longest=max(answers)))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows = inputs
@@ -173,7 +211,7 @@ class FDistillTrainer(ObjectiveTrainerMixin, DistillationTrainer):
         prompt_ids, _, _ = self._tokenize_prompts(prompts)
         own = self._own()
         # Given completions, cut to the length that own ones may have.
-        completion_ids = [None if mine else self._given_tokens(i, prompt_ids[i]) for i, mine in enumerate(own)]
+        completion_ids = [None if mine else self._given_tokens(i) for i, mine in enumerate(own)]
         chosen = self._prompts_to_sample(own)
         if chosen:
             samples = self._sample([prompts[i] for i in chosen], [prompt_ids[i] for i in chosen])
@@ -183,12 +221,8 @@ class FDistillTrainer(ObjectiveTrainerMixin, DistillationTrainer):
         self._log_lengths(prompt_ids, completion_ids)
         return prompt_ids, completion_ids, None, None, []
 
-    def _given_tokens(self, number: int, prompt_ids: list[int]) -> list[int]:
-        row = self._rows[number]
-        template = {"chat_template": self.chat_template, **self.chat_template_kwargs}
-        ids = completion_tokens(
-            self._tokenizer, row["prompt"], row["completion"], prompt_ids, self.eos_token_ids, **template
-        )
+    def _given_tokens(self, number: int) -> list[int]:
+        _, ids = completion_tokens(self._tokenizer, self._rows[number], self.encoding, self.eos_token_ids)
         return ids[: self.max_completion_length]
 
     def _prompts_to_sample(self, own: list[bool]) -> list[int]:
@@ -273,11 +307,3 @@ class FDistillTrainer(ObjectiveTrainerMixin, DistillationTrainer):
         if mode == "eval":
             metrics["loss"] = metrics[f"divergence/{self.divergence.label}"]
         return metrics
-
-
-def _check_data(train_dataset: Any, eval_dataset: Any, given: bool) -> None:
-    check_rows(train_dataset, "train_dataset", given)
-    evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-    for name, dataset in evals.items():
-        if dataset is not None:
-            check_rows(dataset, f"eval_dataset[{name!r}]" if name else "eval_dataset", given)

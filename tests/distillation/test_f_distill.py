@@ -219,20 +219,11 @@ def test_messages_go_through_the_chat_template(tiny_model_dir, teacher_dir, tmp_
     trainer = make_trainer(tiny_model_dir, teacher_dir, messages(4), tmp_path, max_completion_length=60)
     trainer.train()
     row = messages(4)[2]
-    prompt_ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
-    ids = completion_tokens(tokenizer, row["prompt"], row["completion"], prompt_ids, [tokenizer.eos_token_id])
+    asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+    prompt_ids, ids = completion_tokens(tokenizer, row, trainer.args.encoding(), [tokenizer.eos_token_id])
+    assert prompt_ids == asked
     assert tokenizer.decode(ids) == row["completion"][0]["content"] + tokenizer.eos_token
     assert losses(trainer)[-1] > 0
-
-
-def test_a_template_that_rewrites_the_prompt_is_refused(tiny_model_dir):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    row = messages(1)[0]
-    with pytest.raises(DataError, match="writes the prompt"):
-        completion_tokens(tokenizer, row["prompt"], row["completion"], tokenizer("1Question")["input_ids"], [2])
 
 
 def test_heads_of_one_tokenizer_padded_to_two_widths(tiny_model_dir, teacher_dir, tmp_path):
@@ -290,11 +281,11 @@ BAD_ROWS = {
     "no rows": ([], "is empty"),
     "no prompt": ([{"completion": "a"}], "no column 'prompt'"),
     "no completion": ([{"prompt": "a"}], "no column 'completion'"),
-    "empty": ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}], "row 1: 'completion' is ''"),
-    "number": ([{"prompt": 3, "completion": 4}], "row 0: 'prompt' is 3"),
-    "mixed": ([{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}], "mixes strings and messages"),
+    "empty": ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}], "row 1.*'completion'"),
+    "number": ([{"prompt": 3, "completion": 4}], "row 0.*'prompt'"),
+    "mixed": ([{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}], "use one of the two"),
     "no content": ([{"prompt": [{"role": "user", "content": ""}], "completion": [{"role": "assistant", "content": "b"}]}],
-                   "'prompt' is"),
+                   "column 'prompt'"),
 }  # fmt: skip
 
 

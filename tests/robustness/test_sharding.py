@@ -48,6 +48,7 @@ def runs(tiny_model_dir, tmp_path_factory, repository):
     cache(tiny_model_dir, shift=0.5).save(folder / "rehearsal.safetensors")
     records = recorded(tiny_model_dir, 4 * STEPS)
     (folder / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    build_tiny_model(folder / "teacher", seed=1)
     results = {}
 
     def run(launcher, names=EVERY):

@@ -72,8 +72,8 @@ def _dph(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
 def _f_distill(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
     from tests.support.runs.f_distill import make_trainer, rows
 
-    # A teacher of the student's own size: the student with other weights.
-    teacher = _other_weights(model_dir)
+    # A teacher of the student's own size, from a folder or the student with other weights.
+    teacher = options.pop("teacher", None) or _other_weights(model_dir)
     data = rows(options.pop("rows", 12))
     return make_trainer(model_dir, teacher, data, output, **{"divergence": "jensen_shannon", **options})
 

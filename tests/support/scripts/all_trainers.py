@@ -46,6 +46,8 @@ def options(name: str, recorded: Path, processes: int) -> dict[str, Any]:
         chosen["rollout_func"] = RecordedRollouts(recorded / "rollouts.jsonl")
     if name == "dph":  # scored beforehand: a bare forward fails while ZeRO-3 is on
         chosen["rehearsal_cache"] = str(recorded / "rehearsal.safetensors")
+    if name == "f_distill":  # loaded as a run would: weights changed in place are shards under ZeRO-3
+        chosen["teacher"] = recorded / "teacher"
     if name == "d2o":
         chosen["given_anchors"] = 3  # a column of the data: nothing is sampled
     return chosen
