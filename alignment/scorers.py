@@ -18,6 +18,7 @@ from typing import Any
 
 from fdiv.catalog import REWARDS, build_reward
 from fdiv.errors import ScorerError
+from fdiv.files import numbered_lines
 from fdiv.inference.prompting import completion_text
 
 __all__ = [
@@ -78,9 +79,7 @@ def read_lexicon(path: str | Path) -> dict[str, float]:
         hint = " (an environment variable in it is unset)" if "$" in filled else ""
         raise FileNotFoundError(f"lexicon {filled}: no such file{hint}; VADER's is vader_lexicon.txt")
     lexicon = {}
-    for number, line in enumerate(Path(filled).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(Path(filled)):
         columns = line.split("\t")
         try:
             lexicon[columns[0].lower()] = float(columns[1])

@@ -13,7 +13,7 @@ from typing import Any
 from fdiv.errors import DataError
 from fdiv.files import read_json_lines
 from fdiv.rl.rewards.math.reward import gold_text
-from fdiv.rows.checks import check_one_format, check_rows, prompt_fault, shown
+from fdiv.rows.checks import check_one_format, check_rows, prompt_fault, shown, text_fault
 from fdiv.rows.loading import read_file
 from fdiv.rows.sources import Source, source_of
 
@@ -61,41 +61,75 @@ class TaskSource:
     chat: str = "auto"
 
 
+class _CellError(ValueError):
+    """A cell that a task cannot be made of: its column, and what is wrong as the end of a sentence."""
+
+    def __init__(self, column: str, fault: str) -> None:
+        super().__init__(f"column {column!r} {fault}")
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    """The text of a cell without white space around it."""
+    fault = text_fault(row[column])
+    if fault:
+        raise _CellError(column, fault)
+    return row[column].strip()
+
+
+def _gold(row: Mapping[str, Any], column: str) -> str:
+    """A gold answer as text: of text, a number, or a list of either."""
+    value = row[column]
+    text = "" if isinstance(value, bool) else gold_text(value)
+    if not text:
+        raise _CellError(column, f"is {shown(value)}, no answer")
+    return text
+
+
 def _math(row: Mapping[str, Any], number: int, *, question: Sequence[str], answer: str, id_: str = "id") -> EvalTask:
-    text = next((row[name] for name in question if row.get(name)), None)
-    if text is None:
+    column = next((name for name in question if row.get(name) is not None), None)
+    if column is None:
         raise KeyError(question[0])
     name = row.get(id_)
-    return EvalTask(str(number if name is None else name), str(text).strip() + BOXED, gold_text(row[answer]))
+    return EvalTask(str(number if name is None else name), _text(row, column) + BOXED, _gold(row, answer))
 
 
 def _gsm8k(row: Mapping[str, Any], number: int) -> EvalTask:
-    gold = row["answer"].rpartition("####")[2].strip().replace(",", "")
-    return EvalTask(str(number), row["question"].strip() + BOXED, gold)
+    gold = _text(row, "answer").rpartition("####")[2].strip().replace(",", "")
+    if not gold:
+        raise _CellError("answer", "has nothing after ####")
+    return EvalTask(str(number), _text(row, "question") + BOXED, gold)
 
 
 def _svamp(row: Mapping[str, Any], number: int) -> EvalTask:
-    body = row["Body"].strip()
-    question = f"{body}{'' if body.endswith(('.', '?', '!')) else '.'} {row['Question'].strip()}"
-    return _math({"question": question, "answer": float(row["Answer"]), "id": row["ID"]}, number, **_QA)
+    body = _text(row, "Body")
+    question = f"{body}{'' if body.endswith(('.', '?', '!')) else '.'} {_text(row, 'Question')}"
+    gold = float(_gold(row, "Answer"))
+    return _math({"question": question, "answer": gold, "id": row["ID"]}, number, **_QA)
 
 
 def _olympiad(row: Mapping[str, Any], number: int) -> EvalTask:
     context = f"{row['context']}\n" if row.get("context") else ""
-    return _math({**row, "question": context + row["question"]}, number, question=("question",), answer="final_answer")
+    whole = {**row, "question": context + _text(row, "question")}
+    return _math(whole, number, question=("question",), answer="final_answer")
 
 
 def _humaneval(row: Mapping[str, Any], number: int) -> EvalTask:
+    for name in ("task_id", "prompt", "canonical_solution", "test", "entry_point"):
+        _text(row, name)
     columns = {name: row[name] for name in ("test", "entry_point")}
     return EvalTask(row["task_id"], row["prompt"], row["canonical_solution"], columns)
 
 
 def _defog(row: Mapping[str, Any], number: int, schemas: Mapping[str, str]) -> EvalTask:
     hints = f"\nInstructions: {row['instructions'].strip()}" if (row.get("instructions") or "").strip() else ""
+    database = _text(row, "db_name")
+    if database not in schemas:
+        raise _CellError("db_name", f"is {database!r}, which has no schema")
     prompt = (
-        f"SQLite tables:\n{schemas[row['db_name']]}\n\nQuestion: {row['question'].strip()}{hints}\n"
+        f"SQLite tables:\n{schemas[database]}\n\nQuestion: {_text(row, 'question')}{hints}\n"
         "Answer with one SQLite query in a ```sql block."
     )
+    _text(row, "query")
     return EvalTask(str(number), prompt, row["query"], {"database": row["db_name"]})
 
 
@@ -208,7 +242,8 @@ def _own(row: Mapping[str, Any], number: int, answer_column: str) -> EvalTask:
         for name, value in row.items()
         if name not in ("prompt", "answer", "task_id", "prompts", "completions")
     }
-    return EvalTask(str(row.get("task_id", number)), prompt, _own_gold(answer, answer_column), rest)
+    name = row.get("task_id")
+    return EvalTask(str(number if name is None else name), prompt, _own_gold(answer, answer_column), rest)
 
 
 def _own_gold(answer: Any, column: str) -> str:
@@ -237,6 +272,8 @@ def _read(rows: Iterable[Mapping[str, Any]], read: Callable, where: Source) -> l
         except KeyError as error:
             there = ", ".join(sorted(row))
             raise DataError(f"{where.row(number)}: no column {error.args[0]!r}; it has {there or 'none'}") from None
+        except _CellError as error:
+            raise DataError(f"{where.row(number)}: {error}") from None
         except (TypeError, ValueError, AttributeError) as error:
             empty = [column for column, value in row.items() if value is None]
             nulls = f" (null here: {', '.join(map(repr, empty))})" if empty else ""

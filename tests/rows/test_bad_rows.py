@@ -269,3 +269,47 @@ def test_rows_of_a_stream_are_checked_as_they_are_read(tmp_path):
     assert [next(rows)["chosen"] for _ in range(5)] == [" good"] * 5
     with pytest.raises(DataError, match=r"rows\.jsonl, line 7: column 'chosen' is null"):
         next(rows)
+
+
+BENCHMARKS = {
+    "gsm8k": ("test.jsonl", {"question": "2+2?", "answer": "Add.\n#### 4"}, ("question", "answer")),
+    "math500": ("test.jsonl", {"problem": "2+2?", "answer": "4", "unique_id": "a"}, ("problem", "answer")),
+    "aime24": ("test.jsonl", {"problem": "2+2?", "answer": 4, "id": 3}, ("problem", "answer")),
+    "olympiadbench": (
+        "test.jsonl",
+        {"question": "2+2?", "final_answer": ["4"], "id": 3},
+        ("question", "final_answer"),
+    ),
+    "svamp": (
+        "test.jsonl",
+        {"Body": "Two.", "Question": "Plus two?", "Answer": 4.0, "ID": "x"},
+        ("Body", "Question", "Answer"),
+    ),
+    "humaneval": (
+        "HumanEval.jsonl",
+        {
+            "task_id": "H/1",
+            "prompt": "def f():",
+            "canonical_solution": " return 1",
+            "test": "check",
+            "entry_point": "f",
+        },
+        ("prompt", "canonical_solution", "test", "entry_point"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "column"), [(name, one) for name, (_, _, all_) in BENCHMARKS.items() for one in all_]
+)
+@pytest.mark.parametrize("value", [None, "  ", {"a": 1}, [], True])
+def test_cells_of_benchmarks_are_named(name, column, value, tmp_path):
+    file, row, _ = BENCHMARKS[name]
+    names = ("unique_id", "id", "ID", "task_id")
+    rows = [{**row, **{key: f"x{number}" for key in names if key in row}} for number in range(4)]
+    write(tmp_path / file, rows)
+    assert len(load_tasks(name, str(tmp_path)).tasks) == 4
+    rows[3][column] = value
+    write(tmp_path / file, rows)
+    with pytest.raises(DataError, match=rf"{file}, line 5: (column|no column) '{column}'"):
+        load_tasks(name, str(tmp_path))
