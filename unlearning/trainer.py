@@ -18,8 +18,9 @@ from fdiv.divergences import Divergence, get_divergence
 from fdiv.files import plain
 from fdiv.memory.step_shape import StepShape
 from fdiv.models.fingerprints import data_fingerprint
-from fdiv.models.loading import checked_tokenizer
+from fdiv.models.loading import check_all_fit, checked_tokenizer
 from fdiv.models.reference import Reference
+from fdiv.rows.sources import Source, source_of
 from fdiv.statistics.estimates import density_weight_quantiles, log_ratio_quantiles, mean_and_error
 from fdiv.training.config import DivergenceOptions
 from fdiv.training.evaluation import PeriodicEvaluationMixin
@@ -116,6 +117,7 @@ class UnlearningTrainer(PeriodicEvaluationMixin, ObjectiveTrainerMixin, SFTTrain
             peft_config=peft_config,
         )
         del self._model_at_start
+        self._check_lengths(train_dataset, retain_dataset)
         if args.disable_dropout:
             _disable_dropout(self.model)
         self.divergence = args.resolve_divergence() if isinstance(args, DivergenceOptions) else None
@@ -213,6 +215,17 @@ class UnlearningTrainer(PeriodicEvaluationMixin, ObjectiveTrainerMixin, SFTTrain
             name="forget" if train else f"{dataset_name} forget",
             report=lambda report: self.report_rows(report, args),
         )  # fmt: skip
+
+    def _check_lengths(self, forget: Any, retain: Any) -> None:
+        """Refuse rows that are longer than the model's context; chunks of raw text are as long as `max_length`."""
+        for what, given, rows in (
+            ("forget", forget, self.train_dataset.forget),
+            ("retain", retain, self.train_dataset.retain),
+        ):
+            raw = self.train_dataset.raw_text or given is None
+            source = Source(f"the {what} rows") if raw else source_of(given, f"the {what} rows")
+            lengths = (len(row.prompt_ids) + len(row.answer_ids) for row in rows)
+            check_all_fit(lengths, self.model, source.row, "set max_length to at most")
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["index", "forget", "retain", "template"]

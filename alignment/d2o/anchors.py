@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from accelerate.utils import gather_object
 from fdiv.errors import DataError, RolloutError
 from fdiv.files import numbered_json_lines, write_bytes
 from fdiv.filling import fill
+from fdiv.models.loading import check_all_fit, context_length
 from fdiv.sealed import DIGEST, NO_DIGEST, UNSEALED, check_sealed, check_token_ids, sealed
 from fdiv.terminal import info
 
@@ -69,14 +71,17 @@ def instructed_prompt(prompt: str | list[dict[str, Any]], template: str) -> str 
 
 
 def check_context(trainer: Any) -> None:
-    """Refuse prompts that leave no room for `max_completion_length` tokens in the model's context.
+    """Refuse rows longer than the model's context, and prompts that leave no room in it for `max_completion_length`.
 
     Instructions for sampling make them longer, and count.
 
     Raises:
-        DataError: the longest one does not fit.
+        DataError: a row, or the longest prompt, does not fit.
     """
-    limit = getattr(trainer.model.config, "max_position_embeddings", None)
+    for dataset in trainer.all_datasets():
+        lengths = (len(row["prompt_ids"]) + len(row["rejected_ids"]) for row in dataset)
+        check_all_fit(lengths, trainer.model, partial(_row_name, dataset), "set max_length to at most")
+    limit = context_length(trainer.model)
     if limit is None or trainer.args.num_generations == 0:
         return
     longest = max(len(ids) for dataset in trainer.all_datasets() for ids in dataset["prompt_ids"])
@@ -90,6 +95,10 @@ def check_context(trainer: Any) -> None:
             f"{trainer.args.max_completion_length}, together more than the model's context of {limit}: lower "
             "max_completion_length, or leave the longest prompts out"
         )
+
+
+def _row_name(dataset: Any, number: int) -> str:
+    return f"the row with the rejected answer {str(dataset[number]['rejected'])[:60]!r} …"
 
 
 def draw_anchors(trainer: Any, rows: Sequence[Mapping[str, Any]], count: int) -> list[list[Anchor]]:

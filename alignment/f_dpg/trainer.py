@@ -141,8 +141,7 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             )
         if self._is_vlm:
             raise ValueError("f-DPG trains on text: pass a tokenizer as processing_class, not a multimodal processor")
-        for name, rows in own_rows.items():
-            self.report_prompts(rows, name)
+        self.prompts_to_report = own_rows
         if attach:
             self._attach_base(base_model, kwargs.get("quantization_config"))
         self.estimates = PartitionEstimates(args.z_estimate, z_max=args.z_max, z_floor=args.z_floor)

@@ -6,6 +6,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from fdiv.alignment.f_dpo.loss import check_f_dpo_divergence, f_dpo_loss, f_dpo_
 from fdiv.divergences import get_divergence
 from fdiv.errors import DataError
 from fdiv.inference.cache import fingerprint
-from fdiv.models.loading import check_fits, checked_tokenizer, context_length, keep_trainable_layout
+from fdiv.models.loading import check_all_fit, checked_tokenizer, context_length, keep_trainable_layout
 from fdiv.models.logprobs import with_position_ids
 from fdiv.models.reference import reference_for_trl
 from fdiv.rows.report import RowReport
+from fdiv.rows.sources import source_of
 from fdiv.sealed import LISTING, NO_DIGEST, check_listed, listed
 from fdiv.statistics.calibration import length_normalised_calibration, margin_calibration
 from fdiv.statistics.estimates import density_weight_quantiles, log_ratio_quantiles, mean_and_error
@@ -118,7 +120,7 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
             raise DataError(
                 f"no training row is left: every prompt fills max_length={args.max_length} alone. Raise max_length"
             )
-        _check_lengths(self.train_dataset, self.model, args.max_length)
+        _check_lengths(train_dataset, self.train_dataset, self.model, args.max_length)
         used = named_rows(self.train_dataset, self.eval_dataset)
         for name, rows in named_rows(train_dataset, eval_dataset).items():
             report = _report(rows, used[name], args, report_name(name))
@@ -332,12 +334,20 @@ def _report(given: Any, used: Any, args: FDPOConfig, name: str) -> RowReport | N
     return preference_report(len(given), used, args.max_length, name, keep_end=args.truncation_mode == "keep_end")
 
 
-def _check_lengths(dataset: Any, model: Any, max_length: int | None) -> None:
+def _check_lengths(given: Any, dataset: Any, model: Any, max_length: int | None) -> None:
     """Refuse rows that are longer than the model's context after truncation; streamed rows are checked when scored."""
     limit = context_length(model)
     if limit is None or (max_length is not None and max_length <= limit) or not hasattr(dataset, "__len__"):
         return
-    for number, row in enumerate(dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])):
-        tokens = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-        tokens = tokens if max_length is None else min(tokens, max_length)
-        check_fits(tokens, model, f"row {number} of the training data", f"set max_length to at most {limit}")
+    rows = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    whole = (len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
+    lengths = (tokens if max_length is None else min(tokens, max_length) for tokens in whole)
+    check_all_fit(lengths, model, partial(_row_name, given, dataset), "set max_length to at most")
+
+
+def _row_name(given: Any, dataset: Any, number: int) -> str:
+    """Row `number` of the tokenised rows as the data has it; where rows were dropped before it, by its text."""
+    source = source_of(given, "")
+    if len(given) != len(dataset):
+        return f"the training row with the chosen answer {str(dataset[number]['chosen'])[:60]!r} …"
+    return f"row {number} of the training data" if source.path is None else source.row(number)

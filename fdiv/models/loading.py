@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "base_and_adapter",
+    "check_all_fit",
     "check_causal",
     "check_fits",
     "check_pad_token",
@@ -174,6 +176,18 @@ def check_fits(tokens: int, model: nn.Module, what: str, remedy: str) -> None:
     limit = context_length(model)
     if limit is not None and tokens > limit:
         raise DataError(f"{what} has {tokens} tokens, more than the model's context of {limit}: {remedy}")
+
+
+def check_all_fit(lengths: Iterable[int], model: nn.Module, name: Callable[[int], str], remedy: str) -> None:
+    """`check_fits` for the first of many texts that does not fit; `name(number)` is what the message calls it.
+
+    Raises:
+        DataError: (a ValueError) one is longer than the model's context.
+    """
+    limit = context_length(model)
+    long = None if limit is None else next((n for n in enumerate(lengths) if n[1] > limit), None)
+    if long is not None:
+        check_fits(long[1], model, name(long[0]), f"{remedy} {limit}")
 
 
 def keep_trainable_layout(model: nn.Module) -> None:

@@ -152,6 +152,12 @@ class RolloutMixin:
         check_room(self, prompts, prompt_ids)
         return prompt_ids, images, fields
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; what became of the prompts is reported first, and those that are too long are refused."""
+        for name, rows in self.__dict__.pop("prompts_to_report", {}).items():
+            self.report_prompts(rows, name)
+        return super().train(*args, **kwargs)
+
     def report_prompts(self, rows: Any, name: str) -> None:
         """Report the prompts of a data path, and refuse those that leave no room for the completion.
 
@@ -175,7 +181,8 @@ class RolloutMixin:
             check_fits(
                 lengths[long[0]] + room,
                 self.model,
-                f"{source_of(rows, name).row(long[0])}: the prompt with max_completion_length={room}",
+                f"{source_of(rows, name).row(long[0])}: the prompt {str(rows[long[0]]['prompt'])[:60]!r} with "
+                f"max_completion_length={room}",
                 f"{len(long)} of {len(rows)} prompts are too long; shorten them or leave them out, or lower "
                 "max_completion_length",
             )

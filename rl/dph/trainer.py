@@ -121,8 +121,7 @@ class DPHTrainer(BankMixin, PeriodicEvaluationMixin, RolloutMixin, ObjectiveTrai
             rollout_func=rollout_func or args.server_rollouts(),
             **kwargs,
         )
-        for name, rows in own_rows.items():
-            self.report_prompts(rows, name)
+        self.prompts_to_report = own_rows
         self._stop_early()
         self._rehearsal_at_start = data_fingerprint(self.rehearsal)
         if self.rehearsal is not None:

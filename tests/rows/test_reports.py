@@ -234,7 +234,7 @@ def test_a_longer_prompt_than_the_context_is_refused_by_its_line(recipe, tiny_mo
     }  # fmt: skip
     assert run(recipe("f_dpg", rows, **keys)) == 1
     said = capsys.readouterr().err
-    assert "rows.jsonl, line 4: the prompt with max_completion_length=8 has" in said
+    assert "rows.jsonl, line 4: the prompt 'word word" in said and "' with max_completion_length=8 has" in said
     assert f"more than the model's context of {limit}: 2 of 5 prompts are too long" in said
 
 
@@ -336,3 +336,25 @@ def test_own_questions_in_the_verb(bad, tmp_path, tiny_model_dir, capsys):
         found = json.loads((tmp_path / "out" / "out.json").read_text())["rows"]
         counts = {key: found["tofu forget rows"][key] for key in ("read", "left_out", "used")}
         assert counts == {"read": 4, "left_out": 1, "used": 3}
+
+
+@pytest.mark.parametrize("method", ["f_dpo", "d2o", "flat"])
+def test_a_longer_row_than_the_context_is_refused_before_the_first_step(method, recipe, tiny_model_dir, capsys):
+    limit = json.loads((tiny_model_dir / "config.json").read_text())["max_position_embeddings"]
+    long = "word " * limit
+    good, bad, keys = {
+        "f_dpo": (PAIR, {"chosen": long}, {"divergence": "reverse_kl"}),
+        "d2o": (
+            {"prompt": "hi", "rejected": "no"},
+            {"rejected": long},
+            {"num_generations": 1, "max_completion_length": 4},
+        ),
+        "flat": (QUESTIONS[0], {"answer": long}, {"prompt_format": "{question}", "retain_term": "none"}),
+    }[method]
+    rows = [good, {**good, **bad}, good]
+    assert run(recipe(method, rows, max_length=3 * limit, **keys)) == 1
+    said = capsys.readouterr().err
+    assert f"more than the model's context of {limit}: set max_length to at most {limit}" in said
+    assert ("'word word" if method == "d2o" else "rows.jsonl, line 2 has") in said
+    capsys.readouterr()
+    assert run(recipe(method, rows, max_length=limit, overwrite_output_dir=True, **keys)) == 0, capsys.readouterr().err
