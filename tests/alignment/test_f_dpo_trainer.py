@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from fdiv.alignment import FDPOConfig, FDPOTrainer
+from fdiv.errors import DataError
 from tests.support.runs.f_dpo import (
     COMPARABLE,
     LORA,
@@ -192,6 +193,31 @@ def test_precomputed_reference_equals_live(tiny_model_dir, rows, tmp_path):
     cached = run(tiny_model_dir, rows, tmp_path, precompute_ref_log_probs=True, **options)
     assert cached.ref_model is None
     assert_same_run(live, cached)
+
+
+def test_precomputed_values_are_checked_before_they_are_used_again(tiny_model_dir, rows, tmp_path):
+    """A file whose bytes changed is refused; rows cut elsewhere have values of their own."""
+    rows.save_to_disk(tmp_path / "rows")
+
+    def make(**options):
+        loaded = Dataset.load_from_disk(str(tmp_path / "rows"))
+        return make_trainer(tiny_model_dir, loaded, tmp_path, precompute_ref_log_probs=True, **options)
+
+    def values():
+        return {file.with_name(file.name.removesuffix(".digests.json")) for file in tmp_path.rglob("*.digests.json")}
+
+    expected = make().train_dataset["ref_chosen_logps"][:]
+    (path,) = values()
+    assert make().train_dataset["ref_chosen_logps"][:] == expected  # read back
+    shorter = make(max_length=30).train_dataset["ref_chosen_logps"][:]
+    assert len(values()) == 2 and shorter != expected
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{path}: its content does not agree .*remove it, so that the reference"):
+        make()
+    path.unlink()
+    assert make().train_dataset["ref_chosen_logps"][:] == expected
 
 
 def test_explicit_reference_is_used(tiny_model_dir, rows, tmp_path):
