@@ -22,7 +22,7 @@ from fdiv.files import numbered_json_lines, write_bytes
 from fdiv.filling import fill
 from fdiv.models.loading import check_all_fit, context_length
 from fdiv.sealed import DIGEST, NO_DIGEST, UNSEALED, check_sealed, check_token_ids, sealed
-from fdiv.terminal import info
+from fdiv.stamps import compare_stamps
 
 __all__ = [
     "Anchor",
@@ -197,17 +197,22 @@ class AnchorCache:
 
     Args:
         path: the file; read when it is there.
-        settings: from which weights and how the anchors are sampled, compared with those in the file.
+        settings: from which weights and how the anchors are sampled, and how their prompts are encoded; compared with
+            those in the file.
         vocab_size: token ids lie below it; None: not compared.
 
     Raises:
         DataError: the file is no anchor file, is damaged, was sampled with other settings, or holds an empty
             completion or a token id outside the vocabulary.
+
+    Attributes:
+        notes: what differs and may be fine, what was not checked.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], vocab_size: int | None = None) -> None:
         self.path, self.settings, self.vocab_size = Path(path), dict(settings), vocab_size
         self._groups: dict[str, list[Anchor]] = {}
+        self.notes: list[str] = []
         if self.path.is_file():
             self._read()
 
@@ -252,8 +257,8 @@ class AnchorCache:
             if check_sealed(self.path, self.path.read_bytes(), header, _REMEDY):
                 version = _FORMAT  # the one byte of the number may not switch the check off
             elif version == _WITHOUT_DIGEST:
-                info(f"{self.path}: {NO_DIGEST}")
-            found = {name: header[name] for name in self.settings} if version in (_FORMAT, _WITHOUT_DIGEST) else {}
+                self.notes.append(f"{self.path}: {NO_DIGEST}")
+            found = {name: value for name, value in header.items() if name not in ("fdiv_anchors", DIGEST)}
             self._groups = {group["prompt"]: [Anchor(**anchor) for anchor in group["anchors"]] for group in groups}
         except DataError:
             raise
@@ -261,12 +266,8 @@ class AnchorCache:
             raise DataError(f"{self.path} is no file of anchors ({error}): {_REMEDY}") from error
         if version not in (_FORMAT, _WITHOUT_DIGEST):
             raise DataError(f"{self.path} is an anchor file of format {version}, not {_FORMAT}: {_REMEDY}")
-        for name, value in self.settings.items():
-            if found[name] != value:
-                raise DataError(
-                    f"{self.path} was sampled with {name}={found[name]!r}, now it is {value!r}: remove the file, set "
-                    "another anchor_cache, or restore the setting"
-                )
+        remedy = "remove the file, set another anchor_cache, or restore the setting"
+        self.notes += compare_stamps(self.settings, found, str(self.path), remedy)
         for key, group in self._groups.items():
             for anchor in group:
                 self._check(key, anchor)

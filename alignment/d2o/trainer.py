@@ -25,7 +25,8 @@ from fdiv.alignment.d2o.metrics import group_columns, reduce_groups
 from fdiv.alignment.f_dpo.loss import check_f_dpo_divergence
 from fdiv.alignment.scorers import build_scorer, checked_scorer
 from fdiv.errors import DataError
-from fdiv.models.fingerprints import vocabulary_size, weights_fingerprint
+from fdiv.inference.encoding import encoding_stamp
+from fdiv.models.fingerprints import tokenizer_fingerprint, vocabulary_size, weights_fingerprint
 from fdiv.models.loading import checked_tokenizer, load_second_model
 from fdiv.models.logprobs import sequence_log_prob, token_scores
 from fdiv.models.reference import Reference
@@ -162,12 +163,23 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             starting_adapter,
         )
         check_context(self)
-        settings = {"start_model": weights_fingerprint(self.model), **args.sampling_settings()}
         place = args.anchor_cache or Path(args.output_dir) / "anchors.jsonl"
-        self.anchors = AnchorCache(place, settings, vocabulary_size(self.model))
+        self.anchors = AnchorCache(place, self._anchor_settings(), vocabulary_size(self.model))
+        self.note("anchors", self.anchors.notes)
         self.add_callback(_AnchorCallback(self))
 
     # ---------------------------------------------------------------- set-up
+    def _anchor_settings(self) -> dict[str, Any]:
+        """What offline anchors depend on: weights, sampling, and how their prompts become tokens."""
+        chat = not isinstance(self.train_dataset[0]["prompt"], str)
+        return {
+            "start_model": weights_fingerprint(self.model),
+            **self.args.sampling_settings(),
+            **encoding_stamp(self._tokenizer, self.args.encoding(), chat=chat),
+            "dtype": str(next(self.model.parameters()).dtype),
+            "tokenizer": tokenizer_fingerprint(self._tokenizer),
+        }
+
     def _set_sampling_temperature(self, temperature: float) -> None:
         self.temperature = temperature
         if self.use_vllm:

@@ -153,7 +153,6 @@ def _recorded(args: argparse.Namespace) -> int:
 def _sampled(args: argparse.Namespace) -> int:
     from fdiv.eval.benchmark.output import output_paths
     from fdiv.eval.pass_at_k.evaluation import write_samples
-    from fdiv.eval.pass_at_k.records import read_counts
     from fdiv.inference.processes import process_state
     from fdiv.rows.report import records_of
 
@@ -164,18 +163,16 @@ def _sampled(args: argparse.Namespace) -> int:
         raise DataError(f"--output {args.output}: the evaluation of a model writes a directory, not one file")
     config = _config(args)
     loaded = config.load()
-    if args.base_samples:  # found unreadable after the sampling, it would be a pity
-        read_counts(args.base_samples, args.unscored)
     began = time.monotonic()
     state = process_state()
-    rows, settings = _draw(args, config, loaded, folder)
+    rows, settings, made_with = _draw(args, config, loaded, folder)
     if state.is_main_process:
-        write_samples(folder / "samples.jsonl", rows)
+        write_samples(folder / "samples.jsonl", rows, made_with)
         report = config.report(loaded, rows)
         report.show()
         report.check(config.min_used_fraction)
         source = str(folder / "samples.jsonl")
-        counts = config.counts(rows, source)
+        counts = dataclasses.replace(config.counts(rows, source), made_with=made_with)
         found = config.metrics(rows, counts, args.seed, source)
         lengths = [row["tokens"] for row in rows]
         reasons = [row["finish_reason"] for row in rows]
@@ -207,39 +204,48 @@ def _config(args: argparse.Namespace) -> Any:
         raise DataError(f"--{error}") from None
 
 
-def _draw(args: argparse.Namespace, config: Any, loaded: Any, folder: Path) -> tuple[list[dict], dict[str, Any]]:
-    """Rows of `samples.jsonl`, and the settings they were made with."""
+def _draw(
+    args: argparse.Namespace, config: Any, loaded: Any, folder: Path
+) -> tuple[list[dict], dict[str, Any], dict[str, Any]]:
+    """Rows of `samples.jsonl`, the settings of the command, and the stamp of the samples."""
     from fdiv.eval.pass_at_k.evaluation import draw_with_transformers
+    from fdiv.eval.pass_at_k.records import compare_made_with, read_counts
     from fdiv.eval.pass_at_k.sampling import sample_with_vllm
     from fdiv.inference.greedy import VLLMSource, stop_token_ids
     from fdiv.models.fingerprints import files_fingerprint, weights_fingerprint
     from fdiv.models.loading import base_and_adapter, load_model, load_tokenizer
     from fdiv.secrets import without_secrets
 
+    # Base samples that cannot be read are found before the sampling.
+    base = read_counts(args.base_samples, args.unscored) if args.base_samples else None
     tokenizer = load_tokenizer(args.model, args.adapter)
     settings = dataclasses.asdict(config) | {"stop": list(loaded.stop), "scorer": without_secrets(loaded.scorer)}
     settings |= {name: getattr(args, name) for name in ("model", "adapter", "dtype", "backend", "seed")}
     if args.backend == "vllm":
-        base, adapter = base_and_adapter(args.model, args.adapter)
-        source = VLLMSource(base, adapter, args.dtype, args.vllm_memory)
+        name, adapter = base_and_adapter(args.model, args.adapter)
+        source, dtype = VLLMSource(name, adapter, args.dtype, args.vllm_memory), args.dtype
         settings["weights"] = files_fingerprint(args.model, args.adapter)
-        stop_ids = _end_tokens(base) | stop_token_ids(None, tokenizer)
+        stop_ids = _end_tokens(name) | stop_token_ids(None, tokenizer)
 
         def draw(requests: Any, how: Any, cache: Any) -> Any:
             return sample_with_vllm(source, requests, how, cache=cache, stop_token_ids=stop_ids)
 
     else:
         model = load_model(args.model, args.adapter, args.dtype)
-        settings["weights"] = f"{weights_fingerprint(model)}, {str(model.dtype).removeprefix('torch.')}"
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        stop_ids = stop_token_ids(base, tokenizer)
+        dtype = str(model.dtype)
+        settings["weights"] = f"{weights_fingerprint(model)}, {dtype.removeprefix('torch.')}"
+        stop_ids = stop_token_ids(model.get_base_model() if hasattr(model, "get_base_model") else model, tokenizer)
         draw = draw_with_transformers(model, tokenizer, config.batch_size)
+    made_with = config.made_with(loaded, tokenizer, stop_ids, seed=args.seed, dtype=dtype, backend=args.backend)
+    if base is not None:
+        compare_made_with(made_with, base, args.base_samples)
+    settings["made_with"] = made_with
     _open_folder(folder, settings)
     identity = [args.backend, args.dtype, settings["weights"]]
     rows = config.samples(
         loaded, tokenizer, draw, stop_ids, seed=args.seed, cache_dir=folder / "cache", identity=identity
     )
-    return rows, settings
+    return rows, settings, made_with
 
 
 def _end_tokens(model: str) -> set[int]:
@@ -264,16 +270,20 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
     from fdiv.inference.processes import process_state
     from fdiv.sealed import read_record, write_record
     from fdiv.secrets import without_secrets
+    from fdiv.stamps import compare_stamps
+    from fdiv.terminal import info
 
     mine = without_secrets({name: value for name, value in settings.items() if name not in _FREE})
     mark = folder / "settings.json"
     if mark.is_file():
         theirs = read_record(mark, "choose another --output")
+        remedy = "choose another --output, or repeat the settings in its settings.json"
+        for line in compare_stamps(mine["made_with"], theirs.get("made_with"), f"what {folder} holds", remedy):
+            info(line)
         for name in mine:
-            if theirs.get(name) != mine[name]:
+            if name != "made_with" and theirs.get(name) != mine[name]:
                 raise DataError(
-                    f"{folder} holds samples made with {name}: {theirs.get(name)!r}, not {mine[name]!r}: choose "
-                    "another --output, or repeat the settings in its settings.json"
+                    f"{folder} holds samples made with {name}: {theirs.get(name)!r}, not {mine[name]!r}: {remedy}"
                 )
     state = process_state()
     state.wait_for_everyone()  # everybody has looked before anybody writes
@@ -290,23 +300,25 @@ def _write(
     from fdiv.eval.benchmark.output import output_paths
     from fdiv.eval.pass_at_k.aggregate import compare_with_base, describe_counts
     from fdiv.eval.pass_at_k.plot import plot_pass_at_k
-    from fdiv.eval.pass_at_k.records import read_counts
+    from fdiv.eval.pass_at_k.records import compare_made_with, read_counts
     from fdiv.provenance import command_line, environment
     from fdiv.report.metrics import marked, meanings
     from fdiv.sealed import write_record
     from fdiv.terminal import info, number, print_table
 
     folder, path = output_paths(args.output)
-    curves = {"model": counts}
+    curves, said = {"model": counts}, {}
     if args.base_samples:
         base = read_counts(args.base_samples, args.unscored)
+        compared = compare_made_with(counts.made_with, base, args.base_samples)
+        said = {"base_samples": "; ".join(compared)} if compared else {}
         found = found | compare_with_base(
             counts, base, ks, source=args.from_samples or args.output, base_source=args.base_samples,
             resamples=args.resamples, seed=args.seed,
         )  # fmt: skip
         curves["base"] = base
     described = describe_counts(counts)
-    content = found | described | about | {"environment": environment(command_line(), args.seed)}
+    content = found | described | about | {"notes": said, "environment": environment(command_line(), args.seed)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_record(path, content)
     if folder is not None:
@@ -318,6 +330,7 @@ def _write(
             f"{described['unscored_samples']} samples of {described['tasks_with_unscored_samples']} tasks could not "
             f"be scored: --unscored {args.unscored}"
         )
+    notes += said.values()
     print_table(f"Pass@k · {title}", ("metric", "value", "s.e."), rows, notes)
     info(f"written: {path}")
 

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from fdiv.errors import DataError
 from fdiv.eval.pass_at_k.aggregate import compare_with_base, distinct_correct, parse_k, summarise
 from fdiv.eval.pass_at_k.data import EvalTask, LoadedTasks, load_tasks, tasks_of_rows
-from fdiv.eval.pass_at_k.records import TaskCounts, Unscored, counts_of_samples, read_counts
+from fdiv.eval.pass_at_k.records import TaskCounts, Unscored, compare_made_with, counts_of_samples, read_counts
 from fdiv.eval.pass_at_k.sampling import SamplingSettings, completion_record, sampling_requests
 from fdiv.eval.pass_at_k.scoring import Scorer, make_scorer, score_completions
 from fdiv.files import write_bytes
 from fdiv.filling import check_template
 from fdiv.inference.cache import ItemCache, fingerprint
-from fdiv.inference.encoding import Encoding
+from fdiv.inference.encoding import Encoding, encoding_stamp
 from fdiv.inference.processes import process_state
 from fdiv.inference.prompting import CHAT_TEMPLATE, PromptFormat
+from fdiv.models.fingerprints import tokenizer_fingerprint
 from fdiv.rows.report import RowReport
 from fdiv.sealed import listed
 from fdiv.training.config import RowOptions
@@ -156,16 +157,20 @@ class PassKEvalConfig(RowOptions):
         rows = self.samples(loaded, tokenizer, draw, stop_ids, seed=context.seed)
         context.report_rows(self.report(loaded, rows), self.min_used_fraction)
         name = f"{self.label.replace('/', '_')}_samples.jsonl" if self.label else "passk_samples.jsonl"
+        number_type = str(next(model.parameters()).dtype)
+        made_with = self.made_with(loaded, tokenizer, stop_ids, seed=context.seed, dtype=number_type)
         if process_state().is_main_process:
-            write_samples(context.output_dir / name, rows)
-        counts = self.counts(rows, str(context.output_dir / name))
+            write_samples(context.output_dir / name, rows, made_with)
+        counts = dataclasses.replace(self.counts(rows, str(context.output_dir / name)), made_with=made_with)
         found = self.metrics(rows, counts, context.seed, str(context.output_dir / name))
+        notes: list[str] = []
         if context.stage == "before":
             self._base = counts
         else:
             earlier = context.output_dir.parent / "before" / name
             if self._base is None and earlier.is_file():  # a resumed run
                 self._base = read_counts(earlier, self.unscored)
+                notes = compare_made_with(made_with, self._base, str(earlier))
             if self._base is not None:
                 found |= compare_with_base(
                     counts, self._base, self.k, source="this model", base_source="the start of training",
@@ -175,7 +180,8 @@ class PassKEvalConfig(RowOptions):
         flat["distinct_correct"] = distinct_correct(rows)
         for metric, entry in found.items():
             flat |= {metric: entry["value"], f"{metric}_se": entry["se"]}
-        return {self._named(metric): value for metric, value in flat.items()}
+        said = {self._named("base_samples"): "; ".join(notes)} if notes else {}
+        return {self._named(metric): value for metric, value in flat.items()} | {"notes": said}
 
     # ---------------------------------------------------------------- the parts
     def load(self, splits: Mapping[str, Any] | None = None) -> LoadedTasks:
@@ -213,6 +219,38 @@ class PassKEvalConfig(RowOptions):
         """How completions are sampled."""
         return SamplingSettings(self.temperature, self.top_p, self.max_new_tokens, loaded.stop, seed)
 
+    def _prompts(self, loaded: LoadedTasks) -> tuple[PromptFormat, Encoding]:
+        prompt = PromptFormat(
+            chat_template=loaded.chat,  # type: ignore[arg-type]
+            question_format=self.question_format or "{question}",
+        )
+        return prompt, Encoding(self.system_prompt, self.date_string, self.chat_template_kwargs)
+
+    def made_with(
+        self,
+        loaded: LoadedTasks,
+        tokenizer: Any,
+        stop_ids: set[int],
+        *,
+        seed: int,
+        dtype: str,
+        backend: str = "transformers",
+    ) -> dict[str, Any]:
+        """The stamp of the samples: how prompts are encoded, how completions are sampled and scored."""
+        prompt, encoding = self._prompts(loaded)
+        chat = prompt.uses_chat(tokenizer) or any(not isinstance(task.prompt, str) for task in loaded.tasks)
+        plain = {} if chat else {"question_format": prompt.question_format}
+        return {
+            **encoding_stamp(tokenizer, encoding, chat=chat, **plain),
+            **dataclasses.asdict(self.settings(loaded, seed)),
+            "stop": list(loaded.stop),
+            "scorer": loaded.scorer,
+            "dtype": dtype,
+            "backend": backend,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "end_tokens": sorted(stop_ids),
+        }
+
     def samples(
         self,
         loaded: LoadedTasks,
@@ -238,17 +276,13 @@ class PassKEvalConfig(RowOptions):
             Rows of `samples.jsonl`, by task and sample; greedy completions have sample −1.
         """
         settings = self.settings(loaded, seed)
-        prompt = PromptFormat(
-            chat_template=loaded.chat,  # type: ignore[arg-type]
-            question_format=self.question_format or "{question}",
-        )
-        encoding = Encoding(self.system_prompt, self.date_string, self.chat_template_kwargs)
+        prompt, encoding = self._prompts(loaded)
         scorer = make_scorer(loaded.scorer, databases=loaded.databases, allow_code_execution=self.allow_code_execution)
         try:
             requests = sampling_requests(loaded.tasks, tokenizer, prompt, settings, self.n, encoding)
             first = {request.key.rpartition("#")[0]: request for request in requests[:: self.n]}
             prompts = [[task, list(request.prompt_ids)] for task, request in first.items()]
-            digest = fingerprint(identity, prompts, dataclasses.asdict(settings))
+            digest = fingerprint(identity, prompts, dataclasses.asdict(settings), sorted(stop_ids))
             rank = process_state().process_index
             drawn = dict(draw(requests, settings, ItemCache(cache_dir, "samples", digest, rank)))
             if self.greedy:

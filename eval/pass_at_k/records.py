@@ -13,8 +13,9 @@ from fdiv.errors import DataError
 from fdiv.files import numbered_json_lines
 from fdiv.named import nearest
 from fdiv.sealed import LISTING, check_listed
+from fdiv.stamps import compare_stamps
 
-__all__ = ["TaskCounts", "Unscored", "counts_of_samples", "read_counts"]
+__all__ = ["TaskCounts", "Unscored", "compare_made_with", "counts_of_samples", "read_counts"]
 
 Unscored = Literal["reduce", "wrong", "leave_out"]
 """What a sample that could not be scored (`correct` is null) does to its task: `reduce` lowers the task's n by one,
@@ -69,6 +70,23 @@ class TaskCounts:
             f"{source}: pass@{max(ks)} needs {max(ks)} samples of every task, but task {task!r} has "
             f"{n}{because}{others}: {remedy}"
         )
+
+
+def compare_made_with(ours: Mapping[str, Any] | None, base: TaskCounts, source: str) -> list[str]:
+    """Refuse base samples of other prompts, sampling or scorer than ours.
+
+    Args:
+        ours: what our samples were made with (None: not known). base, source: the base samples, and their file.
+
+    Returns:
+        Notes: what differs and may be fine (number type, seed, end tokens), what is not known.
+
+    Raises:
+        DataError: another chat template, prompt format, system prompt, date, temperature, nucleus, bound, stop or
+            scorer.
+    """
+    remedy = "sample the base again with these settings, or give samples that were made with them"
+    return compare_stamps(ours or {}, base.made_with, f"the base samples {source}", remedy)
 
 
 def counts_of_samples(samples: Iterable[Mapping[str, Any]], unscored: Unscored, source: str) -> TaskCounts:

@@ -243,7 +243,7 @@ def _result(plan: RunPlan, trainer: Any, evaluations: Any) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "unmet_requirements": unmet_requirements(evaluations.evaluations, before, after, plan.recipe.method_name),
         "summary_metrics": _summary_metrics(evaluations.evaluations, after),
-        "notes": evaluations.notes,
+        "notes": {**getattr(trainer, "notes", {}), **evaluations.notes},
         "rows": records_of([*getattr(trainer, "row_reports", ()), *evaluations.row_reports]),
     }
     result.update({f"before/{name}": value for name, value in before.items()})

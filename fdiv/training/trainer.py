@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -150,6 +150,18 @@ class ObjectiveTrainerMixin(ResumableMixin):
             self.aux_loss_enabled = False
 
     # ---------------------------------------------------------------- rows
+    @property
+    def notes(self) -> dict[str, str]:
+        """What was said of the records this run uses, by name; they go to `result.json`."""
+        return self.__dict__.setdefault("_notes", {})
+
+    def note(self, name: str, lines: Sequence[str]) -> None:
+        """Print `lines` and keep them among the notes."""
+        for line in lines:
+            info(line)
+        if lines:
+            self.notes[name] = "; ".join(lines)
+
     @property
     def row_reports(self) -> list[RowReport]:
         """What became of the rows of each data path, in the order in which they were read; `result.json` has them."""

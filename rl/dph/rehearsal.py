@@ -23,6 +23,7 @@ from fdiv.errors import DataError
 from fdiv.files import one_line, write_bytes
 from fdiv.models.fingerprints import tokenizer_fingerprint, vocabulary_size, weights_fingerprint
 from fdiv.sealed import DIGEST, NO_DIGEST, UNSEALED, check_sealed, check_token_ids, sealed
+from fdiv.stamps import compare_stamps
 from fdiv.terminal import info
 
 if TYPE_CHECKING:
@@ -204,14 +205,19 @@ class RehearsalCache:
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         model: nn.Module | str | None = None,
         temperature: float | None = None,
-    ) -> None:
-        """Refuse a cache of another tokenizer, model or temperature; what is None is not compared.
+        made_with: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Refuse a cache of another tokenizer, model, temperature or encoding; what is None is not compared.
 
         Args:
             tokenizer: the tokenizer of the training, or its `tokenizer_fingerprint`.
             model: the policy before its first step (it must be the reference), or its `weights_fingerprint`. Leave it
                 out when training is resumed: the policy has moved since. Collective under ZeRO-3.
             temperature: the training temperature; must be equal to the last bit.
+            made_with: `encoding_stamp` of the training's prompts, with `dtype`.
+
+        Returns:
+            Notes: what differs and may be fine (the number type), what is not known.
 
         Raises:
             DataError: naming what differs, and the remedy.
@@ -240,6 +246,14 @@ class RehearsalCache:
                     f"{header.model}, now {found}, so its log-ratios would not start at 0; start training from the "
                     f"model it was made with, or {_REMEDY}"
                 )
+
+        if made_with is None:
+            return []
+        stamp = header.settings.get("encoding")
+        if stamp:
+            stamp = {name: value for name, value in stamp.items() if name != "end_tokens"}  # of the sampling alone
+            stamp |= {"dtype": header.settings["dtype"]} if "dtype" in header.settings else {}
+        return compare_stamps(made_with, stamp, self.name, f"restore the setting, or {_REMEDY}")
 
     def batch(self, numbers: Sequence[int], pad_token_id: int) -> RehearsalBatch:
         """The rows `numbers`, padded to the longest prompt and completion among them; on the CPU.

@@ -18,6 +18,7 @@ from trl import GRPOTrainer
 
 from fdiv.divergences import Divergence
 from fdiv.errors import DataError, FdivError
+from fdiv.inference.encoding import encoding_stamp
 from fdiv.inference.prompting import completion_text
 from fdiv.models.fingerprints import data_fingerprint
 from fdiv.models.reference import Reference
@@ -125,7 +126,7 @@ class DPHTrainer(BankMixin, PeriodicEvaluationMixin, RolloutMixin, ObjectiveTrai
         self._stop_early()
         self._rehearsal_at_start = data_fingerprint(self.rehearsal)
         if self.rehearsal is not None:
-            self.rehearsal.check(tokenizer=self._tokenizer, model=self.model, temperature=self.temperature)
+            self._check_rehearsal(self.rehearsal)
         if args.bank != "none":
             self.rehearsal = self._make_bank()
         self.reference: Reference | None = None
@@ -137,6 +138,16 @@ class DPHTrainer(BankMixin, PeriodicEvaluationMixin, RolloutMixin, ObjectiveTrai
         self._log_ratios: list[Tensor] = []
         self._correct: Tensor | None = None
         self._window = (-1, 0)
+
+    def _check_rehearsal(self, cache: RehearsalCache) -> None:
+        """Refuse a cache of another tokenizer, model, temperature or encoding; say what may be fine."""
+        chat = not isinstance(cache[0].prompt, str)
+        made_with = encoding_stamp(self._tokenizer, self.encoding, chat=chat)
+        made_with["dtype"] = str(next(self.model.parameters()).dtype)
+        notes = cache.check(
+            tokenizer=self._tokenizer, model=self.model, temperature=self.temperature, made_with=made_with
+        )
+        self.note("rehearsal", notes)
 
     def _checked_rows(self, args: DPHConfig) -> int:
         if self.rehearsal is None:

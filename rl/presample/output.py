@@ -16,6 +16,7 @@ from fdiv.lock import LOCK
 from fdiv.rl.presample.coverage import coverage, coverage_warnings, kind_column
 from fdiv.rows.report import RowReport, records_of
 from fdiv.sealed import NO_DIGEST, check_listed, listed, read_record, write_record
+from fdiv.stamps import compare_stamps
 from fdiv.terminal import info
 
 if TYPE_CHECKING:
@@ -61,15 +62,14 @@ def enter_directory(
         raise DataError(f"{path} is a file: choose another output directory")
     if settings.is_file():
         found = read_record(settings, "choose another output directory", unchecked=unchecked)
-        _compare(path, found, json.loads(json.dumps(drawing)))
+        unchecked += _compare(path, found, json.loads(json.dumps(drawing)))
     elif path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
         raise DataError(f"{path} is not empty and no pre-sampling: choose another output directory")
     content = read_record(finished, _AGAIN, unchecked=unchecked) if finished.is_file() else None
     state.wait_for_everyone()  # everybody has looked before anybody writes
     if content is not None:
         if content["decisions"] == decisions:
-            unchecked += check_outputs(path)
-            for line in unchecked:
+            for line in [*unchecked, *check_outputs(path)]:
                 info(line)
             info(f"pre-sampling is finished: {path}")
             return content
@@ -106,13 +106,16 @@ def check_outputs(path: Path) -> list[str]:
     return unchecked
 
 
-def _compare(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _compare(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Refuse a directory with other settings; what may be fine, or is not known, as notes."""
     for name, value in wanted.items():
-        if name not in found or found[name] != value:
+        if name != "encoding" and (name not in found or found[name] != value):
             raise DataError(
                 f"{path} was begun with {name}={found.get(name)!r}, now it is {value!r}: restore the setting, or "
                 "choose another output directory"
             )
+    remedy = "restore the setting, or choose another output directory"
+    return compare_stamps(wanted["encoding"], found.get("encoding"), str(path), remedy)
 
 
 def write_outputs(

@@ -71,6 +71,7 @@ def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, rew
     prompt_ids = tokenize_prompts(tokenizer, rows["prompt"], config.encoding())
     model: PreTrainedModel | None = load_model(config.model, config.adapter, config.dtype)
     check_room(rows, prompt_ids, model, config)
+    stop_ids = stop_token_ids(model.get_base_model() if hasattr(model, "get_base_model") else model, tokenizer)
     drawing = {
         **without_secrets(config.drawing()),
         "data_fingerprint": data_fingerprint(rows, every_row=True),
@@ -78,10 +79,10 @@ def _presample(config: PresampleConfig, output_dir: Path, repartition: bool, rew
         "weights_fingerprint": weights_fingerprint(model),
         "encoding": encoding_stamp(tokenizer, config.encoding(), chat=not isinstance(rows[0]["prompt"], str)),
     }
+    drawing["encoding"]["end_tokens"] = sorted(stop_ids)
     finished = enter_directory(output_dir, drawing, config.decisions(), repartition)
     if finished is not None:
         return finished
-    stop_ids = stop_token_ids(model.get_base_model() if hasattr(model, "get_base_model") else model, tokenizer)
     source = _source(config, model, tokenizer, sorted(stop_ids))
     if config.backend != "transformers":
         model = None  # while vLLM samples, its memory is vLLM's

@@ -168,7 +168,7 @@ def test_anchors_of_another_start_model_are_refused(tiny_model_dir, tmp_path):
     with torch.no_grad():
         model.model.norm.weight.mul_(1.5)
     model.save_pretrained(changed)
-    with pytest.raises(DataError, match="was sampled with start_model='[0-9a-f]{24}', now it is '[0-9a-f]{24}'"):
+    with pytest.raises(DataError, match="was made with start_model='[0-9a-f]{24}', now it is '[0-9a-f]{24}'"):
         make_trainer(changed, GOOD, tmp_path / "b", max_steps=1, num_generations=1, anchor_cache=cache)
 
 
@@ -184,7 +184,7 @@ def test_anchor_file_of_other_settings_or_none_at_all(tmp_path):
     path = tmp_path / "anchors.jsonl"
     AnchorCache(path, {"temperature": 1.0}).add({"key": [Anchor([1, 2], -3.5, None)]})
     assert AnchorCache(path, {"temperature": 1.0})._groups == {"key": [Anchor([1, 2], -3.5, None)]}
-    with pytest.raises(DataError, match="sampled with temperature=1.0, now it is 0.8: remove the file"):
+    with pytest.raises(DataError, match="made with temperature=1.0, now it is 0.8: remove the file"):
         AnchorCache(path, {"temperature": 0.8})
     path.write_text(path.read_text().replace("[1, 2]", "[]"))
     with pytest.raises(DataError, match="does not agree with its digest"):

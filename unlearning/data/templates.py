@@ -4,7 +4,6 @@ the rows, or another model's answers (generated once and kept in a file).
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fdiv.errors import DataError
 from fdiv.files import numbered_lines
 from fdiv.filling import fill
+from fdiv.inference.cache import fingerprint
 from fdiv.inference.encoding import Encoding
 from fdiv.rows.checks import text_fault, texts_fault
 from fdiv.rows.sources import Source
@@ -150,7 +150,8 @@ def generate_templates(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[list[str]]:
-    """Per row, the answers that `settings.model` gives; read from `cache` when it holds them for the same settings.
+    """Per row, the answers that `settings.model` gives; read from `cache` when it holds them for the same settings,
+    prompts and model.
 
     Args:
         answers: the forget rows. settings: see `GenerationSettings`.
@@ -161,9 +162,17 @@ def generate_templates(
         ValueError: the model gave a row nothing but empty answers.
         DataError: the cache is damaged.
     """
+    from fdiv.models.fingerprints import files_fingerprint, weights_fingerprint
+    from fdiv.models.loading import load_model, load_tokenizer
+
     prompts = [_instructed(answer, settings.instruction) for answer in answers]
-    content = json.dumps([asdict(settings), prompts], ensure_ascii=False, sort_keys=True)
-    key = hashlib.sha256(content.encode()).hexdigest()
+    tokenizer = load_tokenizer(settings.model) if tokenizer is None else tokenizer
+    rows = zip(prompts, [answer.completion for answer in answers], strict=True)
+    encoded = [settings.encoding.encode(tokenizer, prompt, answer).prompt_ids for prompt, answer in rows]
+    # The tokens hold whatever prompt format, chat template and date made of the rows.
+    weights = files_fingerprint(settings.model, None) if model is None else weights_fingerprint(model)
+    dtype = None if model is None else str(next(model.parameters()).dtype)
+    key = fingerprint(asdict(settings), prompts, encoded, weights, dtype, tokenizer.eos_token_id)
     if cache.is_file():
         unchecked: list[str] = []
         stored = read_record(cache, "remove it, so that the answers are generated again", unchecked=unchecked)
@@ -171,14 +180,8 @@ def generate_templates(
             for line in unchecked:
                 info(line)
             return stored["templates"]
-    if model is None or tokenizer is None:
-        from fdiv.models.loading import load_model, load_tokenizer
-
-        model, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
+    model = load_model(settings.model) if model is None else model
     templates: list[list[str]] = [[] for _ in prompts]
-    completions = [answer.completion for answer in answers]
-    rows = zip(prompts, completions, strict=True)
-    encoded = [settings.encoding.encode(tokenizer, prompt, answer).prompt_ids for prompt, answer in rows]
     for row, text in _generate(encoded, settings, model, tokenizer):
         if text.strip():
             templates[row].append(text.strip())
