@@ -278,13 +278,13 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
     if mark.is_file():
         theirs = read_record(mark, "choose another --output")
         remedy = "choose another --output, or repeat the settings in its settings.json"
-        for line in compare_stamps(mine["made_with"], theirs.get("made_with"), f"what {folder} holds", remedy):
-            info(line)
         for name in mine:
             if name != "made_with" and theirs.get(name) != mine[name]:
                 raise DataError(
                     f"{folder} holds samples made with {name}: {theirs.get(name)!r}, not {mine[name]!r}: {remedy}"
                 )
+        for line in compare_stamps(mine["made_with"], theirs.get("made_with"), f"what {folder} holds", remedy):
+            info(line)
     state = process_state()
     state.wait_for_everyone()  # everybody has looked before anybody writes
     if state.is_main_process:
