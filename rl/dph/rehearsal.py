@@ -228,12 +228,12 @@ class RehearsalCache:
                 f"{self.name} holds log-probabilities at temperature {header.temperature}, the training temperature "
                 f"is {temperature}: set temperature: {header.temperature}, or {_REMEDY}"
             )
-        made_with = f" ({header.model_name})" if header.model_name else ""
+        named = f" ({header.model_name})" if header.model_name else ""
         if tokenizer is not None:
             found = tokenizer if isinstance(tokenizer, str) else tokenizer_fingerprint(tokenizer)
             if found != header.tokenizer:
                 raise DataError(
-                    f"{self.name} was made with another tokenizer{made_with}: vocabulary fingerprint "
+                    f"{self.name} was made with another tokenizer{named}: vocabulary fingerprint "
                     f"{header.tokenizer}, now {found}, so its token ids mean another text; {_REMEDY}"
                 )
         if model is not None and not isinstance(model, str):
@@ -242,7 +242,7 @@ class RehearsalCache:
             found = model if isinstance(model, str) else weights_fingerprint(model)
             if found != header.model:
                 raise DataError(
-                    f"{self.name} holds log-probabilities of another model{made_with}: weights fingerprint "
+                    f"{self.name} holds log-probabilities of another model{named}: weights fingerprint "
                     f"{header.model}, now {found}, so its log-ratios would not start at 0; start training from the "
                     f"model it was made with, or {_REMEDY}"
                 )

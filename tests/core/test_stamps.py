@@ -6,16 +6,30 @@ import dataclasses
 import json
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from fdiv.alignment.d2o.anchors import Anchor, AnchorCache
+from fdiv.cli.command import main
 from fdiv.errors import DataError
 from fdiv.eval.benchmark.aggregation import check_retain_log
 from fdiv.eval.benchmark.log import EvalLog, read_eval_log, write_eval_log
 from fdiv.eval.benchmark.presets import get_preset
 from fdiv.eval.muse.aggregate import aggregate_muse
+from fdiv.eval.pass_at_k.data import EvalTask, LoadedTasks
+from fdiv.eval.pass_at_k.evaluation import PassKEvalConfig, write_samples
+from fdiv.eval.pass_at_k.records import compare_made_with, read_counts
 from fdiv.eval.tofu.aggregate import aggregate_tofu
+from fdiv.inference.cache import ItemCache
+from fdiv.inference.encoding import Encoding, encoding_stamp
+from fdiv.inference.greedy import GenerationRequest, generate_texts
 from fdiv.inference.prompting import PromptFormat
 from fdiv.models.loading import load_tokenizer
+from fdiv.rl.dph.rehearsal import RehearsalCache, RehearsalHeader, RehearsalRow
+from fdiv.rl.presample.output import enter_directory
 from fdiv.stamps import NOTED, compare_stamps
+from fdiv.unlearning.data import templates
+from fdiv.unlearning.data.rows import Answer
 
 OTHER = {
     "template": "0" * 16,
@@ -151,3 +165,165 @@ def test_the_stamp_in_a_file_is_that_of_the_run(tokenizers, tmp_path):
     write_eval_log(tmp_path / "log.json", log)
     assert read_eval_log(tmp_path / "log.json").made_with() == log.made_with()
     assert json.loads((tmp_path / "log.json").read_text())["fdiv"]["prompt"]["end_token"] == "turn"
+
+
+# ---------------------------------------------------------------- base samples
+SAMPLES = [{"task_id": "a", "sample": 0, "completion": "x", "correct": True}]
+
+
+def sampled_with(tokenizer, **settings) -> dict:
+    """The stamp of samples of one task."""
+    loaded = LoadedTasks([EvalTask("a", "Count:", "1")], "exact", ("\n\n",), settings.pop("chat", "auto"))
+    config = PassKEvalConfig(n=1, k=[1], **settings)
+    return config.made_with(loaded, tokenizer, {2}, seed=0, dtype="torch.float32")
+
+
+def changed_keys(stamp: dict) -> list[str]:
+    assert stamp.keys() <= OTHER.keys(), stamp.keys() - OTHER.keys()
+    return list(stamp)
+
+
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+def test_base_samples_by_every_key(kind, tokenizers, tmp_path):
+    ours = sampled_with(tokenizers[kind])
+    keys = changed_keys(ours)
+    assert {"template", "temperature", "top_p", "max_new_tokens", "stop", "scorer", "end_tokens", "dtype"} < {*keys}
+    path = tmp_path / "samples.jsonl"
+    write_samples(path, SAMPLES, ours)
+    assert compare_made_with(ours, read_counts(path), str(path)) == []
+    for key in keys:
+        write_samples(path, SAMPLES, ours | {key: OTHER[key]})
+        if key in NOTED:
+            (note,) = compare_made_with(ours, read_counts(path), str(path))
+            assert f"{path} was made with {key}={OTHER[key]!r}, now it is {ours[key]!r}" in note
+        else:
+            with pytest.raises(DataError, match=f"{path} was made with {key}=.*, now it is .*: sample the base again"):
+                compare_made_with(ours, read_counts(path), str(path))
+
+
+def test_what_a_stamp_of_samples_follows(tokenizers):
+    """Settings of the evaluation and of the tokenizer, and only those that have an effect."""
+    plain, chat = tokenizers["plain"], tokenizers["chat"]
+    usual = sampled_with(chat)
+    assert sampled_with(chat, system_prompt="Be brief.") == usual | {"system_prompt": "Be brief."}
+    assert sampled_with(chat, temperature=0.5) == usual | {"temperature": 0.5}
+    assert sampled_with(chat, question_format="Q: {question}") == usual  # the template makes the prompt
+    assert sampled_with(plain, question_format="Q: {question}")["question_format"] == "Q: {question}"
+    assert sampled_with(chat, chat="never")["template"] is None
+
+
+def test_pass_at_k_of_the_command_line_compares_and_says(tokenizers, tmp_path, capsys):
+    ours = sampled_with(tokenizers["chat"])
+    write_samples(tmp_path / "ours.jsonl", SAMPLES, ours)
+
+    def compared(base: dict | None) -> int:
+        write_samples(tmp_path / "base.jsonl", SAMPLES, base)
+        words = ["eval", "passk", "--from_samples", str(tmp_path / "ours.jsonl"), "--base_samples"]
+        return main([*words, str(tmp_path / "base.jsonl"), "--k", "1", "--output", str(tmp_path / "out.json")])
+
+    assert compared(ours) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["notes"] == {}
+    assert compared(ours | {"temperature": 0.5}) == 1
+    assert "was made with temperature=0.5, now it is 1.0" in capsys.readouterr().err
+    assert compared(ours | {"dtype": "torch.bfloat16"}) == 0
+    assert "dtype='torch.bfloat16'" in json.loads((tmp_path / "out.json").read_text())["notes"]["base_samples"]
+    assert compared(None) == 0
+    assert "does not say" in json.loads((tmp_path / "out.json").read_text())["notes"]["base_samples"]
+
+
+# ---------------------------------------------------------------- caches of training
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+def test_presampled_folders_by_every_key(kind, tokenizers, tmp_path):
+    encoding = encoding_stamp(tokenizers[kind], Encoding(), chat=True) | {"end_tokens": [2]}
+    drawing = {"seed": 0, "encoding": encoding}
+    assert enter_directory(tmp_path / "out", drawing, {}, False) is None
+    for key in changed_keys(encoding):
+        changed = {"seed": 0, "encoding": encoding | {key: OTHER[key]}}
+        if key in NOTED:
+            assert enter_directory(tmp_path / "out", changed, {}, False) is None
+            enter_directory(tmp_path / "out", drawing, {}, False)
+            continue
+        with pytest.raises(DataError, match=f"{tmp_path / 'out'} was made with {key}=.*, now it is .*: restore the"):
+            enter_directory(tmp_path / "out", changed, {}, False)
+
+
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+def test_rehearsal_caches_by_every_key(kind, tokenizers, tmp_path):
+    ours = encoding_stamp(tokenizers[kind], Encoding(), chat=True)
+    settings = {"encoding": ours | {"end_tokens": [2]}, "dtype": "torch.float32"}
+    cache = RehearsalCache(RehearsalHeader("t", "m", 1.0, settings=settings), [RehearsalRow("p", [1], [2], [-1.0], 0)])
+    cache.save(tmp_path / "c.safetensors")
+    loaded = RehearsalCache.load(tmp_path / "c.safetensors")
+    now = ours | {"dtype": "torch.float32"}
+    assert loaded.check(made_with=now) == []
+    for key in changed_keys(now):
+        if key in NOTED:
+            (note,) = loaded.check(made_with=now | {key: OTHER[key]})
+            assert f"made with {key}={now[key]!r}, now it is {OTHER[key]!r}" in note
+        else:
+            with pytest.raises(DataError, match=f"c.safetensors was made with {key}=.*: restore the setting, or run"):
+                loaded.check(made_with=now | {key: OTHER[key]})
+    (note,) = RehearsalCache(RehearsalHeader("t", "m", 1.0), cache.rows).check(made_with=now)
+    assert "does not say how its prompts were encoded" in note
+
+
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+def test_anchors_by_every_key(kind, tokenizers, tmp_path):
+    ours = encoding_stamp(tokenizers[kind], Encoding(context="generation"), chat=True)
+    ours |= {"dtype": "torch.float32", "tokenizer": "a" * 24, "temperature": 1.0, "top_p": 1.0}
+    path = tmp_path / "anchors.jsonl"
+    AnchorCache(path, ours).add({"a": [Anchor([1, 2])]})
+    assert AnchorCache(path, ours).notes == []
+    for key in changed_keys(ours):
+        changed = ours | {key: "answer" if key == "context" else OTHER[key]}
+        if key in NOTED:
+            assert key in AnchorCache(path, changed).notes[0]
+        else:
+            with pytest.raises(DataError, match=f"{path} was made with {key}=.*: remove the file, set another"):
+                AnchorCache(path, changed)
+
+
+def test_generated_answers_are_made_again_for_other_prompts(tiny_model_dir, tokenizers, tmp_path, monkeypatch):
+    """Another chat template, system prompt, format, number type or end token, or other weights."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    calls = []
+    monkeypatch.setattr(templates, "_generate", lambda encoded, *_: calls.append(encoded) or [(0, "An answer")])
+    ask = [{"role": "user", "content": "Who?"}]
+    answers = [Answer(ask, [{"role": "assistant", "content": "She."}], {})]
+    other_template = load_tokenizer(str(tiny_model_dir))
+    other_template.chat_template = CHAT.replace("</s>", "</s>\n")
+    half = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
+    moved = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        moved.lm_head.weight.mul_(2.0)
+    usual = (answers, {}, model, tokenizers["chat"])
+    changes = [
+        (answers, {"encoding": Encoding(system_prompt="Be brief.")}, model, tokenizers["chat"]),
+        (answers, {"encoding": Encoding(date_string="1 Jan 2020")}, model, tokenizers["chat"]),
+        (answers, {"temperature": 0.5}, model, tokenizers["chat"]),
+        (answers, {}, model, other_template),
+        (answers, {}, half, tokenizers["chat"]),
+        (answers, {}, moved, tokenizers["chat"]),
+        ([Answer("Who?", " She.", {})], {}, model, tokenizers["chat"]),
+    ]
+    for rows, settings, network, tokenizer in changes:
+        for answer, options, used, encoder in (usual, usual, (rows, settings, network, tokenizer)):
+            made = templates.GenerationSettings("m", **options)
+            assert templates.generate_templates(answer, made, tmp_path / "t.json", used, encoder) == [["An answer"]]
+        assert len(calls) == 2, settings  # the second usual one was read
+        calls.clear()
+
+
+def test_cached_generations_follow_the_end_tokens(tiny_model_dir, tmp_path, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    requests = [GenerationRequest("a", tuple(tokenizer("The capital")["input_ids"]), 3)]
+    added = []
+    add = ItemCache.add
+    monkeypatch.setattr(ItemCache, "add", lambda self, items: added.append(1) or add(self, items))
+    for expected in (1, 1):
+        generate_texts(model, tokenizer, requests, cache_dir=tmp_path, model_digest="m", progress=False)
+        assert len(added) == expected
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
+    generate_texts(model, tokenizer, requests, cache_dir=tmp_path, model_digest="m", progress=False)
+    assert len(added) == 2
