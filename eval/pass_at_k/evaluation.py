@@ -24,6 +24,7 @@ from fdiv.inference.prompting import CHAT_TEMPLATE, PromptFormat
 from fdiv.models.fingerprints import tokenizer_fingerprint
 from fdiv.rows.report import RowReport
 from fdiv.sealed import listed
+from fdiv.secrets import without_secrets
 from fdiv.training.config import RowOptions
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ class PassKEvalConfig(RowOptions):
             **encoding_stamp(tokenizer, encoding, chat=chat, **plain),
             **dataclasses.asdict(self.settings(loaded, seed)),
             "stop": list(loaded.stop),
-            "scorer": loaded.scorer,
+            "scorer": without_secrets(loaded.scorer),
             "dtype": dtype,
             "backend": backend,
             "tokenizer": tokenizer_fingerprint(tokenizer),

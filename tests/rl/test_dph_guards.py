@@ -88,8 +88,12 @@ def test_default_number_of_rows(tmp_path):
         ({"temperature": 0.6}, "at temperature 0.6, the training temperature is 1.0"),
         ({"tokenizer": "0" * 24}, "made with another tokenizer"),
         ({"model": "0" * 24}, "log-probabilities of another model"),
+        (
+            {"settings": {"encoding": {"template": None, "end_token": "appended"}}},
+            "was made with end_token='appended', now it is 'turn'",
+        ),
     ],
-    ids=["temperature", "tokenizer", "model"],
+    ids=["temperature", "tokenizer", "model", "encoding"],
 )
 def test_foreign_cache_refused(tiny_model_dir, tmp_path, rehearsal, header, message):
     foreign = RehearsalCache(replace(rehearsal.header, **header), rehearsal.rows)
