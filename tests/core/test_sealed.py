@@ -334,13 +334,13 @@ def test_items_without_digests_are_computed_again(tmp_path, capsys):
     assert ItemCache(tmp_path, "scores", "x").items == {"0": {"key": "0", "avg_loss": 0.25}}
 
 
-def test_anchors_of_the_format_before_are_read_and_it_is_said(tmp_path, capsys):
+def test_anchors_of_the_format_before_are_read_and_it_is_said(tmp_path):
     path = tmp_path / "anchors.jsonl"
     group = {"prompt": "a", "anchors": [{"completion_ids": [1, 2], "log_prob": -1.0, "harmfulness": None}]}
     path.write_text(json.dumps({"fdiv_anchors": 2, **SETTINGS}) + "\n" + json.dumps(group) + "\n")
     cache = AnchorCache(path, SETTINGS)
     assert cache._groups == {"a": [Anchor([1, 2], -1.0, None)]}
-    assert f"{path}: no digest: not checked" in capsys.readouterr().err
+    assert cache.notes == [f"{path}: no digest: not checked"]
     cache.add({})
     assert json.loads(path.read_text().splitlines()[0])["fdiv_anchors"] == 3
 
