@@ -11,7 +11,7 @@ from types import FrameType
 
 from fdiv.errors import TerminatedError
 
-__all__ = ["Sigterm", "stoppable"]
+__all__ = ["Sigterm", "held_back", "stoppable"]
 
 
 class Sigterm(KeyboardInterrupt):
@@ -38,6 +38,34 @@ def stoppable(how_to_go_on: Callable[[], str]) -> Iterator[None]:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C wait for the end of the body; a second signal does not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner, waiting = os.getpid(), []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def keep(number: int, frame: FrameType | None) -> None:
+        if waiting or os.getpid() != owner:  # or a forked worker, which has nothing to finish
+            restore()
+            os.kill(os.getpid(), number)
+        waiting.append(number)
+
+    def restore() -> None:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+    before = [signal.signal(number, keep) for number in numbers]
+    try:
+        yield
+    finally:
+        restore()
+    if waiting:
+        signal.raise_signal(waiting[0])
 
 
 def _handler(owner: int) -> Callable[[int, FrameType | None], None]:

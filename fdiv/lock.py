@@ -108,6 +108,7 @@ def _lock(descriptor: int, output: Path) -> dict[str, Any] | None:
     Raises:
         FdivError: its owner lives.
     """
+    hint = ""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return _owner(descriptor)
@@ -119,8 +120,10 @@ def _lock(descriptor: int, output: Path) -> dict[str, Any] | None:
         owner = _owner(descriptor)
         if owner is None or not _may_live(owner):
             return owner
+        if owner.get("host") != socket.gethostname():  # whether it lives cannot be seen from here
+            hint = f"; if it has ended, remove {lock_path(output)}"
     raise FdivError(
-        f"{output} is in use by {_named(owner)}; wait until it has ended, or choose another output directory"
+        f"{output} is in use by {_named(owner)}; wait until it has ended, or choose another output directory{hint}"
     )
 
 

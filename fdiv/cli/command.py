@@ -154,29 +154,10 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for a failed run, 2 for a wrong recipe or command line."""
     words = list(sys.argv[1:] if argv is None else argv)
-    _learn_secrets(words)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text that the terminal can show
-        sys.stdout.reconfigure(errors="backslashreplace")
-    if any("\0" in word for word in words):
-        terminal.error("the command line holds a NUL character, which no name and no value may")
-        return 2
-    flag_first = len(words) > 1 and words[1].startswith("-") and words[1] not in ("-h", "--help")
-    if flag_first and words[0] in ("run", "sweep"):
-        terminal.error(f"the recipe comes first: fdiv {words[0]} RECIPE {words[1]} …")
-        return 2
-    parser = build_parser()
-    args, rest = parser.parse_known_args(words)
-    if rest and args.verb not in ("run", "sweep", "presample"):
-        terminal.error(f"unrecognized arguments: {' '.join(rest)} (see `fdiv {args.verb} --help`)")
-        return 2
-    # TRL's own defaults use the deprecated spelling; whoever reads the terminal can do nothing about it.
-    renamed = "`[a-z_]*gradient_checkpointing[a-z_]*` is deprecated"
-    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
-    # When it is imported on a CPU with AVX512-BF16 it misses a kernel that has no gradient and is not used.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    args = argparse.Namespace()
     try:
-        with stoppable(lambda: _GO_ON.get(args.verb, "run the same command again")):
-            code = _VERBS[args.verb](args, rest, words)
+        with stoppable(lambda: _GO_ON.get(words[0] if words else "", "run the same command again")):
+            code = _command(words, args)
             sys.stdout.flush()  # here, where it can still be said that nothing more fits
             return code
     except FdivError as error:
@@ -191,6 +172,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         terminal.error(str(interrupt))
         return 130
+
+
+def _command(words: list[str], args: argparse.Namespace) -> int:
+    """Read the command into `args`, and run it."""
+    _learn_secrets(words)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text that the terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if any("\0" in word for word in words):
+        terminal.error("the command line holds a NUL character, which no name and no value may")
+        return 2
+    flag_first = len(words) > 1 and words[1].startswith("-") and words[1] not in ("-h", "--help")
+    if flag_first and words[0] in ("run", "sweep"):
+        terminal.error(f"the recipe comes first: fdiv {words[0]} RECIPE {words[1]} …")
+        return 2
+    _, rest = build_parser().parse_known_args(words, args)
+    if rest and args.verb not in ("run", "sweep", "presample"):
+        terminal.error(f"unrecognized arguments: {' '.join(rest)} (see `fdiv {args.verb} --help`)")
+        return 2
+    # TRL's own defaults use the deprecated spelling; whoever reads the terminal can do nothing about it.
+    renamed = "`[a-z_]*gradient_checkpointing[a-z_]*` is deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+    # When it is imported on a CPU with AVX512-BF16 it misses a kernel that has no gradient and is not used.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    return _VERBS[args.verb](args, rest, words)
 
 
 def _learn_secrets(words: list[str]) -> None:

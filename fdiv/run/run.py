@@ -8,6 +8,8 @@ result = run_recipe(load_recipe("tiny/f_dpo", ["--output_dir", "runs/mine"]))
 
 from __future__ import annotations
 
+import os
+import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,7 @@ from safetensors import SafetensorError
 
 from fdiv.errors import FdivError, TerminatedError
 from fdiv.files import one_line, plain, write_text
-from fdiv.interrupts import Sigterm, stoppable
+from fdiv.interrupts import Sigterm, held_back, stoppable
 from fdiv.models.fetch import find_model
 from fdiv.provenance import command_line, environment
 from fdiv.recipe.dump import resolved_yaml
@@ -30,6 +32,7 @@ from fdiv.run.directory import AFTER_TRAINING, RunDirectory
 from fdiv.run.plan import RunPlan, plan_run, prepare
 from fdiv.sealed import write_record
 from fdiv.terminal import info
+from fdiv.training.checkpoints import STAGING
 
 __all__ = ["measure_plan", "run_plan", "run_recipe"]
 
@@ -53,7 +56,7 @@ def run_recipe(recipe: Recipe, command: str | None = None, prepared: Path | None
 
 def run_plan(plan: RunPlan, command: str | None = None, prepared: Path | None = None) -> dict[str, Any]:
     """`run_recipe` of a recipe that has been resolved."""
-    progress = _Progress(plan.directory)
+    progress = _Progress(plan.directory, bool(plan.value("resume_from_checkpoint")))
     with stoppable(progress.how_to_go_on):
         find_model(plan.configs.model.model_name_or_path)  # one that was not fetched ends the run here
         resume = plan.value("resume_from_checkpoint") or None
@@ -66,15 +69,18 @@ class _Progress:
     """How far a run has come, for the line that a signal ends it with."""
 
     directory: RunDirectory
+    resumed: bool = False
     training: bool = False
     saved: bool = False
 
     def how_to_go_on(self) -> str:
         """What stands on disk and the next command."""
         path = self.directory.path
+        if self.saved and self.directory.finished:
+            return f"the run in {path} is finished; its page is made again with `fdiv report {path}`"
         if self.saved:
             return f"the trained model is saved in {path}, its evaluation is not finished; {AFTER_TRAINING}"
-        if self.training and self.directory.checkpoints():
+        if (self.training or self.resumed) and self.directory.checkpoints():
             return f"{path} holds checkpoints; go on with --resume_from_checkpoint true"
         return "no checkpoint was written; run the same command again"
 
@@ -101,12 +107,8 @@ def _run(plan: RunPlan, command: str | None, prepared: Path | None, progress: _P
         "wall_seconds": lambda: time.perf_counter() - started,
     }
     progress.training = True
-    terminated = _train(plan, trainer, bar, resume)
+    _train(plan, trainer, bar, resume, progress)
     training_seconds = trainer.run_seconds("train_seconds")
-    _save(plan, trainer)  # before anything else can fail: it may be the only copy of the weights
-    progress.saved = True
-    if terminated:
-        raise Sigterm
     try:
         if evaluations.evaluations:
             evaluations.measure("after")
@@ -132,26 +134,31 @@ def _run(plan: RunPlan, command: str | None, prepared: Path | None, progress: _P
     return result
 
 
-def _train(plan: RunPlan, trainer: Any, bar: Any, resume: bool | str | None) -> bool:
-    """Train; whether SIGTERM came after the last step, when the model is still to be saved.
+def _train(plan: RunPlan, trainer: Any, bar: Any, resume: bool | str | None, progress: _Progress) -> None:
+    """Train and save the model, before anything else can fail: it may be the only copy of the weights.
 
     Raises:
-        TerminatedError: SIGTERM came earlier; the checkpoint of the step is saved.
+        TerminatedError: SIGTERM in a step, whose checkpoint is saved.
+        Sigterm: it came after the last step; the model is saved.
     """
     from fdiv.training.signals import StopOnSigterm
 
-    try:
-        with StopOnSigterm() as sigterm:
+    with StopOnSigterm() as sigterm:
+        try:
             trainer.add_callback(sigterm)
             trainer.train(resume_from_checkpoint=resume)
-    finally:
-        bar.close()
-    if sigterm.stopped_at is not None:
-        raise TerminatedError(
-            f"terminated (SIGTERM): stopped after step {sigterm.stopped_at}, whose checkpoint is in "
-            f"{plan.output_dir}; go on with --resume_from_checkpoint true"
-        )
-    return sigterm.requested
+        finally:
+            bar.close()
+        if sigterm.stopped_at is not None:
+            raise TerminatedError(
+                f"terminated (SIGTERM): stopped after step {sigterm.stopped_at}, whose checkpoint is in "
+                f"{plan.output_dir}; go on with --resume_from_checkpoint true"
+            )
+        with held_back():
+            _save(plan, trainer)
+            progress.saved = True
+    if sigterm.requested:
+        raise Sigterm
 
 
 def _opened(plan: RunPlan, prepared: Path | None) -> RunPlan:
@@ -209,8 +216,17 @@ def _save(plan: RunPlan, trainer: Any) -> None:
     """The model, its tokenizer and its card, in `output_dir`."""
     from fdiv.training.finite import what_stands
 
+    aside = plan.output_dir / STAGING / "model"  # a process that is killed leaves no half of a model in `output_dir`
     try:
-        trainer.save_model(str(plan.output_dir))
+        trainer.save_model(str(aside))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero():
+            for entry in sorted(aside.iterdir(), key=lambda entry: entry.suffix == ".safetensors"):  # weights last
+                target = plan.output_dir / entry.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(entry, target)
+            shutil.rmtree(plan.output_dir / STAGING, ignore_errors=True)
         trainer.create_model_card(model_name=plan.output_dir.name, dataset_name=_hub_dataset(plan))
     except (OSError, SafetensorError) as error:
         raise FdivError(

@@ -150,9 +150,9 @@ def _run_cell(plan: SweepPlan, cell: Cell, command: str) -> str | None:
     try:
         run(plan.plan(cell), command, plan.root / "prepared")
     except TerminatedError as error:  # the whole sweep is asked to stop
-        raise TerminatedError(_in_sweep(cell)) from error
+        raise TerminatedError(f"terminated (SIGTERM): {_in_sweep(cell)}") from error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_in_sweep(cell)) from None
+        raise KeyboardInterrupt(f"interrupted (Ctrl-C): {_in_sweep(cell)}") from None
     except _CELL_FAILURES as error:
         folder = plan.root / cell.name
         folder.mkdir(parents=True, exist_ok=True)

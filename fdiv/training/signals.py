@@ -16,7 +16,8 @@ __all__ = ["StopOnSigterm"]
 
 class StopOnSigterm(TrainerCallback):
     """While it is entered as a context manager, SIGTERM during `train()` saves and stops at the end of the optimizer
-    step; at any other time it raises `Sigterm` at once, which `fdiv.interrupts.stoppable` turns into one line.
+    step. Before, it raises `Sigterm` at once, which `fdiv.interrupts.stoppable` turns into one line; after the last
+    step it waits in `requested`, so that the model can be saved first.
 
     Several processes agree before they stop, since the signal reaches them at different steps: one value is summed
     over them in each optimizer step.
@@ -46,10 +47,6 @@ class StopOnSigterm(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """From here on a checkpoint can be written."""
         self._training = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """From here on it cannot. A signal that came after the last step is in `requested`: save the model first."""
-        self._training = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save and stop, on all processes in the same step, once one of them was asked to."""

@@ -22,6 +22,10 @@ from fdiv.run.run import run_recipe
 from tests.cli.conftest import recipe_values, write_pairs
 
 
+class Cut(Exception):
+    """A kill, without a process of its own."""
+
+
 @dataclass
 class WeightEval:
     """A cheap evaluation: the norm of the weights, a draw of random numbers, and one value that is not defined."""
@@ -275,19 +279,102 @@ def test_a_signal_at_any_moment_is_one_line(write_recipe, monkeypatch, capsys, t
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_sigterm_after_the_last_step_saves_the_model_first(write_recipe, monkeypatch, capsys, tmp_path):
-    from fdiv.training.signals import StopOnSigterm
+def kill_with(number):
+    def kill(*_, **__):
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
 
-    original = StopOnSigterm.on_train_end
+    return kill
 
-    def late(self, *args, **options):
-        os.kill(os.getpid(), signal.SIGTERM)
-        original(self, *args, **options)
 
-    monkeypatch.setattr(StopOnSigterm, "on_train_end", late)
-    assert main(["run", str(write_recipe())]) == 143
-    assert "fdiv: terminated (SIGTERM): the trained model is saved in" in capsys.readouterr().err
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+def one_line(capsys):
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fdiv: ")]
+    return line
+
+
+@pytest.mark.parametrize("place", ["after the last step", "while it saves"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_after_the_last_step_saves_the_model_first(
+    number, code, place, write_recipe, monkeypatch, capsys, tmp_path
+):
+    from fdiv.alignment import FDPOTrainer
+    from fdiv.training.sums import RunSumsMixin
+
+    if place == "while it saves":
+        monkeypatch.setattr(FDPOTrainer, "create_model_card", kill_with(number))
+    elif number == signal.SIGTERM:
+        finalize = RunSumsMixin._finalize_training
+
+        def late(self, *arguments):
+            result = finalize(self, *arguments)
+            kill_with(number)()
+            return result
+
+        monkeypatch.setattr(RunSumsMixin, "_finalize_training", late)
+    else:
+        pytest.skip("Ctrl-C in training ends it at once")
+    assert main(["run", str(write_recipe())]) == code
+    assert "the trained model is saved in" in one_line(capsys)
+    assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out" / "_saving").exists()
+
+
+def test_a_second_ctrl_c_does_not_wait(write_recipe, monkeypatch, capsys, tmp_path):
+    from fdiv.alignment import FDPOTrainer
+
+    def twice(*_, **__):
+        kill_with(signal.SIGINT)()
+        kill_with(signal.SIGINT)()
+        raise AssertionError
+
+    monkeypatch.setattr(FDPOTrainer, "save_model", twice)
+    assert main(["run", str(write_recipe())]) == 130
+    assert "no checkpoint was written; run the same command again" in one_line(capsys)
+
+
+def test_half_a_model_is_none(write_recipe, monkeypatch, tmp_path):
+    """Killed while the trained model is written: what stands in the directory is no trained model."""
+    from fdiv.alignment import FDPOTrainer
+
+    original = FDPOTrainer.save_model
+
+    def half(self, folder, *_):
+        original(self, folder)
+        weights = Path(folder) / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        raise Cut
+
+    path = str(write_recipe())
+    monkeypatch.setattr(FDPOTrainer, "save_model", half)
+    with pytest.raises(Cut):
+        main(["run", path])
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    monkeypatch.setattr(FDPOTrainer, "save_model", original)
+    assert main(["run", path]) == 0  # as it says: run the same command again
+
+
+def test_a_signal_when_all_is_written_says_so(write_recipe, monkeypatch, capsys):
+    monkeypatch.setattr("fdiv.report.write_report", kill_with(signal.SIGTERM))
+    assert main(["run", str(write_recipe("report: {}"))]) == 143
+    assert "is finished; its page is made again with `fdiv report" in one_line(capsys)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("place", ["_learn_secrets", "build_parser"])
+def test_a_signal_in_the_first_lines(place, number, code, monkeypatch, capsys):
+    monkeypatch.setattr(f"fdiv.cli.command.{place}", kill_with(number))
+    assert main(["run", "tiny/f_dpo"]) == code
+    assert "run the same command again" in one_line(capsys)
+
+
+def test_a_signal_before_a_resumed_training_names_the_checkpoints(write_recipe, monkeypatch, capsys):
+    path = str(write_recipe(save_strategy="steps", save_steps=1, max_steps=1))
+    monkeypatch.setattr("fdiv.run.run._save", lambda *_: (_ for _ in ()).throw(Cut()))
+    with pytest.raises(Cut):
+        main(["run", path])
+    monkeypatch.setattr("fdiv.run.run.load_datasets", kill_with(signal.SIGTERM))
+    capsys.readouterr()
+    assert main(["run", path, "--resume_from_checkpoint", "true"]) == 143
+    assert "holds checkpoints; go on with --resume_from_checkpoint true" in one_line(capsys)
 
 
 def test_weights_that_are_not_finite_are_no_checkpoint(write_recipe, tmp_path, capsys):
@@ -295,10 +382,6 @@ def test_weights_that_are_not_finite_are_no_checkpoint(write_recipe, tmp_path, c
     assert main(["run", str(path)]) == 1
     assert "fdiv: step 1: the optimizer made weights NaN or infinite" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("checkpoint-*"))
-
-
-class Cut(Exception):
-    """A kill, without a process of its own."""
 
 
 def test_the_result_of_a_resumed_run_is_that_of_the_whole(write_recipe, tmp_path, monkeypatch):

@@ -77,7 +77,8 @@ def test_without_flock_the_owner_is_looked_up(tmp_path, monkeypatch, owner, held
     monkeypatch.setattr(lock.fcntl, "flock", unsupported)
     (tmp_path / LOCK).write_text(json.dumps(lock._this_process() | owner))
     if held:
-        with pytest.raises(FdivError, match="is in use by process"), output_lock(tmp_path):
+        hint = "if it has ended, remove " if "host" in owner else "choose another output directory$"
+        with pytest.raises(FdivError, match=f"is in use by process.*{hint}"), output_lock(tmp_path):
             pass
     else:
         with output_lock(tmp_path):

@@ -159,10 +159,9 @@ def test_a_row_far_too_long(tiny_model_dir, tmp_path):
 
 @pytest.mark.parametrize("name", ["f_dpg", "dph"])
 def test_a_prompt_that_leaves_no_room(name, tiny_model_dir, tmp_path):
-    trainer = build(name, tiny_model_dir, tmp_path, prompts=["The", "very " * 1000])
     with pytest.raises((DataError, RolloutError)) as error:
-        trainer.train()
-    assert re.search(r"the prompt 'very very .* more than the model's context of 512", one_line(error))
+        build(name, tiny_model_dir, tmp_path, prompts=["The", "very " * 1000]).train()
+    assert re.search(r"row 1: the prompt .* more than the model's context of 512", one_line(error))
 
 
 # ---------------------------------------------------------------- signals and ranks
