@@ -15,13 +15,15 @@ from fdiv.divergences import get_divergence
 from fdiv.evaluation import EvalContext
 from fdiv.inference.encoding import Encoding
 from fdiv.models.vocabulary import last_hidden_states, model_head, vocabulary_divergence
+from fdiv.rows.report import RowReport
 from fdiv.statistics.estimates import clustered_mean
+from fdiv.training.config import RowOptions
 
 __all__ = ["ToTeacherEvalConfig"]
 
 
 @dataclass
-class ToTeacherEvalConfig:
+class ToTeacherEvalConfig(RowOptions):
     """Recipe block `eval: {name: to_teacher}`: D_f(student‖teacher) per token on held-out prompts with completions.
 
     Both distributions are taken at temperature 1 over the whole vocabulary. Gives `to_teacher/NAME` with `_se` over
@@ -32,6 +34,7 @@ class ToTeacherEvalConfig:
         split: of the data. divergences: names or mappings. max_rows: at most this many rows; None: all.
         max_tokens: answers are cut to it. batch_size: rows scored at once.
         system_prompt, date_string, chat_template_kwargs: of the chat template; left out: as in training.
+        min_used_fraction: smallest share of the rows that must have an answer token.
     """
 
     teacher: str | None = None
@@ -50,6 +53,7 @@ class ToTeacherEvalConfig:
         return (*(f"to_teacher/{get_divergence(spec).label}" for spec in self.divergences), "to_teacher/agreement")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.divergences:
             raise ValueError("divergences is empty: name at least one")
         for spec in self.divergences:
@@ -71,7 +75,9 @@ class ToTeacherEvalConfig:
         name = self.teacher or getattr(context.training_args, "teacher_model_name_or_path", None)
         if name is None:
             raise ValueError("to_teacher needs a teacher: set `teacher`, or teacher_model_name_or_path of the run")
-        rows = list(check_rows(datasets.get(self.split), f"the {self.split} split", given=True))[: self.max_rows]
+        given = list(check_rows(datasets.get(self.split), f"the {self.split} split", given=True))
+        rows = given[: self.max_rows]
+        context.report_rows(self._report(tokenizer, len(given), rows), self.min_used_fraction)
         teacher = load_teacher(name).to(model.device)
         widths = [part.config.get_text_config().vocab_size for part in (model, teacher)]
         shared = shared_tokens(tokenizer, teacher_tokenizer(name), *widths)
@@ -82,9 +88,24 @@ class ToTeacherEvalConfig:
                 columns.setdefault(key, []).append(values)
         return _reduce({key: torch.cat(parts).double().cpu() for key, parts in columns.items()})
 
-    def _tokens(self, tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    def _report(self, tokenizer: Any, read: int, rows: list[Any]) -> RowReport:
+        lengths = [len(self._whole(tokenizer, row)[1]) for row in rows]
+        return RowReport(
+            f"to_teacher rows of {self.split}",
+            read,
+            read - len(rows),
+            max_length=self.max_tokens,
+            cut=sum(tokens > self.max_tokens for tokens in lengths),
+            longest=max(lengths, default=0),
+            without_signal={"without an answer token": lengths.count(0)},
+        )
+
+    def _whole(self, tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         encoding = Encoding(self.system_prompt, self.date_string, self.chat_template_kwargs, context="generation")
-        prompt, ids = completion_tokens(tokenizer, row, encoding, [tokenizer.eos_token_id])
+        return completion_tokens(tokenizer, row, encoding, [tokenizer.eos_token_id])
+
+    def _tokens(self, tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        prompt, ids = self._whole(tokenizer, row)
         return prompt, ids[: self.max_tokens]
 
     def _score(
