@@ -15,6 +15,12 @@ MIN_USED_FRACTION = 0.5
 """`min_used_fraction` unless it is set."""
 
 
+_ALL_CUT = {
+    "end": ": every answer loses its end, so none teaches where to stop; raise max_length",
+    "beginning": ": every row loses its beginning; raise max_length",
+}
+
+
 @dataclass(frozen=True)
 class RowReport:
     """Counts of one data path.
@@ -28,6 +34,7 @@ class RowReport:
         longest: tokens of the longest row, before the cut.
         without_signal: used rows that say nothing, by reason; a reason follows "are".
         unit: what a row is, where it is said of one that it has no signal.
+        loses: what the cut takes of a row: `end` or `beginning`.
     """
 
     name: str
@@ -39,6 +46,7 @@ class RowReport:
     longest: int | None = None
     without_signal: Mapping[str, int] = field(default_factory=dict)
     unit: str = "rows"
+    loses: str = "end"
 
     @property
     def used(self) -> int:
@@ -54,9 +62,9 @@ class RowReport:
         """One phrase for each thing that befell rows; empty where all are used whole."""
         found = [f"{count} of {self.read} rows dropped: {why}" for why, count in self.dropped.items() if count]
         if self.cut:
-            end = ": every answer loses its end" if self.cut == self.used else ""
+            lost = _ALL_CUT[self.loses] if self.cut == self.used else ""
             longest = "" if self.longest is None else f", the longest has {self.longest} tokens"
-            found.append(f"{self.cut} of {self.used} rows cut at max_length={self.max_length}{longest}{end}")
+            found.append(f"{self.cut} of {self.used} rows cut at max_length={self.max_length}{longest}{lost}")
         found += [
             f"{count} of {self.used} {self.unit} are {why}, without signal"
             for why, count in self.without_signal.items()
@@ -101,7 +109,7 @@ class RowReport:
             "cut": self.cut,
             "longest": self.longest,
             "without_signal": {why: count for why, count in self.without_signal.items() if count},
-        }
+        }  # `unit` and `loses` are words of the line alone
 
     @classmethod
     def of_record(cls, name: str, record: Mapping[str, Any], unit: str = "rows") -> RowReport:

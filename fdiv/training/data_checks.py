@@ -112,6 +112,7 @@ def preference_report(
     return RowReport(
         name, read, left_out, {f"prompt fills max_length={max_length}": dropped}, max_length, cut, longest or None,
         {"identical after truncation": same, "without a chosen or a rejected answer": empty}, "pairs",
+        "beginning" if keep_end else "end",
     )  # fmt: skip
 
 

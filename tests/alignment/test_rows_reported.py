@@ -54,6 +54,15 @@ def test_an_answer_that_is_no_more_than_its_end_is_counted(tiny_model_dir):
     assert report(rows, tiny_model_dir, 32).record()["without_signal"] == {"without a chosen or a rejected answer": 1}
 
 
+@pytest.mark.parametrize("keep_end", [False, True])
+def test_what_every_row_loses_is_said(keep_end, tiny_model_dir):
+    rows = Dataset.from_list([LONG | {"prompt": "word " * 20}] * 3)
+    used = tokenize_preferences(rows, AutoTokenizer.from_pretrained(tiny_model_dir))
+    found = preference_report(3, used, 16, "rows", keep_end=keep_end)
+    lost = "every row loses its beginning" if keep_end else "every answer loses its end, so none teaches where to stop"
+    assert found.cut == 3 and lost in found.line()
+
+
 def test_nothing_is_said_of_rows_that_are_used_whole():
     report = RowReport("rows", 5, max_length=10, longest=10)
     assert report.faults() == [] and report.line() == "rows: 5 read, 5 used, longest 10 tokens"
