@@ -276,6 +276,23 @@ def test_retain_log_of_other_rows_is_refused_before_the_model_is_loaded(evaluate
         TofuEvaluation(paper, load_tokenizer(str(tiny_model_dir)))
 
 
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"question_format": "### Human: {question}\n### Assistant:"}, "question_format"),
+        ({"answer_format": "\n{answer}"}, "answer_format"),
+        ({"end_token": "appended"}, "end_token"),
+    ],
+)
+def test_retain_logs_of_another_prompt_are_refused_before_any_model(
+    evaluated, tiny_model_dir, tofu_dir, changed, key, capsys
+):
+    log = str(evaluated / "TOFU_EVAL.json")
+    config = TofuEvalConfig(data=str(tofu_dir), retain_logs=log, chat_template="never", **changed)
+    with pytest.raises(DataError, match=f"{log} was made with {key}=.*, now it is .*: evaluate the retain model"):
+        TofuEvaluation(config, load_tokenizer(str(tiny_model_dir)))
+
+
 def die_after_nine_items(words):
     """`fdiv WORDS`, killed with SIGKILL when the ninth batch of items is stored."""
     add, calls = ItemCache.add, []
