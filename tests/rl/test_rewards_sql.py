@@ -166,6 +166,34 @@ def test_written_out_results(shop):
     plain.close(), halves.close()
 
 
+TABLES = [
+    "CREATE TABLE t (id TEXT PRIMARY KEY, v INTEGER) WITHOUT ROWID",
+    "CREATE TABLE t (a TEXT, b INTEGER, v INTEGER, PRIMARY KEY (b, a)) WITHOUT ROWID",
+    'CREATE TABLE t (v INTEGER, "a ""b" TEXT, PRIMARY KEY ("a ""b")) WITHOUT ROWID',
+    "CREATE TABLE t (v INTEGER); CREATE TRIGGER keep BEFORE DELETE ON t BEGIN SELECT raise(ABORT, 'no'); END",
+    "CREATE TABLE t (v INTEGER, id INTEGER PRIMARY KEY)",
+]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_table_is_halved(table, tmp_path):
+    """Also one without rowids, and one whose trigger refuses that rows go."""
+    path = tmp_path / "t.sqlite"
+    connection = sqlite3.connect(path)
+    connection.executescript(table)
+    columns = [row[1] for row in connection.execute("PRAGMA table_info(t)")]
+    for number in range(6):
+        values = [number + 1 if name in ("v", "id", "b") else f"k{number}" for name in columns]
+        connection.execute(f"INSERT INTO t VALUES ({', '.join('?' * len(columns))})", values)
+    connection.commit()
+    connection.close()
+    reward = SQLReward(path, workers=1, time_limit=5.0)
+    for gold, constant in (("SELECT count(*) FROM t", 6), ("SELECT sum(v) FROM t", 21)):
+        assert verdict(reward, f"SELECT {constant} FROM t LIMIT 1", gold) == (0.0, "wrong_on_half")
+    assert verdict(reward, "SELECT sum(1) FROM t", "SELECT count(*) FROM t") == (1.0, "correct")
+    reward.close()
+
+
 SHADOWS = [
     "WITH item AS (SELECT 1) SELECT 5 FROM item",
     "WITH item(name) AS (SELECT 5) SELECT name FROM item",
@@ -175,7 +203,31 @@ SHADOWS = [
     "WITH big AS (SELECT 1), item AS (SELECT * FROM big) SELECT 5 FROM item, big",
     "WITH ITEM AS (SELECT 1) SELECT count(*) + 4 FROM ITEM",
     "WITH cheap AS (VALUES (1)) SELECT 5 FROM cheap",
+    "WITH a AS (WITH item AS (SELECT 5 AS x) SELECT x FROM item) SELECT x FROM a",
+    'WITH "item" AS (SELECT 5 AS x) SELECT x FROM "ITEM"',
+    "WITH [item] AS (SELECT 5 AS x) SELECT x FROM `item`",
+    "SELECT (WITH item AS (SELECT 5 AS x) SELECT x FROM item)",
+    "SELECT x FROM (WITH item(x) AS (VALUES (5)) SELECT x FROM item)",
+    "WITH RECURSIVE item(n) AS (VALUES (1) UNION ALL SELECT n + 1 FROM item WHERE n < 5) SELECT max(n) FROM item",
+    "WITH item AS (SELECT 5 AS x), other AS (SELECT x FROM item) SELECT x FROM other",
+    "SELECT 5 WHERE 1 IN (1)",
 ]
+
+#: Constants beside a table that they do not depend on: one database cannot tell, its halves can.
+CONSTANTS = [
+    "SELECT 5 UNION SELECT 5 FROM item WHERE 0",
+    "SELECT count(*) + 5 FROM item WHERE 0",
+    "SELECT coalesce((SELECT 5 FROM item LIMIT 1), 0)",
+    "SELECT 5 FROM (SELECT 1) LEFT JOIN item ON 0",
+    "SELECT 5 WHERE (SELECT count(*) FROM item) >= 0",
+]
+
+
+def test_constants_beside_a_table_fail_on_its_halves(shop):
+    reward = SQLReward(shop, workers=1, time_limit=5.0)
+    for query in CONSTANTS:
+        assert verdict(reward, query) == (0.0, "wrong_on_half"), query
+    reward.close()
 
 
 @pytest.mark.parametrize("query", SHADOWS)

@@ -242,16 +242,31 @@ def _half(path: Path, parity: int) -> sqlite3.Connection:
     with contextlib.closing(_connect(str(path))) as source:
         source.backup(copy)
     copy.execute("BEGIN")
+    for (trigger,) in copy.execute("SELECT name FROM sqlite_master WHERE type='trigger'").fetchall():
+        copy.execute(f"DROP TRIGGER {_quoted(trigger)}")  # it may refuse that rows go
     for (table,) in copy.execute("SELECT name FROM sqlite_master WHERE type='table'").fetchall():
         if not table.lower().startswith("sqlite_"):
-            quoted = table.replace('"', '""')
-            try:
-                copy.execute(f'DELETE FROM "{quoted}" WHERE rowid % 2 = {parity}')
-            except sqlite3.Error:  # WITHOUT ROWID, virtual, or guarded by a trigger: it stays whole
-                continue
+            with contextlib.suppress(sqlite3.Error):  # a virtual table: it stays whole
+                _delete_half(copy, table, parity)
     copy.execute("COMMIT")
     copy.execute("PRAGMA query_only=ON")
     return copy
+
+
+def _delete_half(copy: sqlite3.Connection, table: str, parity: int) -> None:
+    """Delete the rows of even or odd rowids; of a table without them, those of even or odd places by primary key."""
+    columns = copy.execute(f"PRAGMA table_info({_quoted(table)})").fetchall()
+    key = ", ".join(_quoted(name) for _, name, _, _, _, place in columns if place)
+    try:
+        copy.execute(f"DELETE FROM {_quoted(table)} WHERE rowid % 2 = {parity}")
+    except sqlite3.OperationalError:  # WITHOUT ROWID
+        numbered = f"SELECT {key}, row_number() OVER (ORDER BY {key}) AS place FROM {_quoted(table)}"
+        half = f"SELECT {key} FROM ({numbered}) WHERE place % 2 = {parity}"
+        copy.execute(f"DELETE FROM {_quoted(table)} WHERE ({key}) IN ({half})")
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
 def reads_a_table(connection: sqlite3.Connection, query: str, guard: Guard) -> bool:
