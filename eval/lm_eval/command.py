@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fdiv.errors import DataError
+from fdiv.inference.encoding import Encoding, add_encoding
 from fdiv.inference.processes import process_state
 from fdiv.models.dtypes import add_dtype
 
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=_rows, default=8, help="rows of a forward, or auto (8)")
     add_dtype(parser)
     parser.add_argument("--apply_chat_template", action="store_true", help="ask through the chat template")
+    add_encoding(parser, rows=False)
     parser.add_argument("--seed", type=int, default=0, help="of few-shot choices and bootstrap (0)")
     parser.add_argument("--output", required=True, metavar="DIR", help="where out.json and samples.jsonl go")
 
@@ -98,8 +100,14 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
         options |= {"pretrained": load_model(model, adapter, dtype), "tokenizer": load_tokenizer(model, adapter)}
     else:
         options |= {"pretrained": find_model(model), "peft": adapter}
+    encoding = Encoding(args.system_prompt, args.date_string, args.chat_template_kwargs)
+    variables = encoding.template_variables()
+    lm = HFLM(**options, chat_template_args=variables, enable_thinking=variables.get("enable_thinking", True))
+    if isinstance(lm.tokenizer.chat_template, str):  # lm-eval renders with it: no clock in a prompt
+        lm.tokenizer.chat_template = encoding.template(lm.tokenizer)
     return simple_evaluate(
-        model=HFLM(**options),
+        model=lm,
+        system_instruction=args.system_prompt,
         tasks=tasks,
         num_fewshot=args.num_fewshot,
         limit=args.limit,

@@ -135,7 +135,8 @@ class MuseEvaluation(ModelEvaluation):
                 for i in selected_rows(len(rows), None, self.config.max_items):
                     self._plan_text(f"{side}/{i}", "", rows[i]["text"])
 
-    def _plan_text(self, key: str, prefix: str, text: str) -> None:
+    def _plan_text(self, key: str, prefix: str, text: str) -> tuple[int, ...]:
+        """Score `text` after `prefix`; the tokens that its labels follow."""
         encoded = PromptFormat.encode_continuation(self.tokenizer, prefix, text, self.config.max_length)
         group = "verbatim" if key.startswith("verbatim") else "attacked"
         self.plan.scoring.append(ScoringRequest(key, encoded, True, group))
@@ -144,15 +145,15 @@ class MuseEvaluation(ModelEvaluation):
             whole = PromptFormat.encode_continuation(self.tokenizer, prefix, text, sys.maxsize)
             kept = self.config.max_length + len(whole.input_ids) - kept
         self.plan.lengths[key] = kept
-        labels = list(encoded.input_ids[encoded.prompt_length :])
-        self.plan.texts[key] = self.tokenizer.decode(labels, skip_special_tokens=True)
+        self.plan.texts[key] = self.tokenizer.decode(list(encoded.label_ids), skip_special_tokens=True)
+        return encoded.prompt_ids
 
     def _plan_verbatim(self) -> None:
         for i in selected_rows(len(self.rows.verbmem), None, self.config.max_items):
             row, key = self.rows.verbmem[i], f"forget_verbmem_ROUGE/{i}"
-            self._plan_text(f"verbatim/{i}", row["prompt"], row["gt"])
-            prompt_ids = tuple(self.tokenizer(row["prompt"])["input_ids"])
-            self.plan.generation.append(GenerationRequest(key, prompt_ids, VERBATIM_TOKENS))
+            scored_after = self._plan_text(f"verbatim/{i}", row["prompt"], row["gt"])
+            self.plan.generation.append(GenerationRequest(key, scored_after, VERBATIM_TOKENS))
+            prompt_ids = self.tokenizer(row["prompt"])["input_ids"]
             truth = row["gt"]
             if self.preset.verbatim_truth_tokens is not None:
                 kept = self.tokenizer(truth)["input_ids"][: self.preset.verbatim_truth_tokens]

@@ -41,6 +41,7 @@ __all__ = [
     "encoding_stamp",
     "shared_length",
     "template_without_clock",
+    "token_ids",
 ]
 
 DATE_STRING = "26 Jul 2024"
@@ -227,7 +228,7 @@ class Encoding:
         Raises:
             DataError: see `encode`.
         """
-        return _ids(tokenizer, self._generation_text(tokenizer, prompt, variables), isinstance(prompt, str))
+        return token_ids(tokenizer, self._generation_text(tokenizer, prompt, variables), isinstance(prompt, str))
 
     def _generation_text(self, tokenizer: Any, prompt: Text, variables: Mapping[str, Any]) -> str:
         if isinstance(prompt, str):
@@ -289,8 +290,9 @@ def _role(answer: Text) -> str:
 # ------------------------------------------------------------------------------------------------------- tokenising
 
 
-def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
-    """Token ids; an end-of-sequence token that the tokenizer writes by itself is left out."""
+def token_ids(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    """Token ids, with the tokenizer's special tokens where `special`; an end-of-sequence token that it would write by
+    itself is left out."""
     ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
     end, name = tokenizer.eos_token_id, tokenizer.eos_token
     if special and end is not None and ids[-1:] == [end]:
@@ -307,15 +309,15 @@ def shared_length(rows: Sequence[Sequence[Any]]) -> int:
 
 def _split(tokenizer: Any, part: _Parts) -> EncodedText:
     """The whole tokenised at once; the labels begin where the tokens of the head alone differ from it."""
-    ids = _ids(tokenizer, part.whole, part.special)
-    return EncodedText(tuple(ids), shared_length([_ids(tokenizer, part.head, part.special), ids]))
+    ids = token_ids(tokenizer, part.whole, part.special)
+    return EncodedText(tuple(ids), shared_length([token_ids(tokenizer, part.head, part.special), ids]))
 
 
 def _following(tokenizer: Any, text: str, prompt_ids: Sequence[int], part: _Parts) -> list[int]:
     """The answer's ids after `prompt_ids`, the tokens of `text`: as in one piece with it where no token spans the
     border, else tokenised by itself."""
     answer = part.whole[len(part.head) :]
-    ids = _ids(tokenizer, text + answer, part.special)
+    ids = token_ids(tokenizer, text + answer, part.special)
     if ids[: len(prompt_ids)] == list(prompt_ids):
         return ids[len(prompt_ids) :]
     # After a newline, a tokenizer that writes a space before a text (SentencePiece) leaves it out.

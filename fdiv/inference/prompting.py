@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fdiv.errors import DataError
 from fdiv.filling import check_template, fill
-from fdiv.inference.encoding import EncodedText, Encoding, Text, encoding_stamp, shared_length
+from fdiv.inference.encoding import EncodedText, Encoding, Text, encoding_stamp, shared_length, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,8 +141,8 @@ class PromptFormat:
         A token that spans the border is a label. With an empty prefix the labels begin at the second token: the first
         has nothing before it to be predicted from.
         """
-        prefix_ids = tokenizer(prefix)["input_ids"]
-        ids = tokenizer(prefix + (" " if insert_space else "") + text)["input_ids"]
+        prefix_ids = token_ids(tokenizer, prefix)
+        ids = token_ids(tokenizer, prefix + (" " if insert_space else "") + text)
         start = shared_length([prefix_ids, ids])
         return EncodedText(tuple(ids[: start + max_length]), max(1, start))
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from fdiv.errors import FdivError, TerminatedError
 from fdiv.files import one_line, plain, write_text
+from fdiv.inference.encoding import encoding_stamp
 from fdiv.interrupts import Sigterm, held_back, stoppable
 from fdiv.models.fetch import find_model
 from fdiv.provenance import command_line, environment
@@ -260,12 +261,26 @@ def _result(plan: RunPlan, trainer: Any, evaluations: Any) -> dict[str, Any]:
         "unmet_requirements": unmet_requirements(evaluations.evaluations, before, after, plan.recipe.method_name),
         "summary_metrics": _summary_metrics(evaluations.evaluations, after),
         "notes": {**getattr(trainer, "notes", {}), **evaluations.notes},
+        "encoding": _encoding(trainer, evaluations.datasets["train"]),
         "rows": records_of([*getattr(trainer, "row_reports", ()), *evaluations.row_reports]),
     }
     result.update({f"before/{name}": value for name, value in before.items()})
     result.update({f"after/{name}": value for name, value in after.items()})
     result.update({f"train/{name}": value for name, value in last.items() if isinstance(value, (int, float))})
     return result | _late(trainer.state.log_history) | _best(trainer.state)
+
+
+def _encoding(trainer: Any, rows: Any) -> dict[str, Any] | None:
+    """The stamp of how the run's rows were encoded; None for a method whose config does not say."""
+    args = trainer.args
+    if not hasattr(args, "encoding"):
+        return None
+    row = next(iter(rows))
+    prompt = row.get("prompt", row.get("chosen"))
+    chat = isinstance(prompt, list) or (prompt is None and "question" in row and args.prompt_format is None)
+    plain = {"prompt_format": args.prompt_format} if getattr(args, "prompt_format", None) is not None else {}
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    return encoding_stamp(tokenizer, args.encoding(), chat=chat, **plain)
 
 
 def _late(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -148,7 +148,11 @@ class RolloutMixin:
         """As TRL's, with the system turn; a prompt that leaves no room for the completion is refused."""
         if self.encoding.system_prompt is not None:
             prompts = [self.encoding.turns(prompt) for prompt in prompts]
-        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        if isinstance(prompts[0], str) and not self._is_vlm:
+            # TRL would keep an end-of-sequence token that the tokenizer writes after a text.
+            prompt_ids, images, fields = [self.encoding.encode_prompt(self._tokenizer, p) for p in prompts], None, {}
+        else:
+            prompt_ids, images, fields = super()._tokenize_prompts(prompts)
         check_room(self, prompts, prompt_ids)
         return prompt_ids, images, fields
 
