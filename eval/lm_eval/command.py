@@ -101,8 +101,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     else:
         options |= {"pretrained": find_model(model), "peft": adapter}
     encoding = Encoding(args.system_prompt, args.date_string, args.chat_template_kwargs)
-    variables = encoding.template_variables()
-    lm = HFLM(**options, chat_template_args=variables, enable_thinking=variables.get("enable_thinking", True))
+    lm = HFLM(**options, chat_template_args=encoding.template_variables())
     if isinstance(lm.tokenizer.chat_template, str):  # lm-eval renders with it: no clock in a prompt
         lm.tokenizer.chat_template = encoding.template(lm.tokenizer)
     return simple_evaluate(
