@@ -146,15 +146,17 @@ class RolloutMixin:
 
     def _tokenize_prompts(self, prompts: list):
         """As TRL's, with the system turn; a prompt that leaves no room for the completion is refused."""
+        tokenized = self._encode_prompts(prompts)
+        check_room(self, prompts, tokenized[0])
+        return tokenized
+
+    def _encode_prompts(self, prompts: list):
         if self.encoding.system_prompt is not None:
             prompts = [self.encoding.turns(prompt) for prompt in prompts]
         if isinstance(prompts[0], str) and not self._is_vlm:
             # TRL would keep an end-of-sequence token that the tokenizer writes after a text.
-            prompt_ids, images, fields = [self.encoding.encode_prompt(self._tokenizer, p) for p in prompts], None, {}
-        else:
-            prompt_ids, images, fields = super()._tokenize_prompts(prompts)
-        check_room(self, prompts, prompt_ids)
-        return prompt_ids, images, fields
+            return [self.encoding.encode_prompt(self._tokenizer, prompt) for prompt in prompts], None, {}
+        return super()._tokenize_prompts(prompts)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; what became of the prompts is reported first, and those that are too long are refused."""
@@ -178,7 +180,7 @@ class RolloutMixin:
         lengths: list[int] = []
         for start in range(0, len(rows), _PROMPTS_AT_ONCE):
             prompts = rows[start : start + _PROMPTS_AT_ONCE]["prompt"]
-            lengths += [len(ids) for ids in super()._tokenize_prompts(prompts)[0]]
+            lengths += [len(ids) for ids in self._encode_prompts(prompts)[0]]
         room, limit = self.max_completion_length, context_length(self.model)
         long = [number for number, tokens in enumerate(lengths) if limit is not None and tokens + room > limit]
         if long:

@@ -181,10 +181,10 @@ def test_template_keys_reach_the_evaluation(tmp_path):
 def test_a_rehearsal_cache_of_another_encoding_is_refused(tiny_model_dir):
     tokenizer = tokenizer_of(tiny_model_dir, "llama 3, the clock's date")
     made = dph.cache(tiny_model_dir, settings={"encoding": encoding_stamp(tokenizer, Encoding())})
-    made.check(encoding=lambda chat: encoding_stamp(tokenizer, Encoding(), chat=chat))
+    assert made.check(made_with=encoding_stamp(tokenizer, Encoding())) == []
     for other in (Encoding("Be kind."), Encoding(date_string="1 Jan 2020"), Encoding(chat_template_kwargs={"a": 1})):
-        with pytest.raises(DataError, match="set the keys of the training to those"):
-            made.check(encoding=lambda chat, other=other: encoding_stamp(tokenizer, other, chat=chat))
+        with pytest.raises(DataError, match="restore the setting"):
+            made.check(made_with=encoding_stamp(tokenizer, other))
 
 
 # ------------------------------------------------------------------------------------------------------- command line
