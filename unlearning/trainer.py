@@ -196,8 +196,7 @@ class UnlearningTrainer(PeriodicEvaluationMixin, ObjectiveTrainerMixin, SFTTrain
             forget = roles[-2] if args.retain_term != "none" else roles[-1]
             terms.append((torch.ones_like(forget) * forget.log_softmax(-1)).sum(-1))
         if args.retain_term == "divergence" and args.retain_level == "vocabulary":
-            log_p = roles[-1].log_softmax(-1)
-            terms.append(get_divergence(args.retain_divergence).exact(log_p, log_p.detach().clone()))
+            terms.append((roles[-1] * roles[-1].detach().clone()).sum(-1))  # the kernel keeps both sides' logits
         return terms
 
     # ---------------------------------------------------------------- data

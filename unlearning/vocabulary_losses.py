@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdiv.divergences import get_divergence
+from fdiv.models.vocabulary import logits_divergence
 from fdiv.unlearning.losses import DivergenceSpec
 
 __all__ = ["ce_u", "pdu", "undial", "vocabulary_divergence"]
@@ -90,7 +90,7 @@ def pdu(logits: Tensor, mask: Tensor) -> Tensor:
 def vocabulary_divergence(
     logits: Tensor, reference_logits: Tensor, mask: Tensor, divergence: DivergenceSpec
 ) -> Tensor:
-    """(1/|y|) Σ_t D_f(p_θ(·|x, y_<t) ‖ p_ref(·|x, y_<t)) → [B], exact over the vocabulary.
+    """(1/|y|) Σ_t D_f(p_θ(·|x, y_<t) ‖ p_ref(·|x, y_<t)) → [B], exact over the vocabulary, in blocks of rows.
 
     The retain term of KL-retain (`forward_kl` = KL(ref ‖ θ)), of JensUn (`jensen_shannon`), and of any other method
     with `retain_term: divergence`.
@@ -101,6 +101,4 @@ def vocabulary_divergence(
         divergence: any spec of `fdiv.divergences.get_divergence`.
     """
     mask = mask.bool()
-    log_p = logits[mask].float().log_softmax(-1)
-    log_q = reference_logits.detach()[mask].float().log_softmax(-1)
-    return _per_example(get_divergence(divergence).exact(log_p, log_q), mask)
+    return _per_example(logits_divergence(logits[mask], reference_logits.detach()[mask], divergence), mask)

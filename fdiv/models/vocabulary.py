@@ -32,6 +32,7 @@ __all__ = [
     "VocabularyScores",
     "check_head",
     "last_hidden_states",
+    "logits_divergence",
     "model_head",
     "score_vocabulary",
     "topk_divergence",
@@ -151,6 +152,21 @@ def score_vocabulary(
         hidden_p, head_p.weight, head_p.bias, head_p, temperature, measure, hidden_q, head_q.weight, head_q.bias
     )
     return VocabularyScores(value, *measure.scores())
+
+
+def logits_divergence(logits_p: Tensor, logits_q: Tensor, divergence: DivergenceSpec) -> Tensor:
+    """`vocabulary_divergence` of logits `[N, V]` that are there already → `[N]`: what it takes beyond them is their
+    gradient and blocks of rows. The gradient goes to `logits_p`.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if logits_p.dim() != 2 or logits_p.shape != logits_q.shape:
+        raise ValueError(
+            f"logits_p is {tuple(logits_p.shape)} and logits_q {tuple(logits_q.shape)}: both must be [rows, "
+            "vocabulary]"
+        )
+    return _FromLogits.apply(logits_p, logits_q, _Whole(get_divergence(divergence), Head(logits_p), 1.0))
 
 
 def topk_vocabulary_divergence(
@@ -347,12 +363,17 @@ def _log_softmax(hidden: Tensor, head: Head, temperature: float) -> tuple[Tensor
         block.tanh_().mul_(head.softcap / temperature)
         if banned is not None:
             block.masked_fill_(banned, -math.inf)
+    log_z = _log_z(block)
+    return block.sub_(log_z), log_z.squeeze(-1)
+
+
+def _log_z(block: Tensor) -> Tensor:
+    """log ∑ e^z of every row `[n, 1]`."""
     top = block.amax(-1, keepdim=True)
     total = torch.zeros_like(top)
     for tile in _tiles(block):
         total += (block[:, tile] - top).exp_().sum(-1, keepdim=True)
-    log_z = top + total.log_()
-    return block.sub_(log_z), log_z.squeeze(-1)
+    return top + total.log_()
 
 
 def _multiply(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -632,3 +653,35 @@ def _gradient_to_logits_(
     measure.gradient_(log_p, log_q, totals)
     if squash is not None:
         log_p.mul_(squash)
+
+
+class _FromLogits(torch.autograd.Function):
+    """`_Function` where the logits exist: no projection, and the gradient is theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_p: Tensor, logits_q: Tensor, measure: _Whole) -> Tensor:
+        dtype = torch.promote_types(logits_p.dtype, torch.float32)
+        values, totals = (torch.zeros(len(logits_p), dtype=dtype, device=logits_p.device) for _ in range(2))
+        measure.holes = bool(torch.isneginf(logits_p).any() | torch.isneginf(logits_q).any())
+        for rows in _blocks(logits_p.shape[0], logits_p.shape[1], logits_p.device):
+            values[rows], totals[rows] = measure.sums(*_log_probs(rows, dtype, logits_p, logits_q))
+        ctx.measure, ctx.dtype = measure, dtype
+        ctx.save_for_backward(logits_p, logits_q, totals)
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        logits_p, logits_q, totals = ctx.saved_tensors
+        gradient = torch.empty_like(logits_p)
+        for rows in _blocks(logits_p.shape[0], logits_p.shape[1], logits_p.device):
+            log_p, log_q = _log_probs(rows, ctx.dtype, logits_p, logits_q)
+            ctx.measure.gradient_(log_p, log_q, totals[rows])
+            gradient[rows] = log_p.mul_(upstream[rows].unsqueeze(-1)).to(gradient.dtype)
+        return gradient, None, None
+
+
+def _log_probs(rows: slice, dtype: torch.dtype, *logits: Tensor) -> list[Tensor]:
+    """log softmax of some rows of each, in copies."""
+    blocks = [part[rows].to(dtype, copy=True) for part in logits]
+    return [block.sub_(_log_z(block)) for block in blocks]

@@ -8,7 +8,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdiv.divergences import Divergence, get_divergence
 from fdiv.models import vocabulary
-from fdiv.models.vocabulary import Head, topk_divergence, topk_vocabulary_divergence, vocabulary_divergence
+from fdiv.models.vocabulary import (
+    Head,
+    logits_divergence,
+    score_vocabulary,
+    topk_divergence,
+    topk_vocabulary_divergence,
+    vocabulary_divergence,
+)
 from tests.divergences.reference import IDS, REFERENCES
 
 MADE = {
@@ -222,17 +229,18 @@ def test_no_rows_and_one_token():
 
 
 class _Largest(TorchDispatchMode):
-    """The elements of the largest tensor that any operation returns inside the block."""
+    """The elements of the largest new tensor of an operation inside the block, and how many have at least `size`."""
 
-    def __init__(self):
+    def __init__(self, size=math.inf):
         super().__init__()
-        self.elements = 0
+        self.elements, self.size, self.count = 0, size, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for part in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(part, torch.Tensor):
                 self.elements = max(self.elements, part.numel())
+                self.count += part.numel() >= self.size and function.overloadpacket.__name__ == "empty_like"
         return result
 
 
@@ -246,6 +254,66 @@ def test_nothing_of_the_size_of_all_logits_is_made(frozen, small_blocks):
         vocabulary_divergence(*student[:2], *teacher[:2], "jensen_shannon").sum().backward()
         topk_vocabulary_divergence(*student[:2], (top.values, top.indices), "jensen_shannon").sum().backward()
     assert largest.elements <= max(2000, 301 * 12) < 200 * 301 / 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("make", ALL)
+def test_from_logits_it_is_the_dense_sum(make, dtype, small_blocks):
+    """Value and gradient, against float64 on the logits of that type."""
+    divergence = make()
+    student, teacher = models(spread=0.7)
+    logits = [(part[0] @ part[1].t()).to(dtype) for part in (student, teacher)]
+    exact = logits[0].double().requires_grad_()
+    log_p, log_q = exact.log_softmax(-1), logits[1].double().log_softmax(-1)
+    dense = divergence.exact(log_p, log_q)
+    ours = logits[0].clone().requires_grad_()
+    value = logits_divergence(ours, logits[1], divergence)
+    torch.testing.assert_close(value.double(), dense, rtol=3e-5, atol=2e-6)
+    upstream = torch.linspace(-1.0, 2.0, 23, dtype=torch.float64)
+    (got,), (expected,) = gradients(value, [ours], upstream), gradients(dense, [exact], upstream)
+    assert got.dtype == dtype
+    assert_near(got.double(), expected, 1e-2 if dtype == torch.bfloat16 else 2e-4)
+
+
+def test_from_logits_with_holes_and_what_is_refused(small_blocks):
+    student, teacher = models()
+    logits = [part[0] @ part[1].t() for part in (student, teacher)]
+    for part in logits:
+        part[:, 290:] = -math.inf
+    holes = logits_divergence(*logits, "neyman_chi2")
+    torch.testing.assert_close(holes, logits_divergence(logits[0][:, :290], logits[1][:, :290], "neyman_chi2"))
+    for pair in ((logits[0], logits[1][1:]), (logits[0][0], logits[1][0])):
+        with pytest.raises(ValueError, match="both must be"):
+            logits_divergence(*pair, "reverse_kl")
+
+
+def test_scores_of_tokens_come_with_the_divergence(small_blocks):
+    """log-probabilities of given tokens and entropies, beside a divergence with its gradient."""
+    student, teacher = models()
+    student[0].requires_grad_()
+    heads = [Head(weight, bias, 0.7, 5.0) for _, weight, bias in (student, teacher)]
+    ids = torch.arange(23) * 7 % 301
+    scores = score_vocabulary(student[0], heads[0], teacher[0], heads[1], ids, "jeffreys", temperature=1.3)
+    logs = [log_softmax(*side, temperature=1.3, scale=0.7, softcap=5.0) for side in (student, teacher)]
+    torch.testing.assert_close(scores.divergence, get_divergence("jeffreys").exact(*logs))
+    assert scores.divergence.requires_grad and not any(part.requires_grad for part in scores[1:])
+    for log_prob, entropy, log in zip(scores[1:3], scores[3:], logs, strict=True):
+        torch.testing.assert_close(log_prob, log.gather(1, ids[:, None])[:, 0].detach())
+        torch.testing.assert_close(entropy, -(log.exp() * log).sum(-1).detach())
+    for bad in (ids[1:], ids + 301, ids - 1):
+        with pytest.raises(ValueError, match="one of 301 tokens"):
+            score_vocabulary(student[0], heads[0], teacher[0], heads[1], bad, "jeffreys")
+    none = score_vocabulary(student[0][:0], heads[0], teacher[0][:0], heads[1], ids[:0], "jeffreys")
+    assert [part.shape for part in none] == [(0,)] * 5
+
+
+def test_from_logits_only_the_gradient_is_as_large_as_they_are(small_blocks):
+    student, teacher = models(rows=200)
+    logits = [part[0] @ part[1].t() for part in (student, teacher)]
+    logits[0].requires_grad_()
+    with _Largest(200 * 301) as largest:
+        logits_divergence(*logits, "jensen_shannon").sum().backward()
+    assert largest.count == 1
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.25, 0.5, 0.75, 1.0])
