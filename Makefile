@@ -12,7 +12,7 @@ MINUTES ?= 10
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm smollm2 demo demo-real test test-slow test-processor test-all test-gpu test-vllm fuzz lint format recipes \
+.PHONY: help setup setup-vllm smollm2 demo demo-real test test-slow test-processor test-all test-gpu test-vllm fuzz lint format recipes tables \
 	readme metrics licences docs bench bench-gpu constraints clean
 
 # Tests, demonstration and documentation fetch nothing from a hub.
@@ -97,6 +97,9 @@ readme: ## copy the tables of results/ into the README
 metrics: setup ## write docs/metrics.md, what every metric means
 	$(BIN)/python scripts/metrics_page.py
 
+tables: setup ## write fdiv/cli/tables.json, what `fdiv methods` and `fdiv divergences` list
+	$(BIN)/python scripts/write_tables.py
+
 licences: setup ## write docs/licences.md, the licences of the pinned packages
 	$(BIN)/python scripts/licences.py
 
@@ -104,7 +107,7 @@ docs: setup ## build the API reference and the guides into site/
 	$(BIN)/python scripts/build_docs.py
 
 bench: setup ## run the benchmarks of a CPU; each writes its JSON to benchmarks/results
-	@for name in registry f_dpo_step f_dpg_step dph_step; do \
+	@for name in registry dry_run f_dpo_step f_dpg_step dph_step; do \
 		echo "$$name"; $(BIN)/python -m "benchmarks.$$name" || exit $$?; \
 	done
 	@echo invariance; $(BIN)/python -m tests.support.scripts.invariance --output benchmarks/results/invariance.json

@@ -8,6 +8,7 @@ __all__ = [
     "FdivError",
     "MomentError",
     "NonFiniteLossError",
+    "OptionError",
     "RecipeError",
     "RequirementError",
     "RewardError",
@@ -29,6 +30,14 @@ class RecipeError(FdivError):
     """The recipe or the command line is wrong: an unknown key, a value of the wrong type, an invalid divergence."""
 
     exit_code = 2
+
+
+class OptionError(RecipeError, ValueError):
+    """An option of a config has a value that it cannot have. `key` names the option."""
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class DataError(FdivError, ValueError):

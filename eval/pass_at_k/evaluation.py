@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from fdiv.catalog import REWARDS
 from fdiv.errors import DataError
 from fdiv.eval.pass_at_k.aggregate import compare_with_base, distinct_correct, parse_k, summarise
 from fdiv.eval.pass_at_k.data import EvalTask, LoadedTasks, load_tasks, tasks_of_rows
@@ -22,6 +23,7 @@ from fdiv.inference.encoding import Encoding, encoding_stamp
 from fdiv.inference.processes import process_state
 from fdiv.inference.prompting import CHAT_TEMPLATE, PromptFormat
 from fdiv.models.fingerprints import tokenizer_fingerprint
+from fdiv.named import is_path, lookup
 from fdiv.rows.report import RowReport
 from fdiv.sealed import listed
 from fdiv.secrets import without_secrets
@@ -128,6 +130,8 @@ class PassKEvalConfig(RowOptions):
         if self.unscored not in get_args(Unscored):
             raise ValueError(f"unscored={self.unscored!r}: choose {', '.join(get_args(Unscored))}")
         if self.scorer is not None:
+            if not is_path(self.scorer):
+                lookup(REWARDS, self.scorer, "scorer", error=DataError)
             self._refuse_code(self.scorer)
         names = ["greedy_accuracy", *(f"{name}@{k}" for name in ("pass", "keep_rate", "explore_rate") for k in self.k)]
         self.summary_metrics = tuple(self._named(name) for name in names)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fdiv.errors import DataError
 from fdiv.eval.benchmark.aggregation import Aggregates
 from fdiv.eval.benchmark.evaluation import ModelEvaluation, Records
 from fdiv.eval.benchmark.log import EvalLog, write_eval_log
@@ -21,12 +22,15 @@ from fdiv.eval.tofu.plan import TofuPlan, build_metrics, plan_tofu
 from fdiv.evaluation import EvalContext
 from fdiv.inference.processes import process_state
 from fdiv.models.loading import context_length
+from fdiv.named import lookup
 from fdiv.rows.report import RowReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["TofuEvalConfig", "TofuEvaluation"]
+
+_HUB_SPLITS = ("forget01", "forget05", "forget10")
 
 
 @dataclass
@@ -54,6 +58,13 @@ class TofuEvalConfig(EvaluationSettings):
     split: str = "forget10"
     holdout: str | None = None
     retain_data: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data == HUB_DATASET:
+            lookup(dict.fromkeys(_HUB_SPLITS), self.split, f"split of {HUB_DATASET}", error=DataError)
+        elif not self.split:
+            raise DataError("split is empty: name a forget set of the data")
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, datasets: Any, context: EvalContext

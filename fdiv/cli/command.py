@@ -182,6 +182,7 @@ def _command(words: list[str], args: argparse.Namespace) -> int:
     if any("\0" in word for word in words):
         terminal.error("the command line holds a NUL character, which no name and no value may")
         return 2
+    os.getcwd()  # fails where there is none any more; torch would end the process
     flag_first = len(words) > 1 and words[1].startswith("-") and words[1] not in ("-h", "--help")
     if flag_first and words[0] in ("run", "sweep"):
         terminal.error(f"the recipe comes first: fdiv {words[0]} RECIPE {words[1]} …")
@@ -237,12 +238,18 @@ def _abandon_stdout() -> None:
 
 
 def _run(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from fdiv.recipe.load import find_recipe
+
+    find_recipe(args.recipe)  # a name that is none needs no torch to be said so
     from fdiv.cli.verbs import run
 
     return run(args, rest, words)
 
 
 def _sweep(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from fdiv.recipe.load import find_recipe
+
+    find_recipe(args.recipe)
     from fdiv.cli.verbs import sweep
 
     return sweep(args, rest, words)

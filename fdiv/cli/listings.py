@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from fdiv.recipe.load import find_recipe, is_base, packaged_recipes
 from fdiv.recipe.whole import whole_text
 from fdiv.terminal import number, print_table
 
-__all__ = ["divergences", "methods", "recipes"]
+__all__ = ["computed_tables", "divergences", "methods", "recipes"]
 
 _RATIOS, _MORE_RATIOS = (0.1, 10.0), (0.01, 0.1, 1.0, 10.0, 100.0)  # density ratios whose weight t·f''(t) is shown
 _EXAMPLE = 0.5  # any value inside (0, 1): limits that depend on the parameter are shown as formulas by `NAME`
@@ -23,46 +25,24 @@ _EXAMPLE = 0.5  # any value inside (0, 1): limits that depend on the parameter a
 
 def methods() -> int:
     """Every method with its title, its paper and the divergences that it is defined for."""
-    from fdiv.divergences import get_divergence, list_divergences
-    from fdiv.divergences.registry import parameters_of
-
-    entries = {
-        name: get_divergence({"name": name, **dict.fromkeys(parameters_of(name), _EXAMPLE)})
-        for name in list_divergences()
-    }
-    rows = []
-    for name in METHODS:
-        method = METHODS.find(name)
-        refused = [other for other, entry in entries.items() if _refusal(method, entry)]
-        valid = "–" if method.check_divergence is None else "all" if not refused else f"all but {', '.join(refused)}"
-        rows.append((name, method.title, method.paper, valid))
     notes = [
         f"Divergences with a parameter are checked at {_EXAMPLE}. `fdiv divergences NAME` says why one is refused.",
         "A method of your own: `method: module:TrainerClass` in a recipe.",
     ]
     columns = ("name", "title", "paper", "divergences")
-    print_table("Methods", columns, rows, notes, text_columns=(0, 1, 2, 3))
+    print_table("Methods", columns, _written("methods"), notes, text_columns=(0, 1, 2, 3))
     return 0
 
 
 def divergences(spec: str | None) -> int:
     """The registry as a table, or one entry in full."""
-    from fdiv.divergences import get_divergence, list_divergences
-    from fdiv.divergences.registry import aliases_of, parameters_of
-
     if spec is not None:
+        from fdiv.divergences import get_divergence
+
         try:
             return _one_divergence(get_divergence(_with_example(parse_value(spec))))
         except (ValueError, TypeError) as error:
             raise RecipeError(str(error)) from error
-    rows = []
-    for name in list_divergences():
-        parameters = parameters_of(name)
-        entry = get_divergence({"name": name, **dict.fromkeys(parameters, _EXAMPLE)})
-        limits = (_curvature(entry), entry.derivative_at_zero, entry.slope_at_infinity)
-        weights = [_density_weight(entry, t) for t in _RATIOS]
-        shown = [_limit_or_dash(limit) for limit in (*limits, *weights)]
-        rows.append((name, ", ".join(parameters), *shown, ", ".join(aliases_of(name))))
     weights = [f"t·f'' at {t:g}" for t in _RATIOS]
     columns = ("name", "parameters", "f''(1)", "f'(0)", "f'(inf)", *weights, "aliases")
     notes = [
@@ -70,8 +50,37 @@ def divergences(spec: str | None) -> int:
         "the methods that refuse it and why; `fdiv methods` says for every method which it takes.",
         "t·f''(t) is the weight of a sample with density ratio t = policy/reference: which samples f listens to.",
     ]
+    rows = _written("divergences")
     print_table("Divergences D_f(policy ‖ reference)", columns, rows, notes, text_columns=(0, 1, 5 + len(_RATIOS)))
     return 0
+
+
+def _written(table: str) -> list[list[str]]:
+    """The rows of a table from `tables.json`: computing them imports torch, and TRL for the methods."""
+    return json.loads(resources.files("fdiv.cli").joinpath("tables.json").read_text(encoding="utf-8"))[table]
+
+
+def computed_tables() -> dict[str, list[list[str]]]:
+    """The rows of `fdiv methods` and `fdiv divergences`, from the classes; `make tables` writes them down."""
+    from fdiv.divergences import get_divergence, list_divergences
+    from fdiv.divergences.registry import aliases_of, parameters_of
+
+    entries = {
+        name: get_divergence({"name": name, **dict.fromkeys(parameters_of(name), _EXAMPLE)})
+        for name in list_divergences()
+    }
+    rows: dict[str, list[list[str]]] = {"methods": [], "divergences": []}
+    for name in METHODS:
+        method = METHODS.find(name)
+        refused = [other for other, entry in entries.items() if _refusal(method, entry)]
+        valid = "–" if method.check_divergence is None else "all" if not refused else f"all but {', '.join(refused)}"
+        rows["methods"].append([name, method.title, method.paper, valid])
+    for name, entry in entries.items():
+        limits = (_curvature(entry), entry.derivative_at_zero, entry.slope_at_infinity)
+        weights = [_density_weight(entry, t) for t in _RATIOS]
+        shown = [_limit_or_dash(limit) for limit in (*limits, *weights)]
+        rows["divergences"].append([name, ", ".join(parameters_of(name)), *shown, ", ".join(aliases_of(name))])
+    return rows
 
 
 def _with_example(spec: Any) -> Any:

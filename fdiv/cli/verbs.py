@@ -26,7 +26,7 @@ def run(args: argparse.Namespace, overrides: list[str], words: list[str]) -> int
     check_options(args.accelerate, args.num_processes)
     recipe = load_recipe(args.recipe, overrides)
     if args.dry_run:
-        return _dry_run(recipe, args.accelerate, args.num_processes)
+        return _dry_run(recipe, args.recipe, overrides, args.accelerate, args.num_processes)
     if args.accelerate is not None:
         return launch(args.accelerate, words, args.num_processes, _mixed_precision(recipe))
     from fdiv.run.run import plan_run, run_plan
@@ -50,7 +50,9 @@ def _mixed_precision(recipe: Recipe) -> str | None:
     return None if known.get("bf16") is None else "bf16" if known["bf16"] else "no"
 
 
-def _dry_run(recipe: Recipe, accelerate: str | None, num_processes: int | None) -> int:
+def _dry_run(
+    recipe: Recipe, source: str, overrides: list[str], accelerate: str | None, num_processes: int | None
+) -> int:
     """The resolved recipe on stdout and the memory plan on stderr.
 
     A `${NAME}` that is not set is left standing: the check needs no data.
@@ -61,7 +63,12 @@ def _dry_run(recipe: Recipe, accelerate: str | None, num_processes: int | None) 
     unset = recipe.unset_variables()
     for name in unset:
         info(f"note: the environment variable {name} is not set; the run needs it")
-    plan = plan_run(recipe, {name: f"${{{name}}}" for name in unset})
+    variables = {name: f"${{{name}}}" for name in unset}
+    plan = plan_run(recipe, variables)
+    if recipe.sweep:
+        from fdiv.run.cells import check_axes
+
+        check_axes(recipe, source, overrides, variables)
     if is_main_process():
         sys.stdout.write(resolved_yaml(plan.recipe))
         sys.stdout.flush()
@@ -97,6 +104,8 @@ def sweep(args: argparse.Namespace, overrides: list[str], words: list[str]) -> i
     from fdiv.run.sweep import collect, plan_sweep, print_cells, run_sweep
 
     results = None if args.results is None else Path(args.results)
+    if args.minutes is not None and not 0 <= args.minutes < float("inf"):
+        raise RecipeError(f"--minutes {args.minutes}: must be a number from 0")
     if args.collect:
         info(f"table and plots: {collect(args.recipe, results)}")
         return 0

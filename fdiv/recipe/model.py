@@ -21,13 +21,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from fdiv.bounds import check_fields
+from fdiv.bounds.blocks import SHARED
+from fdiv.bounds.inherited import INHERITED
 from fdiv.catalog import METHODS
 from fdiv.errors import RecipeError
 from fdiv.files import one_line
+from fdiv.recipe.document import place_of
 from fdiv.recipe.overrides import KeyPath
 from fdiv.recipe.variables import VARIABLE, interpolate, texts
 
 __all__ = ["Block", "Configs", "Recipe", "ReportKeys", "RunKeys"]
+
+# What TRL and transformers raise for a value that they cannot use, a file that a key names among them.
+_REFUSALS = (ValueError, TypeError, OSError, AttributeError, KeyError, ImportError, ArithmeticError, RuntimeError)
 
 
 @dataclass
@@ -92,9 +99,11 @@ class Block:
         """The dataclass, with `${NAME}` replaced. A `ValueError` of its own checks becomes a `RecipeError`."""
         values = interpolate(self.values, variables or {}, f"{self.title}.", self.where)
         try:
-            return self.config(**values)
+            made = self.config(**values)
+            check_fields(made, SHARED)
         except (ValueError, TypeError) as error:
             raise RecipeError(f"{self.where}: {self.title}: {one_line(error)}") from error
+        return made
 
 
 @dataclass(frozen=True)
@@ -175,10 +184,20 @@ class Recipe:
         parser = TrlParser((script, method_config(self.method), model, mixture))
         try:
             configs = Configs(*parser.parse_dict(values))
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"{self.source}: {one_line(error)}") from error
+            for part in (configs.script, configs.model, configs.mixture):
+                check_fields(part, INHERITED)
+        except _REFUSALS as error:
+            raise RecipeError(f"{self.place_of(error, {**values, **self.stated})}: {one_line(error)}") from error
         modules = values.get("lora_target_modules")
         if isinstance(modules, list) and len(modules) == 1 and _MODULE.fullmatch(str(modules[0])):
             # TRL makes a pattern of a list of one, which has to match whole paths: it would fit nothing.
             configs.model.lora_target_modules = modules
         return configs
+
+    def place_of(self, error: Exception, values: Mapping[str, Any]) -> str:
+        """Where the key stands that an error is about: the one it carries, else the first that its message names."""
+        key = getattr(error, "key", None)
+        if key is None:
+            words = re.findall(r"\w+", str(error))
+            key = next((word for word in words if word in values), None)
+        return place_of(tuple(key.split(".")), self.origins, self.source) if key else self.source

@@ -286,7 +286,7 @@ def _metrics(value: Any, where: Where) -> dict[str, str] | None:
 def _minutes(value: Any, where: Where) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise RecipeError(
             f"{where(('sweep', 'minutes'))}: `sweep.minutes` must be a number from 0, got {shown(value)}"
         )

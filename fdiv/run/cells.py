@@ -13,17 +13,18 @@ from typing import Any, Literal
 
 from fdiv.errors import FdivError, RecipeError
 from fdiv.named import shown
-from fdiv.recipe.load import load_cell, read_sweep
+from fdiv.recipe.load import load_cell, load_recipe, read_sweep
 from fdiv.recipe.model import Recipe
 from fdiv.recipe.schema import CommandLineValue
 from fdiv.recipe.sweep import Arm, Screen, SweepBlock
 from fdiv.recipe.variables import interpolate
 from fdiv.report.records import read_result
 from fdiv.report.table import cell_label
+from fdiv.run.check import check_sweep_names
 from fdiv.run.directory import RunDirectory
 from fdiv.run.plan import RunPlan, plan_run
 
-__all__ = ["Cell", "Choice", "Row", "SweepPlan", "cell_name", "plan_sweep"]
+__all__ = ["Cell", "Choice", "Row", "SweepPlan", "cell_name", "check_axes", "plan_sweep"]
 
 Stage = Literal["run", "screen", "model"]
 
@@ -285,7 +286,30 @@ def plan_sweep(
         raise RecipeError(f"{source}: `sweep.screen.by` must be a row ({', '.join(labels)}), got {shown(by)}")
     plan = SweepPlan(source, name, root, tuple(overrides), block, rows, report)
     plan.check()
+    check_sweep_names(block, plan.plan(next(plan.cells())).recipe)
     return plan
+
+
+def check_axes(recipe: Recipe, source: str, overrides: Sequence[str], variables: Mapping[str, str]) -> None:
+    """Resolve a recipe at every value of its `sweep:` block, one at a time: what a dry run of the recipe says of it.
+
+    Args:
+        recipe: As read from `source` with `overrides`.
+        source: A path, or the name of a packaged recipe.
+        overrides: Command-line words.
+        variables: Values of `${NAME}` in place of the environment's.
+
+    Raises:
+        RecipeError: a value that the recipe cannot have, a metric that does not exist.
+    """
+    _, _, block = read_sweep(source, overrides)
+    for key, entries in block.axes.items():
+        for value in entries:
+            try:
+                plan_run(load_recipe(source, overrides, {str(key): value}), variables)
+            except RecipeError as error:
+                raise RecipeError(f"{error} (sweep.{key}: {shown(value)})") from error
+    check_sweep_names(block, recipe)
 
 
 def _picked(arms: tuple[Arm, ...], methods: Sequence[str] | None, source: str) -> tuple[Arm, ...]:

@@ -16,6 +16,7 @@ from fdiv.errors import RecipeError
 from fdiv.evaluation import inherit
 from fdiv.files import one_line, plain
 from fdiv.recipe.model import Block, Configs, Recipe
+from fdiv.run.check import check_configs
 from fdiv.run.directory import RunDirectory
 from fdiv.sealed import read_record, write_record
 from fdiv.terminal import info
@@ -88,6 +89,7 @@ def _resolved(recipe: Recipe, settled: Mapping[str, Any], variables: Mapping[str
         recipe.prepare.instance(variables)  # a value that it refuses ends the run here
     recipe = dataclasses.replace(recipe, evaluations=tuple(_inheriting(recipe, configs.training)))
     evaluations = tuple((block, block.instance(variables)) for block in recipe.evaluations)
+    check_configs(recipe, configs, evaluations)
     return RunPlan(recipe, configs, evaluations, MappingProxyType({**settled}), MappingProxyType({**variables}))
 
 

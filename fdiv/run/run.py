@@ -155,6 +155,11 @@ def _train(plan: RunPlan, trainer: Any, bar: Any, resume: bool | str | None, pro
                 f"terminated (SIGTERM): stopped after step {sigterm.stopped_at}, whose checkpoint is in "
                 f"{plan.output_dir}; go on with --resume_from_checkpoint true"
             )
+        if trainer.state.global_step == 0 and not sigterm.requested:
+            raise FdivError(
+                f"{plan.recipe.source}: no optimizer step was made, so nothing was trained: the data holds fewer rows "
+                "than one batch takes; lower per_device_train_batch_size, or set dataloader_drop_last: false"
+            )
         with held_back():
             _save(plan, trainer)
             progress.saved = True
@@ -207,6 +212,8 @@ def _trainer(plan: RunPlan, record: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         raise
     except ValueError as error:
         raise FdivError(f"{plan.recipe.source}: {trainer_class.__name__}: {one_line(error)}") from error
+    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        raise FdivError(f"{plan.recipe.source}: every weight is frozen, so nothing would be trained; free some")
     if trainer.pop_callback(ProgressCallback) is not None:  # absent where disable_tqdm is set
         trainer.add_callback(bar)
     evaluations.trainer = trainer

@@ -14,19 +14,17 @@ outside them (always: NaN and infinities) is refused when the config is made. Ru
 from __future__ import annotations
 
 import inspect
-import math
-import operator
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import cache
-from numbers import Integral, Real
-from types import NoneType, UnionType
 from typing import Any
 
+from fdiv.bounds import Declaration, check_fields, declare
+from fdiv.bounds.inherited import INHERITED
 from fdiv.divergences import Divergence, get_divergence
 from fdiv.divergences.saturation import LARGEST_MAX_EXPONENT, TRAINING_MAX_EXPONENT
+from fdiv.errors import OptionError
 from fdiv.inference.encoding import ENCODING_HELP, END_TOKENS, Encoding
+from fdiv.named import shown
 from fdiv.rows.report import MIN_USED_FRACTION
 from fdiv.secrets import without_secrets
 
@@ -44,29 +42,6 @@ __all__ = [
     "option",
     "refuse",
 ]
-
-
-class _Declaration(str):
-    """The help text of an option, with its bounds: argparse takes every other metadata key for one of its own."""
-
-    bounds: dict[str, float]
-    choices: tuple[Any, ...]
-    why: str
-
-    @property
-    def allowed(self) -> str:
-        """The bounds in words: `above 0 and at most 1`."""
-        if self.choices:
-            return ("one of " if len(self.choices) > 1 else "") + ", ".join(map(str, self.choices))
-        return _in_words(self.bounds)
-
-
-_HOLDS = {"above": operator.gt, "least": operator.ge, "below": operator.lt, "most": operator.le}
-
-
-def _in_words(bounds: Mapping[str, float]) -> str:
-    words = {"above": "above", "least": "at least", "below": "below", "most": "at most"}
-    return " and ".join(f"{words[name]} {limit:g}" for name, limit in bounds.items())
 
 
 def option(
@@ -92,55 +67,20 @@ def option(
         why: a sentence for the error: why a value outside is refused, or what to do instead.
         keyword: it is no positional argument of the class, so that classes with required keys can derive from it.
     """
-    limits = {"above": above, "least": least, "below": below, "most": most}
-    bounds = {name: limit for name, limit in limits.items() if limit is not None}
-    text = help.replace("%", "%%") + (f"; {_in_words(bounds)}" if bounds else "") + "."
-    declaration = _Declaration(text)
-    declaration.bounds, declaration.choices, declaration.why = bounds, tuple(choices or ()), why
-    metadata = {"help": declaration} | ({"choices": list(choices)} if choices else {})
+    declared = declare(help, above=above, least=least, below=below, most=most, choices=choices, why=why)
+    metadata = {"help": declared} | ({"choices": list(choices)} if choices else {})
     return field(default=default, metadata=metadata, kw_only=keyword)
 
 
 def check_options(config: Any) -> None:
-    """Refuse every value of a dataclass that lies outside what its `option` declares.
-
-    None passes where the type allows it. A number must be finite, no bool and no text, and whole where the type is.
+    """Refuse every value of a config outside its bounds: those of our `option`s, and those of the keys that it takes
+    from transformers and TRL (`fdiv.bounds.inherited`).
 
     Raises:
-        ValueError: `beta=-1.0: must be above 0`, for the first such key.
+        OptionError: `beta=-1.0: must be above 0`, for the first such key.
     """
-    hints = _hints(type(config))
-    for entry in fields(config):
-        declared = entry.metadata.get("help")
-        if isinstance(declared, _Declaration):
-            fault = _fault(getattr(config, entry.name), hints[entry.name], declared)
-            if fault:
-                why = f". {declared.why}" if declared.why else ""
-                raise ValueError(f"{entry.name}={getattr(config, entry.name)!r}: must be {fault}{why}")
-
-
-@cache
-def _hints(config: type) -> dict[str, tuple[type, ...]]:
-    """The types that each field may have, a union taken apart."""
-    return {
-        name: typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
-        for name, hint in typing.get_type_hints(config).items()
-    }
-
-
-def _fault(value: Any, kinds: tuple[type, ...], declared: _Declaration) -> str | None:
-    """What `value` must be and is not; None where it is right."""
-    if value is None and NoneType in kinds:
-        return None
-    if declared.choices:
-        return None if value in declared.choices else declared.allowed
-    numeric = int in kinds or float in kinds
-    if not numeric or (isinstance(value, str) and str in kinds):
-        return None
-    noun, kind = ("a finite number", Real) if float in kinds else ("a whole number", Integral)
-    if isinstance(value, bool) or not isinstance(value, kind) or value in (math.inf, -math.inf) or value != value:
-        return f"{noun} {declared.allowed}".rstrip()
-    return None if all(_HOLDS[name](value, limit) for name, limit in declared.bounds.items()) else declared.allowed
+    is_training = hasattr(config, "per_device_train_batch_size")  # the same names mean other things elsewhere
+    check_fields(config, INHERITED if is_training else None)
 
 
 def refuse(config: Any, reasons: Mapping[str, str]) -> None:
@@ -153,14 +93,14 @@ def refuse(config: Any, reasons: Mapping[str, str]) -> None:
         reasons: key → why it is refused, and what to set instead.
 
     Raises:
-        ValueError: a key is set.
+        OptionError: a key is set.
         KeyError: the config has no such key, as after a TRL release that renames it.
     """
     defaults = {entry.name: default_of(entry) for entry in fields(config)}
     for name, reason in reasons.items():
         default, value = defaults[name], getattr(config, name)
         if value != default:
-            raise ValueError(f"{name}={value!r} cannot be honoured: {reason}. Leave it at {default!r}")
+            raise OptionError(f"{name}={shown(value)} cannot be honoured: {reason}. Leave it at {default!r}", key=name)
 
 
 def default_of(entry: Field) -> Any:
@@ -175,7 +115,7 @@ class Options:
         super().__init_subclass__(**kwargs)
         kinds = vars(cls).get("__annotations__", {})
         own = {name: vars(cls)[name] for name in kinds if isinstance(vars(cls).get(name), Field)}
-        own = {name: entry for name, entry in own.items() if isinstance(entry.metadata.get("help"), _Declaration)}
+        own = {name: entry for name, entry in own.items() if isinstance(entry.metadata.get("help"), Declaration)}
         # Transformers reads a mapping from the command line's JSON for the keys listed here.
         inherited = [name for base in cls.__mro__ for name in vars(base).get("_VALID_DICT_FIELDS", ())]
         mappings = [name for name in own if "dict[" in str(kinds[name])]
@@ -222,9 +162,10 @@ def named_divergence(spec: Any, key: str) -> Divergence:
             `get_divergence` refuses it.
     """
     if not isinstance(spec, (str, Mapping)):
-        raise ValueError(
-            f"{key}={spec!r}: give the name of a registered divergence, or a mapping with its parameters; register "
-            "your own with `register_divergence` first"
+        raise OptionError(
+            f"{key}={shown(spec)}: give the name of a registered divergence, or a mapping with its parameters; "
+            "register your own with `register_divergence` first",
+            key=key,
         )
     return get_divergence(spec)
 

@@ -17,9 +17,13 @@ import numpy as np
 import torch
 from transformers import EarlyStoppingCallback
 
+from fdiv.bounds import check_fields
+from fdiv.bounds.blocks import SHARED
 from fdiv.catalog import EVALUATIONS
-from fdiv.evaluation import EvalContext, inherit
-from fdiv.named import split_spec
+from fdiv.errors import OptionError, RecipeError
+from fdiv.evaluation import EvalContext
+from fdiv.named import check_keys, split_spec
+from fdiv.recipe.schema import coerce, section_of
 from fdiv.training.config import option
 
 __all__ = [
@@ -85,10 +89,18 @@ def build_evaluation(spec: Mapping[str, Any], training: Any = None) -> Any:
     """
     name, settings = split_spec(spec, "epoch_evaluation")
     evaluation = EVALUATIONS.find(name, "epoch_evaluation")
+    section = section_of(evaluation, "epoch_evaluation")
+    check_keys(settings, section.keys, f"epoch_evaluation ({name})", "key")
+    missing = [key.name for key in section.keys.values() if key.required and key.name not in settings]
+    if missing:
+        raise OptionError(f"epoch_evaluation ({name}): {missing[0]!r} is missing", "epoch_evaluation")
     try:
-        return evaluation(**inherit(evaluation, settings, training))
-    except TypeError as error:
-        raise ValueError(f"epoch_evaluation ({name}): {error}") from error
+        given = {key: coerce(value, section.keys[key], "epoch_evaluation") for key, value in settings.items()}
+        made = evaluation(**given)
+        check_fields(made, SHARED)
+    except (ValueError, TypeError, RecipeError) as error:
+        raise OptionError(f"epoch_evaluation ({name}): {error}", "epoch_evaluation") from error
+    return made
 
 
 def evaluated(trainer: Any, evaluation: Any, datasets: Mapping[str, Any] | None = None) -> dict[str, Any]:

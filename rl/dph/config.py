@@ -17,6 +17,8 @@ from fdiv.training.rollouts import RolloutConfig
 
 __all__ = ["DPHConfig"]
 
+_GRPO_LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+
 
 @dataclass
 class DPHConfig(EvaluationOptions, CappedDivergenceOptions, RolloutConfig, GRPOConfig):
@@ -40,6 +42,7 @@ class DPHConfig(EvaluationOptions, CappedDivergenceOptions, RolloutConfig, GRPOC
     disable_dropout: bool = option(
         True, "Train without dropout, which would make π in the log-ratio another model than the one sampled from"
     )
+    loss_type: str = option("dapo", "Loss of the exploring part, one of GRPO's, see TRL", choices=_GRPO_LOSSES)
     divergence: dict[str, Any] | str | None = divergence_option(
         "jensen_shannon",
         "The f of D_f(π‖π_ref) on rehearsal rows (`jensen_shannon` is the released DPH-JS, twice the textbook's, "

@@ -92,7 +92,7 @@ class CodeReward(PooledReward):
                 "code reward: it runs programs that a model wrote, and its sandbox shares this machine's kernel (see "
                 "CodeReward); where that is acceptable, say so with allow_execution: true"
             )
-        if time_limit <= 0 or memory_limit <= 0:
+        if not (time_limit > 0 and memory_limit > 0):
             raise ValueError(f"code reward: time_limit={time_limit}, memory_limit={memory_limit} must be positive")
         check_sandbox(sandbox)
         pool = WorkerPool(

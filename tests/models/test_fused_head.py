@@ -109,7 +109,7 @@ def test_f_dpo_with_the_load_balancing_loss_of_a_mixture(kind, tiny_model_dir, t
     model = build(kind, MIXTURES[kind])
     args = FDPOConfig(
         str(tmp_path), divergence="reverse_kl", max_steps=1, per_device_train_batch_size=2, logging_steps=1,
-        save_strategy="no", report_to="none", use_cpu=True, bf16=False, router_aux_loss_coef=0.5, learning_rate=0.0,
+        save_strategy="no", report_to="none", use_cpu=True, bf16=False, router_aux_loss_coef=0.5, learning_rate=1e-12,
     )  # fmt: skip
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model_dir)
     trainer = FDPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)

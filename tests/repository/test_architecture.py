@@ -23,7 +23,7 @@ FOLDERS = {
 # Ground first. A module imports from its own package, from lower floors, and from packages of its floor as long as no
 # circle comes of it. `fdiv` itself is the version.
 FLOORS = (
-    ("fdiv", "lazy", "moved", "errors", "filling", "interrupts", "secrets", "named", "divergences"),
+    ("fdiv", "lazy", "moved", "errors", "filling", "interrupts", "secrets", "named", "bounds", "divergences"),
     ("terminal", "files", "sealed", "stamps", "rows", "lock", "provenance", "catalog", "evaluation", "statistics"),
     ("inference", "models", "recipe", "report", "testing"),
     ("training", "memory"),

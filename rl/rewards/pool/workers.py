@@ -114,7 +114,7 @@ class WorkerPool:
             ("start_limit", start_limit),
             ("wall_limit", self.wall_limit),
         ):  # fmt: skip
-            if value <= 0:
+            if not value > 0:
                 raise ValueError(f"WorkerPool: {name}={value} must be positive")
         self.task, self.settings = Path(task), dict(settings or {})
         self.time_limit, self.memory_limit, self.start_limit = time_limit, memory_limit, start_limit

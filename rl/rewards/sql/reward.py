@@ -94,7 +94,7 @@ class SQLReward(PooledReward):
         if ordered not in ("never", "gold"):
             raise ValueError(f"sql reward: ordered={ordered!r} must be 'never' or 'gold'")
         for key, value in (("time_limit", time_limit), ("max_rows", max_rows)):
-            if value <= 0:
+            if not value > 0:
                 raise ValueError(f"sql reward: {key}={value} must be positive")
         self.database = home_path(database)
         if not self.database.exists():

@@ -1,0 +1,220 @@
+"""What is checked of a plan beyond what its configs refuse when they are made: the parts that the run would build from
+several keys, or by a name, after data and model have been loaded. Nothing is loaded or written here."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+import typing
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from fdiv.catalog import REWARDS, build_reward
+from fdiv.errors import FdivError, OptionError, RecipeError
+from fdiv.files import one_line
+from fdiv.named import hint, is_path, shown, split_spec
+from fdiv.recipe.model import Block, Configs, Recipe
+from fdiv.recipe.schema import Key, coerce
+from fdiv.recipe.sweep import SweepBlock
+from fdiv.recipe.variables import texts
+from fdiv.report.metrics import GLOSSARY, describe
+
+__all__ = ["check_configs", "check_sweep_names"]
+
+# What a library raises for a value that it cannot use.
+_REFUSALS = (
+    ValueError, TypeError, ImportError, KeyError, AttributeError, ArithmeticError, RuntimeError, AssertionError
+)  # fmt: skip
+
+
+def check_configs(recipe: Recipe, configs: Configs, evaluations: Sequence[tuple[Block, Any]] = ()) -> None:
+    """Make what the run would make of its options: adapter, optimizer, learning rates, reward, …
+
+    Raises:
+        RecipeError: one of them cannot be made; the message names the key and its place.
+    """
+    for key, made in _PARTS:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                made(recipe, configs)
+        except (*_REFUSALS, FdivError) as error:
+            stated = getattr(error, "key", None)
+            where = recipe.place_of(OptionError("", stated or key), {})
+            said = one_line(error) or type(error).__name__
+            raise RecipeError(f"{where}: {said if stated else f'{key}: {said}'}") from error
+    for block, evaluation in evaluations:
+        _check_evaluation(recipe, block, evaluation)
+
+
+def _adapter(recipe: Recipe, configs: Configs) -> None:
+    from trl import get_peft_config, get_quantization_config
+
+    get_peft_config(configs.model)
+    get_quantization_config(configs.model)
+
+
+def _attention(recipe: Recipe, configs: Configs) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = configs.model.attn_implementation
+    known = ["eager", *(known for known in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in known)]
+    if name is not None and "/" not in name and name not in known:
+        raise OptionError(
+            f"attn_implementation={shown(name)}: {hint(name, known)} A kernel of the hub has a / in its name",
+            "attn_implementation",
+        )
+
+
+def _rates(recipe: Recipe, configs: Configs) -> None:
+    """The optimizer, and the learning rates of its first steps."""
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    args = configs.training
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(weights, lr=args.learning_rate)
+    if args.optim_target_modules is None:
+        try:
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+            if kind.__module__.startswith("torch.optim"):
+                optimizer = kind(weights, **options)
+        except _REFUSALS as error:
+            key = "optim_args" if args.optim_args else "optim"
+            raise OptionError(f"{key}={shown(getattr(args, key))}: {one_line(error)}", key) from error
+    try:
+        scheduler = get_scheduler(
+            args.lr_scheduler_type, optimizer, args.get_warmup_steps(10), 10, args.lr_scheduler_kwargs or {}
+        )
+        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            rates = [optimizer.param_groups[0]["initial_lr"] * scheduler.lr_lambdas[0](step) for step in range(10)]
+            if not all(math.isfinite(rate) for rate in rates):
+                raise ValueError(f"the learning rates of the first steps are {rates[:3]}")
+    except _REFUSALS as error:
+        key = "lr_scheduler_kwargs" if args.lr_scheduler_kwargs else "lr_scheduler_type"
+        stated = shown(getattr(args, key))
+        raise OptionError(f"{key}={stated}: the schedule {args.lr_scheduler_type} {one_line(error)}", key) from error
+
+
+def _reporting(recipe: Recipe, configs: Configs) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    for name in configs.training.report_to or ():
+        if name not in available:
+            raise OptionError(f"report_to={shown(name)}: the package for it is not installed; install it", "report_to")
+
+
+def _compiler(recipe: Recipe, configs: Configs) -> None:
+    args = configs.training
+    if args.torch_compile and args.torch_compile_backend is not None:
+        import torch._dynamo
+
+        known = torch._dynamo.list_backends(exclude_tags=())
+        if args.torch_compile_backend not in known:
+            said = f"{shown(args.torch_compile_backend)}: {hint(args.torch_compile_backend, known)}"
+            raise OptionError(f"torch_compile_backend={said}", "torch_compile_backend")
+
+
+def _sampling(recipe: Recipe, configs: Configs) -> None:
+    """The generation config of a method that samples."""
+    args = configs.training
+    if not hasattr(args, "generation_kwargs"):
+        return
+    from transformers import GenerationConfig
+
+    keys = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    for name in args.generation_kwargs or {}:
+        if name not in GenerationConfig().to_dict():
+            said = hint(name, GenerationConfig().to_dict())
+            raise OptionError(f"generation_kwargs: no key {shown(name)}; {said}", "generation_kwargs")
+    made = {**keys, "max_new_tokens": args.max_completion_length, "do_sample": True, **(args.generation_kwargs or {})}
+    GenerationConfig(**made).validate(strict=True)
+
+
+def _reward(recipe: Recipe, configs: Configs) -> None:
+    spec = getattr(configs.training, "reward", None)
+    if spec is not None:
+        _build_once(json.dumps(spec, sort_keys=True, default=str))
+
+
+@cache
+def _build_once(spec: str) -> None:
+    """Build a reward of this package, paths that are not known yet left open; of another look at the keys alone."""
+    name, keys = split_spec(json.loads(spec), "reward")
+    made = REWARDS.find(name, what="reward")
+    target = made.__init__ if inspect.isclass(made) else made
+    hints = typing.get_type_hints(target)
+    for key, value in keys.items():
+        if key in hints:
+            coerce(value, Key(key, hints[key], None), f"reward {name!r}")
+    numbers = [value for value in keys.values() if isinstance(value, float)]
+    if not all(math.isfinite(value) for value in numbers):
+        raise ValueError(f"{name!r}: a number of it is not finite")
+    if not is_path(name):
+        build_reward({"name": name, **{key: "." if _open(value) else value for key, value in keys.items()}})
+
+
+def _open(value: Any) -> bool:
+    return any(re.match(r"\$\{\w+\}", text) for text in texts(value))
+
+
+_PARTS: tuple[tuple[str, Callable[[Recipe, Configs], None]], ...] = (
+    ("use_peft", _adapter),
+    ("attn_implementation", _attention),
+    ("optim", _rates),
+    ("report_to", _reporting),
+    ("torch_compile_backend", _compiler),
+    ("generation_kwargs", _sampling),
+    ("reward", _reward),
+)
+
+
+# ---------------------------------------------------------------- evaluations
+_ROLES = ("train", "test")
+_MEASURES = ("wall_seconds", "train_seconds", "steps", "seed", "beta")  # of result.json, beside metrics
+
+
+def _check_evaluation(recipe: Recipe, block: Block, evaluation: Any) -> None:
+    """The names of splits and metrics in one `eval:` block."""
+    if is_path(block.name):  # its metrics and splits are its own
+        return
+    if block.name == "preferences" and evaluation.split not in _ROLES:
+        raise RecipeError(
+            f"{block.where}: eval ({block.name}): no split {shown(evaluation.split)}: rows are called train and test "
+            "here; `dataset_train_split` and `dataset_test_split` say which splits of the data they are"
+        )
+    for key, names in (("require", block.require), ("summary", block.summary)):
+        _check_metric_names(names, recipe.method_name, f"{block.where}: `eval.{key}`")
+
+
+def check_sweep_names(block: SweepBlock, recipe: Recipe) -> None:
+    """Refuse a metric of a `sweep:` block that this package does not have, where all that measures is of it.
+
+    Raises:
+        RecipeError: with the nearest one.
+    """
+    names = [recipe.method_name, *(evaluation.name for evaluation in recipe.evaluations)]
+    if any(is_path(name) for name in names) or block.arms:  # rows of other methods have metrics of their own
+        return
+    parts = {"metrics": list((block.metrics or {}).values()), "table": list(block.table)}
+    parts |= {"screen.metric": [block.screen.metric]} if block.screen else {}
+    for part, metrics in parts.items():
+        where = recipe.place_of(OptionError("", f"sweep.{part}"), {})
+        _check_metric_names(metrics, recipe.method_name, f"{where}: `sweep.{part}`")
+
+
+def _check_metric_names(names: Mapping[str, Any] | Sequence[str], method: str | None, where: str) -> None:
+    """Refuse a name that no metric of this package has.
+
+    Raises:
+        RecipeError: with the nearest one.
+    """
+    known = [metric.name for part in GLOSSARY.values() for metric in part]
+    for name in names:
+        if describe(str(name), method) is None and name not in _MEASURES:
+            raise RecipeError(f"{where}: no metric {shown(name)}; {hint(name, known)}")
