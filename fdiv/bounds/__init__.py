@@ -8,6 +8,7 @@ no NaN, no infinity, nothing that float32 or a 64-bit integer cannot hold, no tr
 from __future__ import annotations
 
 import operator
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -19,7 +20,7 @@ from typing import Any
 from fdiv.errors import OptionError
 from fdiv.named import shown
 
-__all__ = ["Declaration", "check_fields", "declare"]
+__all__ = ["Declaration", "check_fields", "declare", "fault"]
 
 _HOLDS = {"above": operator.gt, "least": operator.ge, "below": operator.lt, "most": operator.le}
 _WORDS = {"above": "above", "least": "at least", "below": "below", "most": "at most"}
@@ -33,6 +34,7 @@ class Declaration(str):
     choices: tuple[Any, ...]
     also: tuple[Any, ...]
     null: bool
+    file: bool
     why: str
 
     @property
@@ -54,6 +56,7 @@ def declare(
     choices: Sequence[Any] | None = None,
     also: Sequence[Any] = (),
     null: bool = True,
+    file: bool = False,
     why: str = "",
 ) -> Declaration:
     """A help text with its bounds.
@@ -64,6 +67,7 @@ def declare(
         choices: the values it may have.
         also: values beside those within the bounds.
         null: whether None may stand where the type has it.
+        file: a text is the name of a JSON file that exists, or JSON itself.
         why: a sentence for the error: why a value outside is refused, or what to do instead.
     """
     limits = {"above": above, "least": least, "below": below, "most": most}
@@ -73,7 +77,7 @@ def declare(
     text = help.replace("%", "%%") + (f"; {plain.allowed}" if bounds else "") + "."
     declaration = Declaration(text)
     declaration.bounds, declaration.choices, declaration.also = bounds, tuple(choices or ()), tuple(also)
-    declaration.null, declaration.why = null, why
+    declaration.null, declaration.file, declaration.why = null, file, why
     return declaration
 
 
@@ -97,11 +101,11 @@ def check_fields(config: Any, inherited: Mapping[str, Declaration] | None = None
         declared = entry.metadata.get("help")
         if not isinstance(declared, Declaration):
             declared = (inherited or {}).get(entry.name, _UNDECLARED)
-        fault = _fault(getattr(config, entry.name, None), hints[entry.name], declared)
-        if fault:
+        wrong = fault(getattr(config, entry.name, None), hints[entry.name], declared)
+        if wrong:
             why = f". {declared.why}" if declared.why else ""
             raise OptionError(
-                f"{entry.name}={shown(getattr(config, entry.name))}: must be {fault}{why}", key=entry.name
+                f"{entry.name}={shown(getattr(config, entry.name))}: must be {wrong}{why}", key=entry.name
             )
 
 
@@ -114,7 +118,7 @@ def _hints(config: type) -> dict[str, tuple[type, ...]]:
     }
 
 
-def _fault(value: Any, kinds: tuple[type, ...], declared: Declaration) -> str | None:
+def fault(value: Any, kinds: tuple[type, ...], declared: Declaration) -> str | None:
     """What `value` must be and is not; None where it is right."""
     if value is None and NoneType in kinds:
         return None if declared.null else f"a number {declared.allowed}"
@@ -123,6 +127,11 @@ def _fault(value: Any, kinds: tuple[type, ...], declared: Declaration) -> str | 
     if declared.choices:
         given = value if isinstance(value, (list, tuple)) else [value]
         return None if all(entry in declared.choices for entry in given) else declared.allowed
+    if isinstance(value, (dict, list)) and not _finite_inside(value):
+        return "without NaN and infinities"
+    if declared.file and isinstance(value, str):
+        known = value.lstrip().startswith("{") or value.startswith("${") or os.path.isfile(value)
+        return None if known else "a mapping, or the name of an existing JSON file"
     numeric = int in kinds or float in kinds
     if numeric and isinstance(value, str) and str in kinds:
         readable = not declared.bounds or value.isdecimal() or value.lower() in ("none", "null")
@@ -134,3 +143,10 @@ def _fault(value: Any, kinds: tuple[type, ...], declared: Declaration) -> str | 
     if isinstance(value, bool) or not isinstance(value, kind) or not -largest <= value <= largest:
         return f"{noun} {declared.allowed}".rstrip()
     return None if all(_HOLDS[name](value, limit) for name, limit in declared.bounds.items()) else declared.allowed
+
+
+def _finite_inside(value: Any) -> bool:
+    """Whether every number in a nested value is one that float32 can hold."""
+    if isinstance(value, (dict, list, tuple)):
+        return all(map(_finite_inside, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT

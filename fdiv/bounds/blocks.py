@@ -17,6 +17,8 @@ SHARED: dict[str, Declaration] = {
     "base_scale": declare(least=0, most=1e3),
     "reward_scale": declare(least=0, most=1e3),
     "malformed_reward": declare(least=-1e3, most=1e3),
+    "vllm_memory": declare(above=0, most=1),
+    **dict.fromkeys(("limit", "max_items", "max_tasks", "max_rows", "resamples"), _COUNT),
     **dict.fromkeys(("batch_size", "generation_batch_size", "max_length", "max_new_tokens", "layers"), _COUNT),
     **dict.fromkeys(("hidden_size", "vocab_size", "context", "steps", "rows"), _COUNT),
 }

@@ -17,6 +17,7 @@ _NOT_NEGATIVE = declare(least=0)
 _SHARE = declare(least=0, most=1)
 _SEED = declare(least=0, most=2**32 - 1, why="NumPy takes no other seed")
 _EVERY = declare(above=0, most=2**31 - 1, why="A whole number of steps, or a share of all of them below 1")
+_FILE = declare(file=True)
 _PORT = declare(least=1, most=65_535)
 
 INHERITED: dict[str, Declaration] = {
@@ -65,6 +66,9 @@ INHERITED: dict[str, Declaration] = {
     "dataloader_num_workers": declare(least=0, most=4_096),
     "dataloader_prefetch_factor": _COUNT,
     "dataset_num_proc": declare(least=1, most=4_096),
+    "accelerator_config": _FILE,
+    "deepspeed": _FILE,
+    "fsdp_config": _FILE,
     "ddp_bucket_cap_mb": _COUNT,
     "ddp_timeout": _COUNT,
     "local_rank": declare(least=-1, most=2**31 - 1),

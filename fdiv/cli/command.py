@@ -261,6 +261,7 @@ def _eval(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
     kind_args = parser.parse_args(args.arguments)
+    _check_numbers(kind_args)
     args.debug = kind_args.debug
     if not vars(kind_args).get("output"):
         return command.run(kind_args)
@@ -272,6 +273,18 @@ def _eval(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
         return command.run(kind_args)
 
 
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers that no command can use, before anything is loaded: NaN, a batch of 0 rows, a negative seed."""
+    from fdiv.bounds import declare, fault
+    from fdiv.bounds.blocks import SHARED
+
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            wrong = fault(value, (type(value),), SHARED.get(name, declare()))
+            if wrong:
+                raise RecipeError(f"--{name}={value}: must be {wrong}")
+
+
 def _presample(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     from fdiv.rl.presample import command
 
@@ -279,6 +292,7 @@ def _presample(args: argparse.Namespace, rest: list[str], words: list[str]) -> i
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
     own_args = parser.parse_args(words[1:])
+    _check_numbers(own_args)
     args.debug = own_args.debug
     return command.run(own_args)
 

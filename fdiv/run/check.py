@@ -11,8 +11,11 @@ import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from types import NoneType
 from typing import Any
 
+from fdiv.bounds import fault
+from fdiv.bounds.inherited import INHERITED
 from fdiv.catalog import REWARDS, build_reward
 from fdiv.errors import FdivError, OptionError, RecipeError
 from fdiv.files import one_line
@@ -128,7 +131,10 @@ def _sampling(recipe: Recipe, configs: Configs) -> None:
     from transformers import GenerationConfig
 
     keys = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
-    for name in args.generation_kwargs or {}:
+    for name, value in (args.generation_kwargs or {}).items():
+        wrong = fault(value, (float, int, NoneType), INHERITED[name]) if name in INHERITED else None
+        if wrong:
+            raise OptionError(f"generation_kwargs: {name}={shown(value)}: must be {wrong}", "generation_kwargs")
         if name not in GenerationConfig().to_dict():
             said = hint(name, GenerationConfig().to_dict())
             raise OptionError(f"generation_kwargs: no key {shown(name)}; {said}", "generation_kwargs")

@@ -50,7 +50,7 @@ ZERO = {
     "z_floor", "log_z", "harmful_above", "skip_first", "layer", "epsilon", "epsilon_high", "entropy_coef",
     "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target", "num_generations", "beta",
     "beta1", "beta2", "proposal_margin", "steering_coefficient", "retain_epsilon", "dual_warmup_epochs", "dual_step",
-    "kl_coefficient",
+    "kl_coefficient", "min_used_fraction",
 }  # fmt: skip
 MINUS_ONE = {"max_steps", "local_rank", "log_z", "harmful_above", "delta"}
 NEGATIVE = {"log_z", "harmful_above", "delta"}
@@ -171,15 +171,15 @@ def test_nonsense_is_refused_by_the_dry_run(method, tmp_path):
 # ---------------------------------------------------------------- blocks
 # What a block needs to be made at all.
 GIVEN = {
-    "rehearsal": {"model": "x"},
-    "novels_unlearning": {"data": "x"},
-    "sampled_preferences": {"model": "x"},
-    "tofu_memorised": {"model": "x"},
+    "rehearsal": {"model": "x", "dataset": "y", "reward": "math"},
+    "novels_unlearning": {"data": "x", "forget_novels": ["a"], "retain_novels": ["b"]},
+    "sampled_preferences": {"model": "x", "prompts": [f"Say {number}." for number in range(40)]},
+    "tofu_memorised": {"model": "x", "data": "y"},
 }
 # Valid at 0, at -1, below 0 or at null, as above.
 BLOCK_ZERO = {
     "slips", "base_scale", "reward_scale", "malformed_reward", "validation_fraction", "num_samples", "num_prompts",
-    "harmful_above", "temperature", "seed",
+    "harmful_above", "temperature", "seed", "min_used_fraction", "validation_prompts",
 }  # fmt: skip
 BLOCK_NEGATIVE = {"malformed_reward", "harmful_above"}
 TABLES = [("prepare", name, path) for name, path in TASKS.items()] + [
@@ -228,13 +228,13 @@ NAMES = [
     ("npo", "epoch_evaluation", {"name": "tofuu"}, "did you mean 'tofu'"),
     ("npo", "epoch_evaluation", {"name": "tofu", "data": {1: 2}}, "'data' must be text"),
     ("npo", "epoch_evaluation", {"name": "tofu", "gradnorm": " "}, "'gradnorm' must be true or false"),
-    ("npo", "epoch_evaluation", {"name": "tofu", "batch_size": NAN}, "'batch_size' must be a whole number"),
+    ("npo", "epoch_evaluation", {"name": "tofu", "batch_size": NAN}, "must be without NaN"),
     ("npo", "epoch_evaluation", {"name": "tofu", "batch_size": 0}, "batch_size=0: must be at least 1"),
     ("npo", "epoch_evaluation", {"name": "tofu", "max_item": 3}, "did you mean 'max_items'"),
     ("npo", "epoch_evaluation", {"name": "tofu", "split": "forget11"}, "did you mean 'forget"),
     ("npo", "epoch_evaluation", {"name": "muse", "data": "x", "padding_side": "up"}, "padding_side"),
-    ("npo", "epoch_evaluation", {"max_items": 3}, "unknown epoch_evaluation None"),
-    ("npo", "epoch_evaluation", {"name": ["tofu"]}, "unknown epoch_evaluation ['tofu']"),
+    ("npo", "epoch_evaluation", {"max_items": 3}, "epoch_evaluation: unknown evaluation None"),
+    ("npo", "epoch_evaluation", {"name": ["tofu"]}, "epoch_evaluation: unknown evaluation ['tofu']"),
     ("npo", "epoch_evaluation", [], "epoch_evaluation"),
     ("npo", "epoch_evaluation", 3, "epoch_evaluation"),
     ("dph", "reward", "bogus", "unknown reward 'bogus'"),
@@ -327,3 +327,42 @@ def test_a_python_user_meets_the_same_bounds(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=f"^{key}="):
             FDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{key: value})
+
+
+# ---------------------------------------------------------------- values at the edge are run
+EDGES = [
+    {"learning_rate": 1e6}, {"learning_rate": 1e-30}, {"weight_decay": 1e3}, {"warmup_steps": 0.5}, {"adam_beta1": 0},
+    {"adam_beta2": 0}, {"adam_epsilon": 1e3}, {"max_grad_norm": 0}, {"max_grad_norm": 1e30}, {"beta": 1e30},
+    {"beta": 1e-30}, {"max_exponent": 1e-6}, {"logging_steps": 0.5}, {"save_strategy": "steps", "save_steps": 0.5},
+    {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}, {"eval_strategy": "steps", "eval_steps": 0.5},
+    {"eval_strategy": "steps", "eval_delay": 2**31 - 1}, {"seed": 2**32 - 1}, {"data_seed": 0}, {"max_steps": 1},
+    {"max_steps": -1, "num_train_epochs": 1e-9}, {"max_steps": -1, "num_train_epochs": 0.5}, {"max_length": 1},
+    {"max_length": None}, {"pad_to_multiple_of": 4096, "max_length": 8}, {"per_device_train_batch_size": 2**31 - 1},
+    {"per_device_train_batch_size": 2**31 - 1, "dataloader_drop_last": True}, {"gradient_accumulation_steps": 64},
+    {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 1}, {"dataset_num_proc": 4_096},
+    {"use_peft": True, "lora_r": 1, "lora_alpha": 1, "lora_dropout": 0.99}, {"neftune_noise_alpha": 1e6},
+    {"use_peft": True, "lora_target_modules": ["no_such_module"]}, {"optim": "sgd"}, {"optim": "adafactor"},
+    {"lr_scheduler_type": "constant"}, {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 1e3}},
+    {"ece_bins": 2**20}, {"torch_empty_cache_steps": 1}, {"label_smoothing_factor": 0.5}, {"router_aux_loss_coef": 0},
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("keys", EDGES, ids=str)
+def test_what_the_dry_run_accepts_trains_or_says_in_one_line_why_not(keys, write_recipe, tmp_path, capfd):
+    from fdiv.cli import main
+
+    path = write_recipe(**{**keys, "max_length": keys.get("max_length", 64)})
+    if keys.get("max_length", 1) is None:
+        path.write_text(path.read_text() + "max_length: null\n")
+    assert check(path, {"ece_bins": keys.get("ece_bins", 10)}) is None
+    capfd.readouterr()
+    code = main(["run", str(path)])
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    if code == 0:
+        result = json.loads((tmp_path / "out" / "result.json").read_text())
+        assert result["steps"] >= 1 and math.isfinite(result["train/loss"])
+    else:
+        assert said.splitlines()[-1].startswith("fdiv: ") and len(said.splitlines()[-1]) <= 1_010
