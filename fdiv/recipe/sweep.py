@@ -169,6 +169,7 @@ def parse_sweep(values: Mapping[str, Any], where: Where) -> SweepBlock:
                     f"{where(('sweep', name))}: unknown key {name!r} in `sweep`; did you mean {near[0]!r}?"
                 )
             raise RecipeError(f"{where(('sweep', name))}: `sweep.{name}` must be a list of values, got {shown(entry)}")
+        _check_axis(name, entry, where)
     arms = _arms(values.get("method"), where)
     screen = values.get("screen")
     block = SweepBlock(
@@ -184,6 +185,18 @@ def parse_sweep(values: Mapping[str, Any], where: Where) -> SweepBlock:
     )
     _check_screen(block, where)
     return block
+
+
+def _check_axis(name: str, entries: list[Any], where: Where) -> None:
+    """The values of the two axes that name the cells; those of other keys are checked with the cell's recipe."""
+    kinds: dict[str, tuple[tuple[type, ...], str]] = {
+        "seed": ((int,), "a whole number"),
+        "divergence": ((str, dict), "a name or a mapping"),
+    }
+    kind, due = kinds.get(name, ((object,), ""))
+    for entry in entries:
+        if not isinstance(entry, kind) or (isinstance(entry, bool) and name in kinds):
+            raise RecipeError(f"{where(('sweep', name))}: `sweep.{name}`: {name!r} must be {due}, got {shown(entry)}")
 
 
 def _arms(value: Any, where: Where) -> tuple[Arm, ...]:
@@ -301,6 +314,8 @@ def _check_screen(block: SweepBlock, where: Where) -> None:
     path: KeyPath = ("sweep", "screen")
     if not screen.values:
         raise RecipeError(f"{where((*path, 'values'))}: `sweep.screen.values` is empty; give the candidates")
+    if any(isinstance(value, (list, dict)) for value in screen.values):
+        raise RecipeError(f"{where((*path, 'values'))}: `sweep.screen.values` must be numbers or names")
     if screen.key in ("seed", "method", *block.axes):
         raise RecipeError(f"{where((*path, 'key'))}: {screen.key!r} is an axis of the sweep; screen another key")
     reported = {name if "/" in name else f"after/{name}" for name in block.table}

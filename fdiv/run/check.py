@@ -6,11 +6,11 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import re
 import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -23,7 +23,6 @@ from fdiv.named import hint, is_path, shown, split_spec
 from fdiv.recipe.model import Block, Configs, Recipe
 from fdiv.recipe.schema import Key, coerce
 from fdiv.recipe.sweep import SweepBlock
-from fdiv.recipe.variables import texts
 from fdiv.report.metrics import GLOSSARY, describe
 
 __all__ = ["check_configs", "check_sweep_names"]
@@ -150,7 +149,7 @@ def _reward(recipe: Recipe, configs: Configs) -> None:
 
 @cache
 def _build_once(spec: str) -> None:
-    """Build a reward of this package, paths that are not known yet left open; of another look at the keys alone."""
+    """Build a reward of this package, its paths left open (a dry run needs no data); of another look at the keys."""
     name, keys = split_spec(json.loads(spec), "reward")
     made = REWARDS.find(name, what="reward")
     target = made.__init__ if inspect.isclass(made) else made
@@ -158,15 +157,9 @@ def _build_once(spec: str) -> None:
     for key, value in keys.items():
         if key in hints:
             coerce(value, Key(key, hints[key], None), f"reward {name!r}")
-    numbers = [value for value in keys.values() if isinstance(value, float)]
-    if not all(math.isfinite(value) for value in numbers):
-        raise ValueError(f"{name!r}: a number of it is not finite")
     if not is_path(name):
-        build_reward({"name": name, **{key: "." if _open(value) else value for key, value in keys.items()}})
-
-
-def _open(value: Any) -> bool:
-    return any(re.match(r"\$\{\w+\}", text) for text in texts(value))
+        paths = {key for key, hint in hints.items() if Path in (hint, *typing.get_args(hint))}
+        build_reward({"name": name, **{key: "." if key in paths else value for key, value in keys.items()}})
 
 
 _PARTS: tuple[tuple[str, Callable[[Recipe, Configs], None]], ...] = (
@@ -187,7 +180,7 @@ _MEASURES = ("wall_seconds", "train_seconds", "steps", "seed", "beta")  # of res
 
 def _check_evaluation(recipe: Recipe, block: Block, evaluation: Any) -> None:
     """The names of splits and metrics in one `eval:` block."""
-    if is_path(block.name):  # its metrics and splits are its own
+    if not _of_this_package(block):  # its metrics and splits are its own
         return
     if block.name == "preferences" and evaluation.split not in _ROLES:
         raise RecipeError(
@@ -198,14 +191,18 @@ def _check_evaluation(recipe: Recipe, block: Block, evaluation: Any) -> None:
         _check_metric_names(names, recipe.method_name, f"{block.where}: `eval.{key}`")
 
 
+def _of_this_package(block: Block) -> bool:
+    return block.config.__module__.startswith("fdiv.")
+
+
 def check_sweep_names(block: SweepBlock, recipe: Recipe) -> None:
     """Refuse a metric of a `sweep:` block that this package does not have, where all that measures is of it.
 
     Raises:
         RecipeError: with the nearest one.
     """
-    names = [recipe.method_name, *(evaluation.name for evaluation in recipe.evaluations)]
-    if any(is_path(name) for name in names) or block.arms:  # rows of other methods have metrics of their own
+    known = all(map(_of_this_package, recipe.evaluations)) and not is_path(recipe.method_name)
+    if not known or block.arms:  # rows of other methods have metrics of their own
         return
     parts = {"metrics": list((block.metrics or {}).values()), "table": list(block.table)}
     parts |= {"screen.metric": [block.screen.metric]} if block.screen else {}
