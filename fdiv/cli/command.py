@@ -20,7 +20,7 @@ from typing import NoReturn
 import fdiv
 from fdiv import terminal
 from fdiv.catalog import EVAL_COMMANDS
-from fdiv.errors import FdivError, RecipeError
+from fdiv.errors import DataError, FdivError, RecipeError
 from fdiv.files import place_fault
 from fdiv.interrupts import stoppable
 from fdiv.models.dtypes import add_dtype
@@ -261,7 +261,7 @@ def _eval(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
     kind_args = parser.parse_args(args.arguments)
-    _check_numbers(kind_args)
+    _check_numbers(kind_args, DataError)
     args.debug = kind_args.debug
     if not vars(kind_args).get("output"):
         return command.run(kind_args)
@@ -273,7 +273,7 @@ def _eval(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
         return command.run(kind_args)
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
+def _check_numbers(args: argparse.Namespace, error: type[FdivError]) -> None:
     """Refuse numbers that no command can use, before anything is loaded: NaN, a batch of 0 rows, a negative seed."""
     from fdiv.bounds import declare, fault
     from fdiv.bounds.blocks import SHARED
@@ -282,7 +282,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             wrong = fault(value, (type(value),), SHARED.get(name, declare()))
             if wrong:
-                raise RecipeError(f"--{name}={value}: must be {wrong}")
+                raise error(f"--{name}={value}: must be {wrong}")
 
 
 def _presample(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
@@ -292,7 +292,7 @@ def _presample(args: argparse.Namespace, rest: list[str], words: list[str]) -> i
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
     own_args = parser.parse_args(words[1:])
-    _check_numbers(own_args)
+    _check_numbers(own_args, RecipeError)
     args.debug = own_args.debug
     return command.run(own_args)
 

@@ -46,6 +46,7 @@ def test_listings_and_help_import_nothing_heavy(words, code):
     assert not set(HEAVY) & set(modules)
 
 
+@pytest.mark.slow
 def test_a_dry_run_imports_trl_and_no_plotting_or_engine():
     code, modules = imported("run", "tiny/f_dpo", "--dry_run")
     assert code == 0 and "trl" in modules

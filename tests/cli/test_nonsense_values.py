@@ -179,7 +179,7 @@ GIVEN = {
 # Valid at 0, at -1, below 0 or at null, as above.
 BLOCK_ZERO = {
     "slips", "base_scale", "reward_scale", "malformed_reward", "validation_fraction", "num_samples", "num_prompts",
-    "harmful_above", "temperature", "seed", "min_used_fraction", "validation_prompts", "reward_threshold",
+    "harmful_above", "temperature", "seed", "min_used_fraction", "validation_prompts", "reward_threshold", "skip_tasks",
 }  # fmt: skip
 BLOCK_NEGATIVE = {"malformed_reward", "harmful_above", "reward_threshold"}
 TABLES = [("prepare", name, path) for name, path in TASKS.items()] + [
