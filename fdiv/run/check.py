@@ -129,7 +129,8 @@ def _sampling(recipe: Recipe, configs: Configs) -> None:
         return
     from transformers import GenerationConfig
 
-    keys = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    keys = {name: getattr(args, name) for name in names if hasattr(args, name)}
     for name, value in (args.generation_kwargs or {}).items():
         wrong = fault(value, (float, int, NoneType), INHERITED[name]) if name in INHERITED else None
         if wrong:

@@ -50,10 +50,10 @@ ZERO = {
     "z_floor", "log_z", "harmful_above", "skip_first", "layer", "epsilon", "epsilon_high", "entropy_coef",
     "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target", "num_generations", "beta",
     "beta1", "beta2", "proposal_margin", "steering_coefficient", "retain_epsilon", "dual_warmup_epochs", "dual_step",
-    "kl_coefficient", "min_used_fraction",
+    "kl_coefficient", "min_used_fraction", "on_policy_share", "reward_threshold",
 }  # fmt: skip
-MINUS_ONE = {"max_steps", "local_rank", "log_z", "harmful_above", "delta"}
-NEGATIVE = {"log_z", "harmful_above", "delta"}
+MINUS_ONE = {"max_steps", "local_rank", "log_z", "harmful_above", "delta", "reward_threshold"}
+NEGATIVE = {"log_z", "harmful_above", "delta", "reward_threshold"}
 
 BASE = "model_name_or_path: x\ndataset_name: y\noutput_dir: runs/nonsense\n"
 NEEDED = {
@@ -62,7 +62,7 @@ NEEDED = {
     "dph": "reward: math\n",
 }
 # One method of each TRL class has all inherited keys; of the others only their own are tried.
-WHOLE = ("f_dpo", "dph", "npo")
+WHOLE = ("f_dpo", "dph", "npo", "f_distill")
 
 
 def numeric(key):
@@ -70,6 +70,8 @@ def numeric(key):
 
 
 def choices(key):
+    if key.name == "trackio_static_space_id":  # a name of its own, or false
+        return False
     literal = any(typing.get_origin(option) is typing.Literal for option in _options(key.type))
     return bool(key.choices or _members(key.type) or literal)
 
@@ -97,7 +99,7 @@ def tried(key):
                 or (value is True and bool in kinds)
                 or (value == [] and list in map(typing.get_origin, kinds))
             )
-            yield value, not valid
+            yield value, None if valid else True
         return
     for value in NO_NUMBER:
         takes_text = isinstance(value, str) and str in kinds
@@ -175,6 +177,7 @@ GIVEN = {
     "novels_unlearning": {"data": "x", "forget_novels": ["a"], "retain_novels": ["b"]},
     "sampled_preferences": {"model": "x", "prompts": [f"Say {number}." for number in range(40)]},
     "tofu_memorised": {"model": "x", "data": "y"},
+    "thinned_student": {"teacher": "x", "data": "y"},
 }
 # Valid at 0, at -1, below 0 or at null, as above.
 BLOCK_ZERO = {
