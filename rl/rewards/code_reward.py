@@ -14,6 +14,7 @@ from fdiv.rl.rewards.completions import tested_names
 from fdiv.rl.rewards.pool import WorkerPool
 from fdiv.rl.rewards.pooled_reward import PooledReward, reasoning_open
 from fdiv.rl.rewards.sandbox import check_sandbox
+from fdiv.rl.rewards.sandbox.interpreter import numpy_folders
 
 __all__ = ["CodeReward"]
 
@@ -43,12 +44,15 @@ class CodeReward(PooledReward):
 
     Verdicts: `correct` 1. 0 by definition: `wrong` (a failed test, an exception, an early exit, over its memory),
     `over_time` (as HumanEval counts it), `no_answer` (an empty or cut-off completion). `unusable_gold` None: no tests,
-    or tests that do not compile or call nothing of the program. `crash`: the program's process ended by a signal that
+    or tests that do not compile, call nothing of the program, cannot import what they need, or run into the limits of
+    time or memory before they call it. `crash`: the program's process ended by a signal that
     this class did not send; `timeout`, `memory`, `crash` of the process that watches the program: `failure_score`.
 
     Args:
         allow_execution: True to allow running what the model wrote.
         sandbox: `bubblewrap`, or `none`.
+        numpy: Programs and tests may import numpy, the one of this environment, read-only; False: the standard library
+            alone. Arrays and their scalars cross between the two as values.
         test: Column of the tests.
         entry_point: Column of the name of the function; ignored where the dataset has none.
         setup: Column of code, or a list of it, that runs before the tests and in their process; ignored where the
@@ -63,7 +67,7 @@ class CodeReward(PooledReward):
     Raises:
         ValueError: `allow_execution` is not True; a limit is not positive; (when called) an entry point that is no
             name.
-        SandboxError: bubblewrap is not installed, or does not work on this machine.
+        SandboxError: bubblewrap is not installed, or does not work on this machine; `numpy`, and it is not installed.
         DataError: (when called) no column `test`, or tests of another form.
         WorkerError: (when called) not even a right program runs under the limits.
     """
@@ -77,6 +81,7 @@ class CodeReward(PooledReward):
         *,
         allow_execution: bool = False,
         sandbox: str = "bubblewrap",
+        numpy: bool = False,
         test: str = "test",
         entry_point: str = "entry_point",
         setup: str = "setup",
@@ -95,10 +100,12 @@ class CodeReward(PooledReward):
         if not (time_limit > 0 and memory_limit > 0):
             raise ValueError(f"code reward: time_limit={time_limit}, memory_limit={memory_limit} must be positive")
         check_sandbox(sandbox)
+        if numpy:
+            numpy_folders()
         pool = WorkerPool(
             Path(__file__).with_name("sandbox") / "judge.py",
-            {"sandbox": sandbox, "program_time": time_limit, "memory": memory_limit},
-            workers=workers, time_limit=time_limit + 10, wall_limit=time_limit + 10, writes_files=True,
+            {"sandbox": sandbox, "numpy": bool(numpy), "program_time": time_limit, "memory": memory_limit},
+            workers=workers, time_limit=2 * time_limit + 10, wall_limit=2 * time_limit + 10, writes_files=True,
         )  # fmt: skip
         super().__init__(name, pool, failure_score=failure_score, failure_limit=failure_limit)
         self.test, self.entry_point, self.setup = test, entry_point, setup

@@ -45,7 +45,8 @@ class PooledReward:
 
     verdicts: ClassVar[Mapping[str, float | None]] = {}
     own_limits: ClassVar[Mapping[str, str]] = {}
-    """The verdict on an answer that used up its own time or memory, by the outcome's status."""
+    """The verdict on an answer that used up its own time or memory, or that the worker failed on (`crash`: nested too
+    deeply, for instance), by the outcome's status."""
 
     def __init__(
         self, name: str, pool: WorkerPool, *, failure_score: float | None = None, failure_limit: float | None = 0.05
@@ -98,8 +99,8 @@ class PooledReward:
         """New outcomes for the items that ran into a limit or lost their worker.
 
         What is no item's own doing (the clock on a busy machine, a worker that was killed) is tried once more. Of what
-        used up its own time or memory, or failed by the clock twice, the gold alone is tried: where it passes, the
-        answer is to blame; where it does not, the gold is unusable.
+        used up its own time or memory, made the worker raise, or failed by the clock twice, the gold alone is tried:
+        where it passes, the answer is to blame; where it does not, the gold is unusable.
         """
         if not self.own_limits:
             return {}
@@ -108,7 +109,7 @@ class PooledReward:
         suspects = {
             row: {**items[row], "completion": None}
             for row, outcome in (outcomes | found).items()
-            if outcome.status in self.own_limits and (outcome.own or row in found)
+            if outcome.status in self.own_limits and (outcome.own or (row in found and outcome.status != "crash"))
         }
         keys = {row: json.dumps(item, sort_keys=True) for row, item in suspects.items()}
         unknown = {key: suspects[row] for row, key in keys.items() if key not in self._gold_reasons}

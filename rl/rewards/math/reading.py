@@ -7,6 +7,7 @@ with t for a unit). What is rewritten here is what its parser would get wrong; t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import unicodedata
@@ -146,7 +147,8 @@ def read(text: str) -> Answer:
     sentence = not wrapped and "\\" not in text and _SENTENCE.search(plain) is not None
     words = _folded(plain) if _is_text(plain, wrapped) else None
     text, unit = _without_unit(text)
-    text = _rewritten(text)
+    with contextlib.suppress(RecursionError):  # nested too deeply to rewrite, and so for the parser
+        text = _rewritten(text)
     return Answer(
         text, _key(text), raw_key, plain=_folded(plain), words=words,
         sentence=sentence or _TIME.fullmatch(plain) is not None,

@@ -56,7 +56,8 @@ class Outcome:
         status: `ok`; or why there is no answer: `timeout`, `memory`, or `crash` (the worker ended or raised).
         value: The task's answer where `status` is `ok`, else None.
         detail: A line for the log where it is not.
-        own: The item used up its own processor time or memory; False where the clock ran out, or the worker ended.
+        own: The item used up its own processor time or memory, or the task raised on it; False where the clock ran
+            out, or the worker ended.
     """
 
     status: Literal["ok", "timeout", "memory", "crash"]
@@ -308,7 +309,7 @@ class _Run:
             worker.pid, self.start_failures = reply["ready"], 0
             return
         if "error" in reply:
-            self.results[worker.item] = Outcome(reply["error"], detail=reply["detail"], own=reply["error"] == "memory")
+            self.results[worker.item] = Outcome(reply["error"], detail=reply["detail"], own=True)
         else:
             self.results[worker.item] = Outcome("ok", reply["value"])
         worker.item = None

@@ -12,12 +12,13 @@ from pathlib import Path
 from fdiv.errors import SandboxError
 
 from .inside.confine import NOBODY
-from .interpreter import INSIDE, python_command, read_only_files
+from .interpreter import INSIDE, numpy_folders, python_command, read_only_files
 from .seccomp import filter_program
 
 __all__ = ["Bubblewrap"]
 
 FOLDER = "/sandbox"  # where `inside` lies, inside
+PACKAGES = "/packages"  # where numpy lies, inside; `inside` itself is closed to the programs
 DISK = 16 << 20  # bytes of the temporary folder
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 ALLOW_NAMESPACES = (
@@ -40,7 +41,7 @@ sys.stdin.read()
 """
 
 
-def _arguments() -> list[str]:
+def _arguments(packages: list[Path]) -> list[str]:
     """What every sandbox is made of, in the order in which bubblewrap does it."""
     files = read_only_files()
     found = {path: str(path) for path in files}
@@ -53,6 +54,10 @@ def _arguments() -> list[str]:
         link = path.is_symlink() and path.parent == Path("/")  # /lib on a system that keeps it under /usr
         arguments += ["--symlink", os.readlink(path), str(path)] if link else ["--ro-bind", str(path), str(path)]
     arguments += ["--ro-bind", str(INSIDE), FOLDER + "/inside"]
+    if packages:
+        arguments += ["--perms", "0755", "--dir", PACKAGES]
+    for path in packages:
+        arguments += ["--ro-bind", str(path), f"{PACKAGES}/{path.name}"]
     for device in DEVICES:
         arguments += ["--dev-bind", device, device]
     # /proc is left out: nothing needs it, and where containers are nested it often cannot be mounted.
@@ -82,17 +87,21 @@ class Bubblewrap:
     privileges, no environment, no terminal; the filter of `seccomp`. As root, what runs is `nobody`'s. The processes
     end with the one that started them.
 
+    Args:
+        numpy: numpy can be imported inside, its folder read-only.
+
     Raises:
-        SandboxError: there is no `bwrap` here.
+        SandboxError: there is no `bwrap` here, or no numpy.
     """
 
     name = "bubblewrap"
 
-    def __init__(self) -> None:
+    def __init__(self, numpy: bool = False) -> None:
         self.program = shutil.which("bwrap")
         if self.program is None:
             raise SandboxError(f"sandbox: bubblewrap: there is no program bwrap here; {INSTALL}")
-        self.arguments = _arguments()
+        self.packages = PACKAGES if numpy else None
+        self.arguments = _arguments(numpy_folders() if numpy else [])
 
     def start(self, control: int, role: str, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
         """Start a sandbox whose first process is `inside.server`.
@@ -119,7 +128,7 @@ class Bubblewrap:
             command += ["--seccomp", str(reading)]
         try:
             return subprocess.Popen(
-                [*command, "--", *python_command(FOLDER, control, role)], stdin=subprocess.DEVNULL,
+                [*command, "--", *python_command(FOLDER, control, role, self.packages)], stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, stderr=stderr, env={}, pass_fds=passed, start_new_session=True, cwd="/",
             )  # fmt: skip
         finally:

@@ -8,6 +8,7 @@ one at a time.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -30,6 +31,7 @@ BACKENDS = {"bubblewrap": Bubblewrap, "none": Unconfined}
 FILE_BYTES = 1 << 20
 MOST_OUTPUT = 16 << 20  # bytes that a script may print
 END_SECONDS = 2.0  # in which a process whose socket has closed comes to its end
+UNUSABLE = {"verdict": "unusable_gold", "detail": "the tests take more than the time by themselves"}
 LEAST = 0.001  # seconds; a socket's limit of 0 would mean another thing
 
 RIGHT = {
@@ -46,12 +48,14 @@ class Judge:
 
     Args:
         sandbox: A key of `BACKENDS`.
+        numpy: Program and tests may import numpy.
         program_time: Seconds of wall time for one answer.
         memory: Bytes of address space of the program, and of the tests.
     """
 
-    def __init__(self, sandbox: str, program_time: float, memory: int) -> None:
-        backend = BACKENDS[sandbox]()
+    def __init__(self, sandbox: str, program_time: float, memory: int, numpy: bool = False) -> None:
+        backend = BACKENDS[sandbox](numpy)
+        self.own_doing: dict[str, bool] = {}  # digest of tests → whether they take too long without the program
         self.program, self.tests = Server(backend, "program"), Server(backend, "examiner")
         self.program_time = program_time
         self.limits = {"memory": memory, "seconds": math.ceil(program_time) + 1, "file_bytes": FILE_BYTES}
@@ -71,12 +75,29 @@ class Judge:
         self.tests.start()
         deadline = time.monotonic() + self.program_time
         if "cases" not in item:
-            return self._tested(item, deadline)
+            found = self._tested(item, deadline)
+            return UNUSABLE if found["verdict"] == "over_time" and self._tests_alone(item) else found
+        if any(len(expected) > MOST_OUTPUT for _, expected in item["cases"]):
+            return {
+                "verdict": "unusable_gold",
+                "detail": f"an output of more than {MOST_OUTPUT} characters is expected",
+            }
         for given, expected in item["cases"]:
             verdict = self._printed(item["program"], given, expected, deadline)
             if verdict["verdict"] != "correct":
                 return verdict
         return {"verdict": "correct"}
+
+    def _tests_alone(self, item: dict[str, Any]) -> bool:
+        """Whether the tests take more than the time with a program that is empty: what they call fails at once."""
+        parts = [item[name] for name in ("tests", "setup", "entry_point", "given")]
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        if key not in self.own_doing:
+            self.program.start()
+            self.tests.start()
+            deadline = time.monotonic() + self.program_time
+            self.own_doing[key] = self._tested({**item, "program": ""}, deadline)["verdict"] == "over_time"
+        return self.own_doing[key]
 
     def _tested(self, item: dict[str, Any], deadline: float) -> dict[str, Any]:
         """The verdict of the tests' code."""
@@ -178,9 +199,11 @@ def prepare(settings: dict[str, Any]) -> None:
     Raises:
         RuntimeError: it does not: every answer would look wrong.
     """
-    _settings.update({name: settings[name] for name in ("sandbox", "program_time", "memory")})
+    _settings.update({name: settings[name] for name in ("sandbox", "program_time", "memory", "numpy")})
+    numpy = "import numpy\n" if _settings["numpy"] else ""
+    right = {**RIGHT, "program": numpy + RIGHT["program"], "setup": numpy}
     try:
-        found = json.dumps(_judge().verdict(RIGHT))
+        found = json.dumps(_judge().verdict(right))
     except CrashError as error:
         found = str(error)
     finally:  # the workers, forked later, have sandboxes of their own

@@ -72,7 +72,7 @@ class SQLReward(PooledReward):
         "wrong_on_half": 0.0, "over_time": 0.0, "over_memory": 0.0, "unusable_gold": None,
     }  # fmt: skip
 
-    own_limits: ClassVar[Mapping[str, str]] = {"timeout": "over_time", "memory": "over_memory"}
+    own_limits: ClassVar[Mapping[str, str]] = {"timeout": "over_time", "memory": "over_memory", "crash": "wrong"}
 
     def __init__(
         self,

@@ -117,11 +117,17 @@ def _examine(program: Channel, task: dict[str, Any]) -> dict[str, Any]:
     for piece in pieces:
         with contextlib.suppress(Exception):  # an import that is missing here: the tests may not need it
             exec(piece, module.__dict__)  # noqa: S102
+    data = any(isinstance(value, str | int | float | list | dict | tuple | set) for value in names.values())
     for piece in code:
-        exec(piece, module.__dict__)  # noqa: S102
+        try:
+            exec(piece, module.__dict__)  # noqa: S102
+        except (ImportError, MemoryError) as error:
+            if peer.used or data:
+                raise
+            said = f"{type(error).__name__}: {error}".rstrip(": ")
+            return {"verdict": "unusable_gold", "detail": f"the tests fail before they call the program: {said}"[:200]}
     if peer.ended:  # and a test caught what said so
         raise _ProgramEnded
-    data = any(isinstance(value, str | int | float | list | dict | tuple | set) for value in names.values())
     if not peer.used and not data:
         return {"verdict": "unusable_gold", "detail": "the tests call nothing of the program"}
     return {"verdict": "correct"}

@@ -33,6 +33,8 @@ LOADED = (
     "heapq", "io", "itertools", "json", "math", "operator", "random", "re", "statistics", "string", "typing",
 )  # fmt: skip
 
+ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
 
 def _child(role: str, numbers: list[int], filtered: bytes) -> int:
     """Run one child; return its exit status."""
@@ -72,13 +74,16 @@ def _leave(child: int) -> None:
     os._exit(0)
 
 
-def main(descriptor: int, role: str) -> None:
-    """Serve until the socket closes."""
+def main(descriptor: int, role: str, packages: tuple[str, ...] = ()) -> None:
+    """Serve until the socket closes. `packages` are loaded too; they must not start threads, which no child has."""
     os.closerange(3, descriptor)  # what made the sandbox
     os.closerange(descriptor + 1, 1024)
     become_nobody()
-    for name in LOADED:
+    os.environ.update(dict.fromkeys(ONE_THREAD, "1") if packages else {})
+    for name in LOADED + packages:
         importlib.import_module(name)
+    for name in ONE_THREAD:
+        os.environ.pop(name, None)
     control = socket.socket(fileno=descriptor)
     control.sendall(b"ready")
     filtered = control.recv(1 << 16).removeprefix(b"filter")

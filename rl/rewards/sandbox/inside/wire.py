@@ -17,7 +17,9 @@ import decimal
 import fractions
 import json
 import math
+import re
 import socket
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -38,7 +40,17 @@ TYPES["NoneType"] = type(None)
 FACTORIES = {"": None, **TYPES}
 MUTABLE = (list, dict, set, bytearray, collections.deque)
 VIEWS = {type({}.keys()): "dict_keys", type({}.items()): "dict_items", type({}.values()): "dict_values"}
+ARRAYS = re.compile(r"[<>=|]?(?:b1|[iu][1248]|f[248]|c(?:8|16)|[US]\d{1,6}|O)")
+"""Element types of numpy that can be sent."""
 to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def numpy_of(value: Any) -> Any:
+    """numpy, where it is loaded and the value is an array or a scalar of it that can be sent; else None."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(value, numpy.ndarray | numpy.generic) or not ARRAYS.fullmatch(value.dtype.str):
+        return None
+    return numpy
 
 
 class WireError(ValueError):
@@ -122,6 +134,13 @@ class Encoder:
         """The tagged form of a value; a container enters the table of nodes, once."""
         if value is None or value is True or value is False:
             return value
+        if type(value) in (str, int, float) or numpy_of(value) is None:
+            return self._plain(value)
+        if value.ndim:
+            return ["node", self._number(value)]
+        return ["scalar", value.dtype.str, self.value(value.item())]
+
+    def _plain(self, value: Any) -> Any:
         if isinstance(value, str):
             return str.__str__(value)
         if isinstance(value, int):
@@ -171,6 +190,9 @@ class Encoder:
 
     def content(self, container: Any) -> list[Any]:
         """The node of a container: its kind and what is in it."""
+        if numpy_of(container) is not None:
+            flat = container.ravel().tolist()
+            return ["array", container.dtype.str, list(container.shape), *map(self.value, flat)]
         if isinstance(container, bytearray):
             return ["bytearray", container.hex()]
         if isinstance(container, dict):
@@ -238,6 +260,8 @@ class Decoder:
             return self.containers[rest[0]]
         if tag == "tuple":
             return tuple(map(self.value, rest))
+        if tag == "scalar":
+            return _empty_array(rest[0], []).dtype.type(self.value(rest[1]))
         if tag == "frozenset":
             return frozenset(map(self.value, rest))
         if tag == "int":
@@ -273,6 +297,8 @@ class Decoder:
     def _empty(self, content: list[Any]) -> Any:
         kind = content[0]
         try:
+            if kind == "array":
+                return _empty_array(content[1], content[2])
             if kind == "defaultdict":
                 return collections.defaultdict(FACTORIES[content[1]])
             if kind == "deque":
@@ -288,6 +314,11 @@ class Decoder:
         kind, rest = content[0], content[1:]
         if kind == "bytearray" and isinstance(container, bytearray):
             container[:] = bytes.fromhex(rest[0])
+        elif kind == "array" and numpy_of(container) is not None:
+            if [container.dtype.str, list(container.shape)] != rest[:2] or len(rest) - 2 != container.size:
+                raise WireError("an array of another shape or type")
+            for place, form in enumerate(rest[2:]):
+                container.flat[place] = self.value(form)
         elif kind == "list" and isinstance(container, list):
             container[:] = list(map(self.value, rest))
         elif kind == "deque" and isinstance(container, collections.deque):
@@ -305,3 +336,15 @@ class Decoder:
                 container[key] = item
         else:
             raise WireError(f"{kind} is not what this container is")
+
+
+def _empty_array(kind: Any, shape: Any) -> Any:
+    """An array to fill.
+
+    Raises:
+        WireError: numpy is not here, or no such array can be sent.
+    """
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(kind, str) or not ARRAYS.fullmatch(kind):
+        raise WireError("no such array")
+    return numpy.zeros(shape, dtype=kind)
