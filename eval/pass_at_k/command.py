@@ -17,11 +17,11 @@ from fdiv.models.dtypes import add_dtype
 
 __all__ = ["add_arguments", "run"]
 
-_OWN = ("k", "stop", "greedy", "allow_code_execution", "label", "dataset", "n")
+_OWN = ("k", "stop", "greedy", "allow_code_execution", "label", "dataset", "n", "sandbox", "numpy")
 _ENCODING = ("system_prompt", "date_string", "chat_template_kwargs")
 _MODEL_ONLY = ("adapter", "dataset", "data", "scorer", "databases")
 _FREE = ("n", "k", "greedy", "unscored", "resamples", "label", "batch_size", "allow_code_execution",
-         "min_used_fraction")  # fmt: skip
+         "min_used_fraction", "sandbox")  # fmt: skip
 """Settings that may change between two runs in one folder: no completion and no score depends on them."""
 
 
@@ -51,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--stop", action="append", metavar="TEXT", help="text that ends a completion; repeat it")
     how.add_argument("--greedy", action="store_true", help="also greedy accuracy: one more completion per task")
     how.add_argument("--allow_code_execution", action="store_true", help="run programs the model wrote (humaneval)")
+    how.add_argument("--sandbox", choices=("bubblewrap", "none"), help="of these programs (bubblewrap)")
+    how.add_argument("--numpy", action="store_true", help="these programs and their tests may import numpy")
     how.add_argument("--seed", type=int, default=0, help="of the samples and the bootstrap (0)")
     # Launchers such as torchrun take --n for a beginning of an option of their own, wherever it stands.
     size = PassKEvalConfig.n
@@ -94,7 +96,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _checked_golds(args: argparse.Namespace) -> int:
     from fdiv.eval.pass_at_k.gold_check import check_golds
-    from fdiv.eval.pass_at_k.scoring import make_scorer
     from fdiv.files import write_json
     from fdiv.terminal import info, print_table
 
@@ -103,8 +104,9 @@ def _checked_golds(args: argparse.Namespace) -> int:
             raise DataError(f"--{option} does not go with --check_golds: it asks for no answers but the golds")
     if not args.dataset:
         raise DataError("--check_golds needs --dataset: a benchmark by name, or a JSON-lines file")
-    loaded = _config(args).load()
-    scorer = make_scorer(loaded.scorer, databases=loaded.databases, allow_code_execution=args.allow_code_execution)
+    config = _config(args)
+    loaded = config.load()
+    scorer = config.make_scorer(loaded)
     try:
         found = check_golds(loaded, scorer)
     finally:

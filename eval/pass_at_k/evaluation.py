@@ -58,6 +58,8 @@ class PassKEvalConfig(RowOptions):
             1. None: the benchmark's own, exact for a file or a split.
         databases: For sql: an SQLite file, or a folder with one per `database` of the rows.
         allow_code_execution: Must be true for code (humaneval): programs written by the model are run here.
+        sandbox: Of code: bubblewrap, or none (no protection but limits). None: bubblewrap.
+        numpy: Programs and tests of code may import numpy.
         n: Samples per task.
         k: The k of pass@k; none above n.
         temperature: Of sampling.
@@ -86,6 +88,8 @@ class PassKEvalConfig(RowOptions):
     scorer: str | None = None
     databases: str | None = None
     allow_code_execution: bool = False
+    sandbox: Literal["bubblewrap", "none"] | None = None
+    numpy: bool = False
     n: int = 64
     k: list[int] = field(default_factory=lambda: [1, 8, 64])
     temperature: float = 1.0
@@ -127,6 +131,8 @@ class PassKEvalConfig(RowOptions):
             raise ValueError(f"chat_template={self.chat_template!r}: choose {', '.join(CHAT_TEMPLATE)}")
         if self.question_format is not None:
             check_template(self.question_format, ("question",), needs=("question",), what="question_format")
+        if self.sandbox not in (None, "bubblewrap", "none"):
+            raise ValueError(f"sandbox={self.sandbox!r}: choose bubblewrap or none")
         if self.unscored not in get_args(Unscored):
             raise ValueError(f"unscored={self.unscored!r}: choose {', '.join(get_args(Unscored))}")
         if self.scorer is not None:
@@ -220,6 +226,16 @@ class PassKEvalConfig(RowOptions):
         name = self._named("tasks of passk")
         return RowReport(name, read, read - len(loaded.tasks), without_signal=signal, unit="tasks")
 
+    def make_scorer(self, loaded: LoadedTasks) -> Scorer:
+        """The scorer of these tasks, which the caller closes."""
+        return make_scorer(
+            loaded.scorer,
+            databases=loaded.databases,
+            allow_code_execution=self.allow_code_execution,
+            sandbox=self.sandbox,
+            numpy=self.numpy,
+        )
+
     def settings(self, loaded: LoadedTasks, seed: int) -> SamplingSettings:
         """How completions are sampled."""
         return SamplingSettings(self.temperature, self.top_p, self.max_new_tokens, loaded.stop, seed)
@@ -282,7 +298,7 @@ class PassKEvalConfig(RowOptions):
         """
         settings = self.settings(loaded, seed)
         prompt, encoding = self._prompts(loaded)
-        scorer = make_scorer(loaded.scorer, databases=loaded.databases, allow_code_execution=self.allow_code_execution)
+        scorer = self.make_scorer(loaded)
         try:
             requests = sampling_requests(loaded.tasks, tokenizer, prompt, settings, self.n, encoding)
             first = {request.key.rpartition("#")[0]: request for request in requests[:: self.n]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +11,11 @@ from fdiv.errors import DataError
 from fdiv.eval.pass_at_k.data import EvalTask
 from fdiv.inference.batches import run_batches
 from fdiv.inference.cache import ItemCache
+from fdiv.rl.rewards.math.extraction import final_answer
+from fdiv.rl.rewards.math.reading import read
+from fdiv.rl.rewards.pooled_reward import reasoning_open
 
-__all__ = ["SCORERS", "Scorer", "boxed_answer", "make_scorer", "score_completions"]
+__all__ = ["SCORERS", "Scorer", "boxed_answer", "make_scorer", "math_answer", "score_completions"]
 
 SCORERS = REWARDS  # its name in release 0.1: there is one table of what scores a completion
 
@@ -25,30 +27,25 @@ def exact_match(prompts: Sequence[Any], completions: Sequence[str], answer: Sequ
     return [float(text.strip() == gold.strip()) for text, gold in zip(completions, answer, strict=True)]
 
 
-def _stripped(completion: str) -> str | None:
+def _stripped(completion: str, *, opened: bool = False) -> str | None:
     return completion.strip() or None
 
 
-def boxed_answer(completion: str) -> str | None:
-    r"""What stands in the last `\boxed{…}`, else after the last `####`, without spaces, `$` and commas between digits.
+def math_answer(completion: str, *, opened: bool = False) -> str | None:
+    r"""The answer in a completion, found and read as the `math` scorer does, without white space; None: there is none.
 
-    The vote of maj@n on mathematics: texts that are equal in this form are one answer (½ and 0.5 are two). None where
-    there is no such place, or the braces are not closed.
+    The vote of maj@n on mathematics: texts that are equal in this form are one answer (½ and 0.5 are two).
+
+    Args:
+        completion: the text.
+        opened: the prompt has opened the reasoning.
     """
-    start = completion.rfind("\\boxed{")
-    if start >= 0:
-        depth, begin = 1, start + len("\\boxed{")
-        for position in range(begin, len(completion)):
-            depth += {"{": 1, "}": -1}.get(completion[position], 0)
-            if depth == 0:
-                return _normal(completion[begin:position])
-        return None
-    _, mark, after = completion.rpartition("####")
-    return _normal(after.split("\n")[0]) if mark else None
+    found = final_answer(completion, plain=True, opened=opened)
+    answer = None if found is None else read(found)
+    return None if answer is None or answer.missing else answer.key or None
 
 
-def _normal(answer: str) -> str | None:
-    return re.sub(r"(?<=\d),(?=\d{3})", "", re.sub(r"[\s$]", "", answer)) or None
+boxed_answer = math_answer  # its name in release 0.1
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Scorer:
 
     name: str
     reward: Reward
-    answer: Callable[[str], str | None] | None
+    answer: Callable[..., str | None] | None
 
     def close(self) -> None:
         """End worker processes, where the reward has some."""
@@ -66,7 +63,14 @@ class Scorer:
             close()
 
 
-def make_scorer(name: str, *, databases: str | None = None, allow_code_execution: bool = False) -> Scorer:
+def make_scorer(
+    name: str,
+    *,
+    databases: str | None = None,
+    allow_code_execution: bool = False,
+    sandbox: str | None = None,
+    numpy: bool = False,
+) -> Scorer:
     """The scorer of a name.
 
     Args:
@@ -74,9 +78,14 @@ def make_scorer(name: str, *, databases: str | None = None, allow_code_execution
             `reward(prompts, completions, **columns) -> scores`; it gets `answer` and the file's own columns.
         databases: SQLite file, or folder with one per `database` of the tasks; for `sql`.
         allow_code_execution: must be True for `code`, which runs what the model wrote.
+        sandbox: where `code` runs it, `bubblewrap` or `none`; None: bubblewrap.
+        numpy: programs and tests of `code` may import numpy.
     Raises:
-        DataError: an unknown name, one that needs further keys, no database, code execution not allowed.
+        DataError: an unknown name, one that needs further keys, no database, code execution not allowed, `sandbox` or
+            `numpy` for another scorer, a sandbox that does not work here.
     """
+    if name != "code" and (sandbox is not None or numpy):
+        raise DataError(f"{'numpy' if numpy else 'sandbox'} goes with the scorer 'code', not with {name!r}")
     if name == "code" and not allow_code_execution:
         raise DataError(
             "scorer 'code' runs programs written by the model on this machine: read what CodeReward does and does not "
@@ -89,13 +98,15 @@ def make_scorer(name: str, *, databases: str | None = None, allow_code_execution
     keys = {
         "math": {"gold": "answer", "answers": "any", "failure_limit": None},
         "sql": {"database": databases, "gold": "answer", "database_column": "database", "failure_limit": None},
-        "code": {"allow_execution": True, "failure_limit": None},
-    }.get(name, {})
+        "code": {
+            "allow_execution": True, "failure_limit": None, "numpy": numpy, "sandbox": sandbox or "bubblewrap",
+        },
+    }.get(name, {})  # fmt: skip
     try:
         reward = build_reward({"name": name, **keys}, "scorer")
     except ValueError as error:
         raise DataError(str(error)) from error
-    return Scorer(name, reward, {"math": boxed_answer, "exact": _stripped}.get(name))
+    return Scorer(name, reward, {"math": math_answer, "exact": _stripped}.get(name))
 
 
 @dataclass(frozen=True)
@@ -159,4 +170,8 @@ def _verdict(scorer: Scorer, unit: _Unit, score: Any) -> dict[str, Any]:
         if score != score:
             raise DataError(f"scorer {scorer.name!r} gave NaN for task {unit.task.task_id!r}; None means not scored")
     found: dict[str, Any] = {"key": unit.key, "correct": None if score is None else score >= 1.0}
-    return found | ({"answer": scorer.answer(unit.completion)} if scorer.answer is not None else {})
+    return found | (
+        {"answer": scorer.answer(unit.completion, opened=reasoning_open(unit.task.prompt))}
+        if scorer.answer is not None
+        else {}
+    )

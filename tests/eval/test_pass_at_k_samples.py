@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -10,8 +11,9 @@ from fdiv.cli import main
 from fdiv.errors import DataError
 from fdiv.eval.pass_at_k.aggregate import compare_with_base, parse_k, summarise
 from fdiv.eval.pass_at_k.data import load_tasks
+from fdiv.eval.pass_at_k.evaluation import PassKEvalConfig
 from fdiv.eval.pass_at_k.records import read_counts
-from fdiv.eval.pass_at_k.scoring import boxed_answer, make_scorer, score_completions
+from fdiv.eval.pass_at_k.scoring import make_scorer, math_answer, score_completions
 
 
 def _file(path, *rows):
@@ -106,9 +108,17 @@ def test_bad_k(text):
 
 
 def test_boxed_answers():
-    assert boxed_answer(r"so \boxed{1} and \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
-    assert boxed_answer("so\n#### 1,234 ") == "1234"
-    assert boxed_answer(r"\boxed{1") is None and boxed_answer("7") is None
+    """The vote is on what the scorer reads: parts of one answer together, other forms of one number alike."""
+    assert (
+        math_answer(r"so \boxed{1} and \boxed{\frac12}") == math_answer(r"\boxed{1,\frac{1}{2}}") == r"1,\frac{1}{2}"
+    )
+    assert math_answer("so\n#### 1,234 ") == math_answer(r"\boxed{1{,}234}") == math_answer("It is $1234$.") == "1234"
+    assert (
+        math_answer(r"\boxed{1") is None and math_answer("no number") is None and math_answer(r"\boxed{N/A}") is None
+    )
+    assert math_answer(r"<think>\boxed{1}</think> \boxed{2}") == "2" and math_answer(r"<think>\boxed{1}") is None
+    assert math_answer(r"\boxed{1}</think> \boxed{2}", opened=True) == "2" and math_answer("7", opened=True) is None
+    assert math_answer(r"\boxed{" + r"\frac" * 900 + "}") is not None  # nested too deeply to be rewritten
 
 
 def test_recorded_qwen_samples(shared_data):
@@ -161,6 +171,31 @@ def test_unknown_dataset_lists_the_names(tmp_path):
 def test_code_needs_permission():
     with pytest.raises(DataError, match="--allow_code_execution"):
         make_scorer("code")
+    for options in ({"sandbox": "none"}, {"numpy": True}):
+        with pytest.raises(DataError, match=f"{next(iter(options))} goes with the scorer 'code', not with 'math'"):
+            make_scorer("math", **options)
+
+
+def test_sandbox_and_numpy_reach_the_reward(tmp_path, monkeypatch):
+    """From the command line and from the keys of a recipe; without them, bubblewrap and the standard library."""
+    asked = []
+
+    def build(spec, where):
+        asked.append((spec["name"], spec["sandbox"], spec["numpy"]))
+        return lambda prompts, completions, **columns: [None] * len(completions)
+
+    monkeypatch.setattr(sys.modules["fdiv.eval.pass_at_k.scoring"], "build_reward", build)
+    path = str(_file(tmp_path / "t.jsonl", {"prompt": "Write f.", "answer": "f = abs", "test": "assert f(-1) == 1"}))
+    command = ["eval", "passk", "--check_golds", "--dataset", path, "--scorer", "code", "--allow_code_execution"]
+    for more in ((), ("--sandbox", "none"), ("--numpy",)):
+        assert main([*command, *more]) == 1
+    keys = {"sandbox": "none", "numpy": True, "allow_code_execution": True}
+    config = PassKEvalConfig(dataset=path, scorer="code", k=[1], n=1, **keys)
+    config.make_scorer(config.load())
+    expected = [("bubblewrap", False), ("none", False), ("bubblewrap", True), ("none", True)]
+    assert asked == [("code", *options) for options in expected]
+    with pytest.raises(ValueError, match="sandbox='docker': choose bubblewrap or none"):
+        PassKEvalConfig(sandbox="docker")
 
 
 @pytest.mark.slow

@@ -201,3 +201,25 @@ def test_agrees_with_the_recorded_scores_of_qwen_math(reward, shared_data):
     # Their comparison of strings misses 10000 = 10{,}000; the gold "4:30p.." is no mathematics, and is not scored.
     assert rows == 800
     assert Counter(differ) == {("10{,}000", 1.0, False): 1, ("4:30p..", None, False): 8}
+
+
+NESTED = {
+    "fractions": r"\frac" * 800, "roots": r"\sqrt{" * 900 + "2" + "}" * 900, "brackets": "(" * 1500 + "1" + ")" * 1500,
+    "signs": "-" * 2000 + "1", "sums": "1+" * 2000 + "1", "factorials": "9" + "!" * 300, "lists": "[" * 1000,
+}  # fmt: skip
+
+
+def test_an_answer_that_the_verifier_cannot_read_is_wrong_and_never_lost(reward):
+    """However deeply it is nested; a gold like that is unusable."""
+    before = reward.summary()
+    scores = reward(
+        ["?"] * len(NESTED), [rf"\boxed{{{text}}}" for text in NESTED.values()], solution=["7"] * len(NESTED)
+    )
+    assert scores == [0.0] * len(NESTED)
+    assert reward(["?"], [r"\boxed{7}"], solution=[NESTED["fractions"]]) == [None]
+    assert [reward.summary()[name] - before[name] for name in ("crash", "timeout", "memory", "unusable_gold")] == [
+        0,
+        0,
+        0,
+        1,
+    ]

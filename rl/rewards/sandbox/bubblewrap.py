@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fdiv.errors import SandboxError
@@ -41,7 +42,7 @@ sys.stdin.read()
 """
 
 
-def _arguments(packages: list[Path]) -> list[str]:
+def _arguments(packages: Sequence[Path] = ()) -> list[str]:
     """What every sandbox is made of, in the order in which bubblewrap does it."""
     files = read_only_files()
     found = {path: str(path) for path in files}

@@ -199,7 +199,9 @@ def prepare(settings: dict[str, Any]) -> None:
     Raises:
         RuntimeError: it does not: every answer would look wrong.
     """
-    _settings.update({name: settings[name] for name in ("sandbox", "program_time", "memory", "numpy")})
+    _settings.update(
+        {name: settings[name] for name in ("sandbox", "program_time", "memory")}, numpy=settings.get("numpy", False)
+    )
     numpy = "import numpy\n" if _settings["numpy"] else ""
     right = {**RIGHT, "program": numpy + RIGHT["program"], "setup": numpy}
     try:
