@@ -200,3 +200,25 @@ def test_private_hooks_of_transformers_have_the_signatures_relied_on():
     assert "start_time=start_time,\n" in source  # passed to `_run_epoch` by its name
     for attribute in ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_num_input_tokens_seen"):
         assert f"self.{attribute} = " in source
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_distillation(share, tiny_model_dir, tmp_path):
+    """On the rows' answers, and on a part of the student's own."""
+    from tests.support.runs.f_distill import make_teacher, make_trainer, rows
+
+    teacher = make_teacher(tmp_path / "teacher")
+    settings = {**SAVING, "max_steps": 5, "on_policy_share": share}
+
+    def made(folder, **options):
+        return make_trainer(tiny_model_dir, teacher, rows(), tmp_path / folder, **settings, **options)
+
+    whole = made("whole")
+    whole.train()
+    for step in (2, 5):
+        trainer = made("cut", callbacks=[CutBefore(step)])
+        with pytest.raises(Cut):
+            trainer.train(resume_from_checkpoint=any((tmp_path / "cut").glob("checkpoint-*")))
+    resumed = made("cut")
+    resumed.train(resume_from_checkpoint=True)
+    same(whole, resumed)
