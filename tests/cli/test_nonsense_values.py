@@ -3,6 +3,7 @@ line, or it stands in a list of values that are valid."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import typing
@@ -10,6 +11,7 @@ import zlib
 
 import pytest
 
+from fdiv.bounds import Declaration, fault
 from fdiv.catalog import EVALUATIONS, METHODS, TASKS, load
 from fdiv.errors import RecipeError
 from fdiv.recipe.check import BLOCKS, block_section, top_section
@@ -89,8 +91,14 @@ def keys_of(method):
             yield name, key
 
 
-def tried(key):
-    """Nonsense for one key, and whether each must be refused."""
+def declared_in(config):
+    """The declarations of a config's own options, by name."""
+    helps = {entry.name: entry.metadata.get("help") for entry in dataclasses.fields(config)}
+    return {name: text for name, text in helps.items() if isinstance(text, Declaration)}
+
+
+def tried(key, declared=None):
+    """Nonsense for one key, and whether each must be refused; what an option of ours declares is valid."""
     kinds = _options(key.type)
     if choices(key) and not numeric(key):
         for value in NO_CHOICE:
@@ -109,6 +117,7 @@ def tried(key):
         fraction = value == -0.5
         valid = (
             type(None) in kinds if value is None
+            else fault(value, kinds, declared) is None if declared is not None
             else key.name in ZERO if value == 0
             else key.name in NEGATIVE and float in kinds if fraction
             else key.name in MINUS_ONE
@@ -135,8 +144,9 @@ def check(path, settings):
 
 
 def cases_of(method):
+    declared = declared_in(METHODS.find(method).config_class)
     for name, key in keys_of(method):
-        for value, refused in tried(key):
+        for value, refused in tried(key, declared.get(name)):
             yield name, value, refused
 
 
@@ -177,7 +187,7 @@ GIVEN = {
     "novels_unlearning": {"data": "x", "forget_novels": ["a"], "retain_novels": ["b"]},
     "sampled_preferences": {"model": "x", "prompts": [f"Say {number}." for number in range(40)]},
     "tofu_memorised": {"model": "x", "data": "y"},
-    "thinned_student": {"teacher": "x", "data": "y"},
+    "thinned_student": {"teacher": "x", "data": "y", "train_novels": ["a"], "test_novels": ["b"]},
 }
 # Valid at 0, at -1, below 0 or at null, as above.
 BLOCK_ZERO = {
