@@ -15,7 +15,7 @@ from fdiv.report.curves import training_curves
 from fdiv.report.metrics import hover, marked
 from fdiv.report.metrics.glossary import Better
 from fdiv.report.pass_at_k_curves import pass_at_k_curves
-from fdiv.report.records import RunRecord, SweepRecord, read_records, read_results
+from fdiv.report.records import RunRecord, SweepRecord, encoding_notes, read_records, read_results
 from fdiv.rows.report import faults_of
 from fdiv.terminal import divergence_label, number
 
@@ -171,6 +171,7 @@ class _Page:
             self.add(f'<p class="sub">{html.escape(_headline(run))}</p>')
             self.run_table(run)
             self.plot(before_after_run(run), _file("before_after", run, runs), "Metrics before and after training")
+        self.notes(encoding_notes(list(runs)))
         self.plot(pass_at_k_curves(runs), "pass_at_k", "Pass@k before training and after it")
         self.add("<h2>Training curves</h2>")
         single = "Bands: standard errors, and 5–95 % quantiles of log-ratios." if len(runs) == 1 else ""

@@ -10,9 +10,19 @@ from fdiv.errors import DataError, FdivError
 from fdiv.files import numbered_json_lines, read_bytes
 from fdiv.report.shapes import ENVIRONMENT, check_result, check_results, check_shape
 from fdiv.sealed import LISTING, NO_DIGEST, check_listed, read_record
+from fdiv.stamps import compare_stamps
 from fdiv.terminal import divergence_label, info
 
-__all__ = ["RERUN", "RunRecord", "SweepRecord", "read_history", "read_records", "read_result", "read_results"]
+__all__ = [
+    "RERUN",
+    "RunRecord",
+    "SweepRecord",
+    "encoding_notes",
+    "read_history",
+    "read_records",
+    "read_result",
+    "read_results",
+]
 
 RERUN = "run it again, or take `digest` out of the file where it was edited on purpose"
 """What to do about a damaged record."""
@@ -70,6 +80,18 @@ def read_records(directories: list[Path]) -> tuple[list[RunRecord], list[SweepRe
         for run in runs:
             run.setting = run.name
     return runs, sweeps
+
+
+def encoding_notes(runs: list[RunRecord]) -> list[tuple[str, str]]:
+    """(run, what differs) for runs whose rows were encoded otherwise than those of the first: their numbers stand
+    side by side, and may not be alike."""
+    known = [(run.name, run.result["encoding"]) for run in runs if run.result.get("encoding")]
+    notes = []
+    for name, theirs in known[1:]:
+        first, ours = known[0]
+        for line in compare_stamps(ours, theirs, "it", "", noted={*ours, *theirs}):
+            notes.append((name, line.replace("now it is", f"{first} with")))
+    return notes
 
 
 def read_results(file: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ RESULT = {
     "steps": (int,),
     "train_seconds": (int, float),
     "notes?": ["*", (str,)],
+    "encoding?": (dict,),
     "summary_metrics?": [(str,)],
     "unmet_requirements?": [(str,)],
 }

@@ -25,6 +25,7 @@ from fdiv.inference.encoding import Encoding, encoding_stamp
 from fdiv.inference.greedy import GenerationRequest, generate_texts
 from fdiv.inference.prompting import PromptFormat
 from fdiv.models.loading import load_tokenizer
+from fdiv.report.records import RunRecord, encoding_notes
 from fdiv.rl.dph.rehearsal import RehearsalCache, RehearsalHeader, RehearsalRow
 from fdiv.rl.presample.output import enter_directory
 from fdiv.stamps import NOTED, compare_stamps
@@ -327,3 +328,16 @@ def test_cached_generations_follow_the_end_tokens(tiny_model_dir, tmp_path, monk
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
     generate_texts(model, tokenizer, requests, cache_dir=tmp_path, model_digest="m", progress=False)
     assert len(added) == 2
+
+
+# ---------------------------------------------------------------- reports
+def test_a_report_says_where_runs_were_encoded_otherwise(tokenizers, tmp_path):
+    ours = encoding_stamp(tokenizers["chat"], Encoding(), chat=True)
+
+    def run(name: str, encoding: dict | None) -> RunRecord:
+        return RunRecord(name, tmp_path, {} if encoding is None else {"encoding": encoding}, {}, [], "")
+
+    assert encoding_notes([run("a", ours), run("b", ours), run("c", None)]) == []
+    for key in changed_keys(ours):
+        ((name, line),) = encoding_notes([run("old", None), run("a", ours), run("b", ours | {key: OTHER[key]})])
+        assert name == "b" and line == f"it was made with {key}={OTHER[key]!r}, a with {ours[key]!r}"
