@@ -1,5 +1,6 @@
 """The README says what the repository holds: tables equal their files, paths exist, its Python runs."""
 
+import json
 import re
 
 import pytest
@@ -61,3 +62,11 @@ def test_trainer_snippets_name_what_exists(readme):
         compile(block, "README.md", "exec")
         names = re.findall(r"\b(FDPO\w+)", block)
         assert names and set(names) <= set(fdiv.alignment.__all__)
+
+
+def test_the_figures_of_the_fuzz_suite_are_those_of_its_run(repository, readme):
+    found = json.loads((repository / "benchmarks" / "results" / "fuzz.json").read_text(encoding="utf-8"))
+    line = next(line for line in readme.replace("\n  ", " ").splitlines() if "`make fuzz MINUTES=" in line)
+    tried, faults = (int(number.replace(",", "")) for number in re.findall(r"\*\*([\d,]+)\*\*", line))
+    assert tried == sum(found["tried"].values())
+    assert faults == found["sum_of_faults"]

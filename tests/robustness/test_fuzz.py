@@ -123,6 +123,15 @@ def test_a_planted_fault_is_found(kind, verdict, plant, monkeypatch, capsys, tmp
     assert verdict in {fault["verdict"] for fault in content["faults"]}
 
 
+def test_a_short_run_finds_no_fault(capsys):
+    """`make fuzz` is the long one."""
+    code = main(["--seed", "16"])
+    shown = capsys.readouterr().out
+    assert code == 0, shown
+    for kind in KINDS:
+        assert f"{kind.name} " in shown
+
+
 def test_every_class_is_planted():
     assert {verdict for _, verdict, _ in PLANTED} == set(FAULTS)
 

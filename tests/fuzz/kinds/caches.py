@@ -29,7 +29,7 @@ class Caches(Kind):
 
     name = "caches"
     what = "rehearsal cache, item cache, pre-sampling folder: bytes damaged"
-    few = 60
+    few = 40
 
     def members(self, rng: random.Random) -> list[Edit]:
         target = rng.choice(["rehearsal"] * 4 + ["items"] * 4 + ["presampled"])

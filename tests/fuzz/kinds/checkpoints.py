@@ -44,7 +44,7 @@ class Checkpoints(Kind):
 
     name = "checkpoints"
     what = "checkpoints with damaged, missing, forged and poisoned files, resumed"
-    few = 5
+    few = 3
 
     def members(self, rng: random.Random) -> list[Edit]:
         def one() -> Edit:

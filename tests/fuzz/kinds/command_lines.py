@@ -125,7 +125,7 @@ class CommandLines(Kind):
 
     name = "command_lines"
     what = "words left out, added or wrong, impossible places, every verb"
-    few = 60
+    few = 40
 
     def members(self, rng: random.Random) -> list[Edit]:
         commands = [*_RIGHT, *_BROKEN]

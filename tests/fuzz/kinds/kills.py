@@ -31,7 +31,7 @@ class Kills(Kind):
 
     name = "kills"
     what = "SIGKILL, SIGTERM, SIGINT at a random moment of a run, then resumed"
-    few = 2
+    few = 1
 
     def members(self, rng: random.Random) -> list[Edit]:
         signals = ["SIGKILL", "SIGKILL", "SIGTERM", "SIGINT"]

@@ -24,7 +24,7 @@ class Logs(Kind):
 
     name = "logs"
     what = "evaluation logs, records of runs and sweeps: values and bytes damaged"
-    few = 20
+    few = 10
 
     def members(self, rng: random.Random) -> list[Edit]:
         target = rng.choice(["log", "log", "retain log", "record", "record", "sweep"])

@@ -107,7 +107,7 @@ class Programs(Kind):
 
     name = "programs"
     what = "cheats, escapes and right answers of the code reward, composed"
-    few = 8
+    few = 6
 
     def members(self, rng: random.Random) -> list[Edit]:
         def one() -> Edit:

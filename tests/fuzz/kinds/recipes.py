@@ -74,7 +74,7 @@ class Recipes(Kind):
 
     name = "recipes"
     what = "mutated YAML, `fdiv run --dry_run`"
-    few = 60
+    few = 40
 
     def members(self, rng: random.Random) -> list[Edit]:
         extra = rng.randrange(len(_EXTRA_BLOCKS))

@@ -1,4 +1,4 @@
-"""Rows of data: preference pairs that `fdiv run` trains on, and samples that `fdiv eval passk` counts."""
+"""Rows of data: pairs and questions that `fdiv run` trains on, and samples that `fdiv eval passk` counts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ from tests.fuzz.world import World
 
 __all__ = ["Rows"]
 
+_COLUMNS = {
+    "pairs": ("prompt", "chosen", "rejected"),
+    "conversations": ("prompt", "chosen", "rejected"),
+    "questions": ("question", "answer"),
+    "samples": ("task_id", "correct", "sample"),
+}
+_FLAT = {"method": "flat", "divergence": "total_variation", "beta": None}
 _MESSAGES: tuple[Any, ...] = (
     *([], [{}], [{"role": "user"}], [{"content": "x"}], [{"role": "user", "content": None}], [None], ["x"], [[]]),
     *(
@@ -30,13 +37,13 @@ class Rows(Kind):
     """A row or the file of it is damaged. A wrong value of a column that is read must be said, by its row."""
 
     name = "rows"
-    what = "preference pairs and recorded samples: rows and bytes damaged"
-    few = 12
+    what = "preference pairs, questions to forget, recorded samples: rows and bytes damaged"
+    few = 8
 
     def members(self, rng: random.Random) -> list[Edit]:
-        data = rng.choice(["pairs", "conversations", "samples", "samples"])
+        data = rng.choice(["pairs", "conversations", "questions", "samples"])
         edits: list[Edit] = [("data", data)]
-        columns = ("task_id", "correct", "sample") if data == "samples" else ("prompt", "chosen", "rejected")
+        columns = _COLUMNS[data]
         pool = (*NONSENSE, *HOSTILE_TEXT, *(_MESSAGES if data == "conversations" else ()))
         for _ in range(rng.choice([1, 1, 1, 2])):
             row, column = rng.choice([0, 0, 3, 5, 7]), rng.choice(columns)
@@ -65,16 +72,21 @@ class Rows(Kind):
                 content = damage_bytes(content, edit)
         if data == "samples":
             return self._samples(content, folder)
-        return self._pairs(content, folder)
+        return self._trained(data, content, folder)
 
-    def _pairs(self, content: bytes, folder: Path) -> Outcome:
+    def _trained(self, data: str, content: bytes, folder: Path) -> Outcome:
         (folder / "data").mkdir()
         (folder / "data" / "train.jsonl").write_bytes(content)
-        recipe = self.world.write_recipe(folder, dataset_name=str(folder / "data"))
+        method = _FLAT if data == "questions" else {}
+        recipe = self.world.write_recipe(folder, dataset_name=str(folder / "data"), **method)
         ended = command(["run", recipe], folder, 60)
         outcome = judged(ended)
         rows = _read(content)
-        wrong = "a line that is no JSON object" if rows is None else next(filter(None, map(_fault_of_pair, rows)), "")
+        wrong = (
+            "a line that is no JSON object"
+            if rows is None
+            else next(filter(None, (_fault_of_row(row, data) for row in rows)), "")
+        )
         # What is dropped has to be counted.
         if outcome.verdict == "ok" and wrong and "dropped" not in ended.err and "left out" not in ended.err:
             return Outcome("silent", f"trained on {wrong}", ended.err[-300:])
@@ -117,6 +129,8 @@ class Rows(Kind):
 def _rows(data: str) -> list[Any]:
     if data == "samples":
         return [{"task_id": i // 4, "sample": i % 4, "correct": bool(i % 3)} for i in range(16)]
+    if data == "questions":
+        return [{"question": f"Who wrote {i}?", "answer": f"Author {i}."} for i in range(8)]
     pairs = World.preference_rows(8)
     if data == "pairs":
         return pairs
@@ -150,8 +164,8 @@ def _read(content: bytes) -> list[dict[str, Any]] | None:
     return rows if all(isinstance(row, dict) for row in rows) else None
 
 
-def _fault_of_pair(row: dict[str, Any]) -> str:
-    for column in ("prompt", "chosen", "rejected"):
+def _fault_of_row(row: dict[str, Any], data: str) -> str:
+    for column in _COLUMNS[data]:
         value = row.get(column)
         if value is None:
             return f"a row without {column}"

@@ -64,7 +64,7 @@ class Values(Kind):
 
     name = "values"
     what = "nonsense for every key of every method; what the dry run accepts is run"
-    few = 30
+    few = 16
 
     @cached_property
     def keys(self) -> dict[str, list[str]]:
