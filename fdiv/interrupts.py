@@ -13,6 +13,8 @@ from fdiv.errors import TerminatedError
 
 __all__ = ["Sigterm", "held_back", "stoppable"]
 
+_AGAIN = 0.02  # seconds
+
 
 class Sigterm(KeyboardInterrupt):
     """SIGTERM, on its way up. Like Ctrl-C it passes every `except Exception`."""
@@ -23,10 +25,14 @@ def stoppable(how_to_go_on: Callable[[], str]) -> Iterator[None]:
     """Inside, SIGTERM raises `TerminatedError` and Ctrl-C `KeyboardInterrupt`, both with `how_to_go_on()` in them.
 
     Contexts nest: the innermost that was entered tells how to go on. Outside the main thread, where Python has no
-    signal handlers, only the message is added.
+    signal handlers, only the message is added. A signal in a destructor, where Python drops what is raised, comes
+    again after it.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _handler(os.getpid())) if in_main_thread else None
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _handler(os.getpid()))
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell turned it off
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, _handler(os.getpid()))
     try:
         yield
     except Sigterm:
@@ -36,8 +42,8 @@ def stoppable(how_to_go_on: Callable[[], str]) -> Iterator[None]:
             raise
         raise KeyboardInterrupt(f"interrupted (Ctrl-C): {how_to_go_on()}") from None
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -69,10 +75,21 @@ def held_back() -> Iterator[None]:
 
 
 def _handler(owner: int) -> Callable[[int, FrameType | None], None]:
-    def handle(number: int, _: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:  # a forked worker inherits the handler: it ends as without it
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        raise Sigterm
+        elif _in_destructor(frame):
+            again = threading.Timer(_AGAIN, os.kill, (owner, number))
+            again.daemon = True
+            again.start()
+        else:
+            raise KeyboardInterrupt if number == signal.SIGINT else Sigterm
 
     return handle
+
+
+def _in_destructor(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None

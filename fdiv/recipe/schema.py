@@ -37,6 +37,9 @@ __all__ = [
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
+_TOO_LARGE = 2**64  # for a whole number; seeds go up to it
+
+
 @dataclass(frozen=True)
 class Key:
     """One valid key: its type (a typing hint), default, help text, allowed values, and where it comes from."""
@@ -267,14 +270,15 @@ def _to_number(value: Any, kind: type) -> tuple[bool, Any]:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return False, value
     if kind is int and isinstance(value, int):
-        return True, value
+        return abs(value) < _TOO_LARGE, value
     try:
         number = float(value)
     except (ValueError, OverflowError):
         return False, value
     if kind is float:
         return True, number
-    return number.is_integer(), int(number) if number.is_integer() else value
+    whole = number.is_integer() and abs(number) < _TOO_LARGE
+    return whole, int(number) if whole else value
 
 
 def _to_sequence(value: Any, kind: type, arguments: tuple[Any, ...]) -> tuple[bool, Any]:

@@ -196,3 +196,8 @@ def test_one_lora_module_is_a_name(write_recipe, modules, expected):
 def test_lora_modules_that_the_model_lacks_are_refused_by_the_dry_run(write_recipe, fails):
     path = write_recipe(use_peft=True, lora_target_modules=["c_attn", "x"])
     assert "the adapter does not fit the model: Target modules " in fails("run", path, "--dry_run").splitlines()[-1]
+
+
+@pytest.mark.parametrize("value", [1e300, 10**30, -(10**30), "1e25"])
+def test_a_whole_number_of_more_than_64_bits_is_refused(write_recipe, fails, value):
+    assert "'max_steps' must be a whole number" in fails("run", write_recipe(max_steps=value), "--dry_run")
