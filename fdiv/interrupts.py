@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from fdiv.errors import TerminatedError
 
@@ -25,14 +27,15 @@ def stoppable(how_to_go_on: Callable[[], str]) -> Iterator[None]:
     """Inside, SIGTERM raises `TerminatedError` and Ctrl-C `KeyboardInterrupt`, both with `how_to_go_on()` in them.
 
     Contexts nest: the innermost that was entered tells how to go on. Outside the main thread, where Python has no
-    signal handlers, only the message is added. A signal in a destructor, where Python drops what is raised, comes
-    again after it.
+    signal handlers, only the message is added. A signal in a destructor or a weak reference's callback, where Python
+    drops what is raised, comes again after it.
     """
-    before = {}
+    before, hook = {}, sys.unraisablehook
     if threading.current_thread() is threading.main_thread():
         before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _handler(os.getpid()))
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell turned it off
             before[signal.SIGINT] = signal.signal(signal.SIGINT, _handler(os.getpid()))
+        sys.unraisablehook = _sent_again(hook)
     try:
         yield
     except Sigterm:
@@ -44,6 +47,8 @@ def stoppable(how_to_go_on: Callable[[], str]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if before:
+            sys.unraisablehook = hook
 
 
 @contextmanager
@@ -75,21 +80,25 @@ def held_back() -> Iterator[None]:
 
 
 def _handler(owner: int) -> Callable[[int, FrameType | None], None]:
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, _: FrameType | None) -> None:
         if os.getpid() != owner:  # a forked worker inherits the handler: it ends as without it
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif _in_destructor(frame):
-            again = threading.Timer(_AGAIN, os.kill, (owner, number))
-            again.daemon = True
-            again.start()
-        else:
-            raise KeyboardInterrupt if number == signal.SIGINT else Sigterm
+        raise KeyboardInterrupt if number == signal.SIGINT else Sigterm
 
     return handle
 
 
-def _in_destructor(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_name != "__del__":
-        frame = frame.f_back
-    return frame is not None
+def _sent_again(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """A hook for what Python drops: a signal is sent again, all else goes to the hook of before."""
+
+    def dropped(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            number = signal.SIGTERM if isinstance(unraisable.exc_value, Sigterm) else signal.SIGINT
+            again = threading.Timer(_AGAIN, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+        else:
+            hook(unraisable)
+
+    return dropped

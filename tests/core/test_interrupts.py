@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import time
+import weakref
 
 import pytest
 
@@ -25,11 +27,18 @@ class Dying:
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, TerminatedError), (signal.SIGINT, KeyboardInterrupt)])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_signal_in_a_destructor_is_not_lost(number, error, depth, capsys):
-    handlers = [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)]
+@pytest.mark.parametrize("place", ["a destructor", "a callback"])
+def test_a_signal_where_python_drops_it_is_not_lost(number, error, depth, place, capsys):
+    handlers = [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)] + [sys.unraisablehook]
 
     def wait():
-        Dying(number)
+        if place == "a destructor":
+            Dying(number)
+        else:
+            kept = weakref.WeakSet([owner := type("Owner", (), {})()])
+            reference = weakref.ref(owner, lambda _: os.kill(os.getpid(), number))
+            del owner
+            assert not kept and reference() is None
         stop = time.monotonic() + 30
         while time.monotonic() < stop:
             time.sleep(0.001)
@@ -40,7 +49,7 @@ def test_a_signal_in_a_destructor_is_not_lost(number, error, depth, capsys):
                 with stoppable(lambda: "how to go on from here"):
                     wait()
             wait()
-    assert [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)] + [sys.unraisablehook] == handlers
     assert "Exception ignored" not in capsys.readouterr().err
 
 

@@ -56,7 +56,10 @@ _NOT_RUN = (
     *("resume_from_checkpoint", "overwrite_output_dir", "env", "extends", "half_precision", "neftune", "compile"),
 )
 _HUGE = ("1e300", "1e9999", "2147483648", "18446744073709551617")
-_RECIPES = {"f_dpo": "tiny/f_dpo", "d2o": "tiny/d2o", "f_dpg": "tiny/f_dpg", "dph": "tiny/dph", "flat": "tiny/flat"}
+_RECIPES = {
+    **{"f_dpo": "tiny/f_dpo", "d2o": "tiny/d2o", "f_dpg": "tiny/f_dpg", "dph": "tiny/dph", "flat": "tiny/flat"},
+    "f_distill": "tiny/distill",
+}
 
 
 class Values(Kind):
