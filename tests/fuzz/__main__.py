@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ def main(words: Sequence[str] | None = None, kinds: Sequence[type[Kind]] = KINDS
     parser.add_argument("--case", type=int, nargs="+", metavar="N", help="these cases, in place of a time")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the counts and faults as JSON")
     args = parser.parse_args(words)
+    if kinds is KINDS:  # what importing the trainers takes is no kind's time
+        importlib.import_module("tests.support.preload")
     chosen = [kind for kind in kinds if args.only is None or kind.name in args.only]
 
     from tqdm import tqdm
