@@ -17,8 +17,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any
 
-from fdiv.errors import OptionError
-from fdiv.named import shown
+from fdiv import errors, named
 
 __all__ = ["Declaration", "check_fields", "declare", "fault"]
 
@@ -104,8 +103,8 @@ def check_fields(config: Any, inherited: Mapping[str, Declaration] | None = None
         wrong = fault(getattr(config, entry.name, None), hints[entry.name], declared)
         if wrong:
             why = f". {declared.why}" if declared.why else ""
-            raise OptionError(
-                f"{entry.name}={shown(getattr(config, entry.name))}: must be {wrong}{why}", key=entry.name
+            raise errors.OptionError(
+                f"{entry.name}={named.shown(getattr(config, entry.name))}: must be {wrong}{why}", key=entry.name
             )
 
 
