@@ -103,7 +103,7 @@ def trained_rounding(adapter: str | Path) -> tuple[dict[str, Any], str] | None:
     from fdiv.recipe.document import read_document
 
     folder = Path(adapter)
-    places = [place / "recipe_resolved.yaml" for place in (folder, folder.resolve().parent)]
+    places = [place / "recipe_resolved.yaml" for place in (folder, Path(os.path.realpath(folder)).parent)]
     recipe = next((place for place in places if place.is_file()), None)
     if recipe is None:
         return None
