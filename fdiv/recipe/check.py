@@ -186,6 +186,8 @@ class _Checker:
     def nested(self, value: Any, key: Key, path: KeyPath, values: Mapping[str, Any]) -> Any:
         """Coerce one value; check inside a mapping of TRL or transformers whose keys a class or function fixes."""
         value = coerce(value, key, self.where(path))
+        if isinstance(value, str) and key.name.endswith("_kwargs") and not value.lstrip().startswith("{"):
+            raise RecipeError(f"{self.where(path)}: {key.name!r} must be a mapping, got {shown(value)}")
         if isinstance(value, dict) and len(path) == 1:
             section = _nested_section(key.name, str(read_words(values.get("lr_scheduler_type", "linear"))))
             return self.check(value, section, path) if section else read_words(value)

@@ -61,6 +61,7 @@ def check_shape(value: Any, shape: Any, file: Path, remedy: str, place: str = ""
     """
     if isinstance(shape, tuple):
         fits = isinstance(value, shape) and not (isinstance(value, bool) and int in shape and bool not in shape)
+        fits = fits and not (isinstance(value, int) and abs(value) >= 2**63)  # more than a plot can show
         kind = " or ".join("null" if kind is NoneType else kind.__name__ for kind in shape)
     elif isinstance(shape, list) and shape[0] != "*":
         fits, kind = isinstance(value, list), "a list"

@@ -201,3 +201,8 @@ def test_lora_modules_that_the_model_lacks_are_refused_by_the_dry_run(write_reci
 @pytest.mark.parametrize("value", [1e300, 10**30, -(10**30), "1e25"])
 def test_a_whole_number_of_more_than_64_bits_is_refused(write_recipe, fails, value):
     assert "'max_steps' must be a whole number" in fails("run", write_recipe(max_steps=value), "--dry_run")
+
+
+@pytest.mark.parametrize("key", ["gradient_checkpointing_kwargs", "lr_scheduler_kwargs", "model_init_kwargs"])
+def test_keyword_arguments_are_a_mapping(write_recipe, fails, key):
+    assert f"{key!r} must be a mapping, got 'é'" in fails("run", write_recipe(**{key: "é"}), "--dry_run")

@@ -33,6 +33,11 @@ RESULTS = {
             "`cells.0.values.after/loss` is '0x10', not int or float or null",
         ),
         (("aggregate", 0, "metrics", "after/loss"), [1], "`aggregate.0.metrics.after/loss` is '[1]', not an object"),
+        (
+            ("cells", 0, "values", "after/loss"),
+            2**64,
+            "`cells.0.values.after/loss` is '18446744073709551616', not int",
+        ),
         (("aggregate", 0, "n"), True, "`aggregate.0.n` is 'True', not int"),
         (("cells",), {}, "`cells` is '{}', not a list"),
         (("git",), {"dirty": True}, "no `git.revision`"),
