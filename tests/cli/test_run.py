@@ -377,8 +377,18 @@ def test_a_signal_before_a_resumed_training_names_the_checkpoints(write_recipe, 
     assert "holds checkpoints; go on with --resume_from_checkpoint true" in one_line(capsys)
 
 
-def test_weights_that_are_not_finite_are_no_checkpoint(write_recipe, tmp_path, capsys):
-    path = write_recipe(save_strategy="steps", save_steps=1, learning_rate=1e300)
+def test_weights_that_are_not_finite_are_no_checkpoint(write_recipe, tmp_path, capsys, monkeypatch):
+    from fdiv.alignment import FDPOTrainer
+
+    step = FDPOTrainer.training_step
+
+    def breaking(trainer, *arguments, **options):
+        loss = step(trainer, *arguments, **options)
+        next(trainer.model.parameters()).data.view(-1)[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(FDPOTrainer, "training_step", breaking)
+    path = write_recipe(save_strategy="steps", save_steps=1)
     assert main(["run", str(path)]) == 1
     assert "fdiv: step 1: the optimizer made weights NaN or infinite" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("checkpoint-*"))
