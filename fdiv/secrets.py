@@ -80,16 +80,17 @@ def _is_strong(name: str) -> bool:
 def _is_weak(name: str) -> bool:
     """Whether a name may also mean text (`token`) or a number (`pass`): the value decides."""
     words = _words(name)
-    if not words or (len(words) > 1 and words[-2] in _OF_TEXT):
+    if not words or (len(words) > 1 and words[-2] in _OF_TEXT) or _PASS_AT_K.search(name):
         return False
     return words[-1] in _AT_THE_END or (words[-1].endswith("token") and words[-1] not in _TEXT_WORDS)
 
 
+_PASS_AT_K = re.compile(r"pass[@^]\w+$")  # the metric
 _OTHER_VALUE = re.compile(r"<.*>|\[.*\]|\W*|[-+]?[\d.]+(?:[eE][-+]?\d+)?%?", re.DOTALL)  # `<pad>`, a number
 
 
 _NAME_IN_ENV = re.compile(r"TOKEN|KEY|SECRET|PASS|AUTH|CRED|DSN|COOKIE|UR[IL]$", re.IGNORECASE)
-_COMMON = {"true", "false", "null", "none", "auto", "default", ""}
+_COMMON = {"true", "false", "null", "none", "auto", "default", "", "improved", "increased", "decreased"}
 
 
 def is_setting(value: Any) -> bool:
