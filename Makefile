@@ -107,7 +107,7 @@ docs: setup ## build the API reference and the guides into site/
 	$(BIN)/python scripts/build_docs.py
 
 bench: setup ## run the benchmarks of a CPU; each writes its JSON to benchmarks/results
-	@for name in registry dry_run f_dpo_step f_dpg_step dph_step; do \
+	@for name in registry dry_run f_dpo_step f_dpg_step dph_step vocabulary_kernel; do \
 		echo "$$name"; $(BIN)/python -m "benchmarks.$$name" || exit $$?; \
 	done
 	@echo invariance; $(BIN)/python -m tests.support.scripts.invariance --output benchmarks/results/invariance.json

@@ -1,6 +1,6 @@
 """Time and memory of `fdiv.models.vocabulary` against TRL's chunked JSD: value and both gradients, in turns.
 
-    python -m benchmarks.vocabulary_kernel --output benchmarks/results/vocabulary_kernel.json
+    python -m benchmarks.vocabulary_kernel --divergences jensen_shannon alpha
 
 Hidden states and heads are random; student and teacher have a width each. TRL's kernel has three of the entries
 (`beta` 0, ½ and 1); every other entry is compared with its JSD, the one of three with a second pass. The ratio is the
@@ -89,7 +89,7 @@ def compare(parts: list[torch.Tensor], name: str, turns: int, device: str) -> di
 
 
 def main() -> None:
-    """Measure and print; write JSON where `--output` says."""
+    """Measure, print, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=49_152)
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--divergences", nargs="*", default=list_divergences())
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "vocabulary_kernel.json")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype)
@@ -111,11 +111,10 @@ def main() -> None:
             f"time {shown['time_ratio']:.2f}, memory {shown['memory_ratio']:.2f}",
             flush=True,
         )
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        shape = {"rows": options.rows, "vocabulary": options.vocabulary, "widths": list(options.widths)}
-        settings = {**shape, "dtype": options.dtype, "device": device, "threads": torch.get_num_threads()}
-        options.output.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    shape = {"rows": options.rows, "vocabulary": options.vocabulary, "widths": list(options.widths)}
+    settings = {**shape, "dtype": options.dtype, "device": device, "threads": torch.get_num_threads()}
+    options.output.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

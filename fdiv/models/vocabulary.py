@@ -44,6 +44,8 @@ __all__ = [
 _BLOCK, _BLOCK_ON_ACCELERATOR = 2**23, 2**26
 #: Cells handled by one elementwise operation on the processor: its operands stay in the cache.
 _TILE = 2**17
+#: Whether torch multiplies half precision out into float32 on a GPU.
+_WIDE_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 #: How far above 1 the mass of a teacher's top k may be: what rounding its log-probabilities can do.
 _MASS_ROUNDING = 1e-2
 
@@ -380,7 +382,7 @@ def _multiply(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """hidden `[n, H]` times weightᵀ, `[V, H]` → `[n, V]` in `dtype`: products of half precision are not rounded."""
     if hidden.dtype == weight.dtype == dtype:
         return hidden @ weight.t()
-    if hidden.device.type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16):
+    if _WIDE_PRODUCTS and hidden.device.type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=torch.float32)
     block = torch.empty(hidden.shape[0], weight.shape[0], dtype=dtype, device=hidden.device)
     hidden, step = hidden.to(dtype), max(1, _BLOCK // (2 * weight.shape[1]))

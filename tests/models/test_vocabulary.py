@@ -360,7 +360,8 @@ def test_a_vocabulary_of_fifty_thousand(make):
     value = vocabulary_divergence(*ours, *(part.float() for part in teacher[:2]), divergence)
     torch.testing.assert_close(value.double(), dense, rtol=3e-5, atol=1e-5)
     for got, expected in zip(gradients(value, ours, ones), gradients(dense, leaves, ones), strict=True):
-        assert_near(got, expected, 1e-4)
+        # A cell whose P and Q are equal to rounding may fall on the other side of total variation's corner.
+        assert_near(got, expected, 1e-3 if divergence.name == "total_variation" else 1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------- top k and the rest
