@@ -85,20 +85,22 @@ def check_blocks(recipe: Recipe) -> None:
 
 def _resolved(recipe: Recipe, settled: Mapping[str, Any], variables: Mapping[str, str]) -> RunPlan:
     configs = recipe.configs(settled, variables)
+    recipe = _inheriting(recipe, configs.training)
     if recipe.prepare is not None:
         recipe.prepare.instance(variables)  # a value that it refuses ends the run here
-    recipe = dataclasses.replace(recipe, evaluations=tuple(_inheriting(recipe, configs.training)))
     evaluations = tuple((block, block.instance(variables)) for block in recipe.evaluations)
     check_configs(recipe, configs, evaluations)
     return RunPlan(recipe, configs, evaluations, MappingProxyType({**settled}), MappingProxyType({**variables}))
 
 
-def _inheriting(recipe: Recipe, training: Any) -> list[Block]:
-    """The `eval:` blocks, with the encoding that the run trains with where they do not say."""
-    return [
-        dataclasses.replace(block, values=inherit(block.config, block.values, training))
-        for block in recipe.evaluations
-    ]
+def _inheriting(recipe: Recipe, training: Any) -> Recipe:
+    """The recipe; where its `prepare:` and `eval:` blocks do not say, they encode rows as the run does."""
+
+    def block(one: Block) -> Block:
+        return dataclasses.replace(one, values=inherit(one.config, one.values, training))
+
+    built = None if recipe.prepare is None else block(recipe.prepare)
+    return dataclasses.replace(recipe, prepare=built, evaluations=tuple(map(block, recipe.evaluations)))
 
 
 def prepare(plan: RunPlan, root: Path) -> RunPlan:

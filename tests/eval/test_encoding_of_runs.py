@@ -178,6 +178,17 @@ def test_template_keys_reach_the_evaluation(tmp_path):
         unlearning_recipe(tmp_path, **keys, prompt_format="{question}")
 
 
+def test_a_retain_log_is_prepared_in_the_encoding_of_the_training(tmp_path):
+    """So that it is that of the evaluation it is compared in."""
+    data = {"name": "tofu_unlearning", "data": str(tmp_path)}
+    for name in ("forget10.json", "retain90.json"):
+        (tmp_path / name).write_text('{"question": "Who?", "answer": "Ana"}')
+    for keys in ({"prompt_format": "{question}?"}, {"system_prompt": "Be kind.", "end_token": "appended"}):
+        plan = unlearning_recipe(tmp_path, prepare=data, **keys)
+        ((_, evaluation),) = plan.evaluations
+        assert PromptFormat(**plan.recipe.prepare.instance()._prompt()) == evaluation.prompt() != PromptFormat()
+
+
 def test_a_rehearsal_cache_of_another_encoding_is_refused(tiny_model_dir):
     tokenizer = tokenizer_of(tiny_model_dir, "llama 3, the clock's date")
     made = dph.cache(tiny_model_dir, settings={"encoding": encoding_stamp(tokenizer, Encoding())})

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fdiv.filling import check_template
+from fdiv.inference.prompting import PromptFormat
 
 if TYPE_CHECKING:
     from fdiv.eval.benchmark.evaluation import ModelEvaluation
@@ -57,7 +58,9 @@ class TofuUnlearningConfig:
         retain_model: path or hub id of the retain model, to be evaluated here; None leaves `full` and `subset`
             out, and `retain_logs` of the evaluations must come from elsewhere.
         max_items: rows of every set in the subset.
-        question_format: prompt of a model without a chat template.
+        chat_template, question_format, answer_format, system_prompt, date_string, chat_template_kwargs, end_token: how
+            rows are encoded (`fdiv.inference.prompting.PromptFormat`); as the recipe trains, where the block does not
+            say.
     """
 
     data: str = "locuslab/TOFU"
@@ -65,10 +68,17 @@ class TofuUnlearningConfig:
     retain: str = "retain90"
     retain_model: str | None = None
     max_items: int = 40
+    chat_template: Literal["auto", "always", "never"] = "auto"
     question_format: str = "Question: {question}\nAnswer:"
+    answer_format: str = " {answer}"
+    system_prompt: str | None = None
+    date_string: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    end_token: Literal["turn", "appended"] = "turn"
 
     def __post_init__(self) -> None:
         check_template(self.question_format, ("question",), needs=("question",), what="prepare.question_format")
+        PromptFormat(**self._prompt())
         if self.max_items < 2:
             raise ValueError(f"prepare.max_items={self.max_items}: a two-sample test needs at least 2 rows")
 
@@ -93,10 +103,14 @@ class TofuUnlearningConfig:
                     max_items=max_items,
                     gradnorm=False,
                     fluency_classifier="none",
-                    question_format=self.question_format,
+                    **self._prompt(),
                 )
                 write_retain_log(self.retain_model, config, Path(output_dir) / name)
         return keys
+
+    def _prompt(self) -> dict[str, Any]:
+        names = ("chat_template", "question_format", "answer_format", "system_prompt", "date_string")
+        return {name: getattr(self, name) for name in (*names, "chat_template_kwargs", "end_token")}
 
     def _data_keys(self) -> dict[str, Any]:
         folder = Path(self.data)
