@@ -20,6 +20,7 @@ SECRET_NAMES = (
 )
 OTHER_NAMES = (
     *("num_tokens", "max_tokens", "max_new_tokens", "tokenizer", "tokenizer_name_or_path", "pad_token", "eos_token"),
+    *("pass@8", "end_token"),
     *(
         "bos_token",
         "unk_token",
