@@ -136,10 +136,16 @@ def sample_target(
 
     Raises:
         ValueError: not exactly one of `acceptance_rate` and `log_beta`; no proposal in reach of the target.
-        FdivError: fewer than `count` accepted after `max_proposals`, with the rate seen.
+        FdivError: a model whose scores depend on the batch, with `batch_size` above 1; fewer than `count`
+            accepted after `max_proposals`, with the rate seen.
     """
     if (acceptance_rate is None) == (log_beta is None):
         raise ValueError("give exactly one of acceptance_rate and log_beta")
+    from fdiv.inference.padding import depends_on_padding
+
+    reason = depends_on_padding(model)
+    if reason is not None and batch_size > 1:
+        raise FdivError(f"proposals of one batch are scored together, and {reason}: give batch_size=1 and log_beta")
     accepted: list[str] = []
     seen: list[Tensor] = []
     drawn = 0

@@ -95,10 +95,14 @@ def privleak(model_auc: float, retain_auc: float, *, epsilon: float = 1e-10) -> 
     arXiv:2407.06460).
 
     0 is the retain model's level, -100 a model that still knows every forget row. MUSE's own code has epsilon = 0 and
-    writes A for 1-AUC. Raises ValueError for a retain AUC of 1, where epsilon alone would be the denominator.
+    writes A for 1-AUC. Raises ValueError for a retain AUC of 1, where epsilon alone would be the denominator, and for
+    an AUC outside [0, 1].
     """
     score, reference = 1.0 - model_auc, 1.0 - retain_auc
-    if reference == 0:
+    for name, value in (("model", model_auc), ("retain model", retain_auc)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"PrivLeak: the AUC of the {name} is {value}, expected a number in [0, 1]")
+    if reference < 1e-9:  # 1 but for rounding: an AUC is a multiple of ½ over the number of pairs
         raise ValueError("PrivLeak: the retain model's AUC is 1, so the ratio has no finite value")
     return (score - reference) / (reference + epsilon) * 100.0
 

@@ -74,16 +74,23 @@ def knowledge_share(correct_loss: np.ndarray, wrong_loss: np.ndarray, epsilon: f
 
 def closer_to_one(ratio: np.ndarray, epsilon: float = 1e-10) -> float:
     """mean_i min(R_i, 1/(R_i + epsilon)): the forget-set truth ratio, 1 when wrong and true answers are equally
-    likely."""
-    ratio = np.asarray(ratio, dtype=np.float64)
+    likely. ValueError for no rows, a negative ratio or NaN."""
+    ratio = _ratios(ratio)
     with np.errstate(divide="ignore"):
         return float(np.mean(np.minimum(ratio, 1.0 / (ratio + epsilon))))
 
 
 def true_better(ratio: np.ndarray) -> float:
     """mean_i max(0, 1 - R_i): the truth ratio of retain, real-author and world-fact rows, 1 when only the truth is
-    likely."""
-    return float(np.mean(np.maximum(0.0, 1.0 - np.asarray(ratio, dtype=np.float64))))
+    likely. ValueError for no rows, a negative ratio or NaN."""
+    return float(np.mean(np.maximum(0.0, 1.0 - _ratios(ratio))))
+
+
+def _ratios(ratio: np.ndarray) -> np.ndarray:
+    ratio = np.asarray(ratio, dtype=np.float64)
+    if not ratio.size or not (ratio >= 0).all():
+        raise ValueError(f"truth ratios {ratio.tolist()[:5]}: give at least one, none of them negative or NaN")
+    return ratio
 
 
 def option_probability(correct: np.ndarray, wrong: np.ndarray, epsilon: float = 1e-10) -> np.ndarray:
@@ -141,7 +148,7 @@ def model_utility(parts: Mapping[str, float]) -> float:
     if not parts:
         raise ValueError("model utility of no parts")
     for name, value in parts.items():
-        if not math.isfinite(value) or value < 0:
+        if value is None or not math.isfinite(value) or value < 0:
             raise ValueError(f"model utility: part {name} is {value}, expected a number >= 0")
     values = np.array(list(parts.values()), dtype=np.float64)
     return 0.0 if (values == 0).any() else float(hmean(values))

@@ -13,7 +13,7 @@ from fdiv.terminal import info
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["depends_on_padding", "safe_batch_size"]
+__all__ = ["depends_on_padding", "longrope_note", "safe_batch_size"]
 
 _FOUND: dict[tuple[type, str], str | None] = {}
 _TOKENS, _PADDING = 16, 8
@@ -52,6 +52,23 @@ def safe_batch_size(model: nn.Module, batch_size: int) -> int:
         return batch_size
     info(f"{type(_unwrapped(model)).__name__}: batches of one row, because {reason}")
     return 1
+
+
+def longrope_note(model: nn.Module, max_length: int | None) -> str | None:
+    """What to say of a model whose rotary factors follow the longest row of a batch, where rows may pass the length
+    at which they change; None where that cannot be."""
+    config = getattr(_unwrapped(model), "config", None)
+    if not hasattr(config, "get_text_config") or _rope_kind(config) != "longrope":
+        return None
+    text = config.get_text_config()
+    own = getattr(text, "original_max_position_embeddings", None)
+    limit = (text.rope_parameters or {}).get("original_max_position_embeddings") or own
+    if max_length is not None and limit is not None and max_length <= limit:
+        return None
+    return (
+        f"longrope takes its factors from the longest row of a batch: a row's score depends on the rows beside it "
+        f"where one has more than {limit} tokens; set max_length: {limit} to rule that out"
+    )
 
 
 def _unwrapped(model: nn.Module) -> Any:

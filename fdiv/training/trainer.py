@@ -20,6 +20,7 @@ from fdiv.divergences import Divergence, get_divergence
 from fdiv.divergences.saturation import TRAINING_MAX_EXPONENT, check_max_exponent
 from fdiv.errors import DataError, FdivError, NonFiniteLossError
 from fdiv.files import write_text
+from fdiv.inference.padding import longrope_note
 from fdiv.models.loading import check_causal, keep_trainable_layout
 from fdiv.models.logprobs import aux_loss_fault, check_fused_head
 from fdiv.rows.report import MIN_USED_FRACTION, RowReport
@@ -139,6 +140,8 @@ class ObjectiveTrainerMixin(ResumableMixin):
             ) from error
         keep_trainable_layout(self.model)
         self.check_heads()
+        if hasattr(self.args, "max_length") and (line := longrope_note(self.model, self.args.max_length)):
+            self.note("longrope", [line])
 
     def check_heads(self) -> None:
         """Compare the fused heads that TRL put on the models with their own logits, and the load-balancing loss."""

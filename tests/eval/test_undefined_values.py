@@ -6,7 +6,9 @@ from fdiv.errors import DataError
 from fdiv.eval.benchmark.aggregation import Aggregates
 from fdiv.eval.benchmark.log import EvalLog
 from fdiv.eval.benchmark.presets import get_preset
+from fdiv.eval.metrics.membership import privleak
 from fdiv.eval.metrics.text_overlap import needs_unicode_words, rouge_scores
+from fdiv.eval.metrics.truth import closer_to_one, model_utility, true_better
 from fdiv.unlearning.selection import selection_score
 
 OPEN = get_preset("open_unlearning")
@@ -114,3 +116,22 @@ def test_a_log_with_impossible_values_is_refused_by_name(metric, name, value, me
 def test_rounding_of_a_probability_of_one_is_no_fault():
     log = EvalLog({"a_Prob": {"value_by_index": {"0": {"prob": 1.00001}}}}, "tofu", "open_unlearning", "old.json")
     assert log.column("a_Prob", "prob") == {0: 1.00001}
+
+
+NOT_DEFINED = [
+    (lambda: privleak(0.5, 1 - 1e-16), "the retain model's AUC is 1"),
+    (lambda: privleak(0.5, 1 - 1e-12), "the retain model's AUC is 1"),
+    (lambda: privleak(float("nan"), 0.5), "the AUC of the model is nan"),
+    (lambda: privleak(0.5, -0.1), "the AUC of the retain model is -0.1"),
+    (lambda: model_utility({"a": 0.5, "b": None}), "part b is None"),
+    (lambda: true_better([]), "at least one"),
+    (lambda: true_better([0.5, float("nan")]), "negative or NaN"),
+    (lambda: closer_to_one([]), "at least one"),
+    (lambda: closer_to_one([-0.1]), "negative or NaN"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), NOT_DEFINED)
+def test_what_is_not_defined_has_no_number(value, message):
+    with pytest.raises(ValueError, match=message):
+        value()

@@ -8,7 +8,7 @@ import transformers
 from datasets import Dataset
 
 from fdiv.errors import DataError
-from fdiv.inference.padding import depends_on_padding, safe_batch_size
+from fdiv.inference.padding import depends_on_padding, longrope_note, safe_batch_size
 from fdiv.inference.prompting import EncodedText
 from fdiv.inference.sampling import SamplingRequest, sample_completions
 from fdiv.inference.scoring import ScoringRequest, score_texts
@@ -69,3 +69,20 @@ def test_rollouts_of_a_model_without_a_mask_are_refused(tiny_model_dir, tmp_path
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
             processing_class=transformers.AutoTokenizer.from_pretrained(tiny_model_dir),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(("max_length", "noted"), [(16, False), (17, True), (None, True)])
+def test_longrope_is_noted_where_rows_may_pass_the_length_at_which_factors_change(max_length, noted):
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
+    config = Phi3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64, original_max_position_embeddings=16, rope_parameters=rope, pad_token_id=0,
+    )  # fmt: skip
+    line = longrope_note(Phi3ForCausalLM(config), max_length)
+    assert (line is not None and "more than 16 tokens; set max_length: 16" in line) == noted
+
+
+def test_no_note_for_other_models():
+    assert longrope_note(torch.nn.Linear(1, 1), None) is None

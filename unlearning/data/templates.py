@@ -15,6 +15,7 @@ from fdiv.files import numbered_lines
 from fdiv.filling import fill
 from fdiv.inference.cache import fingerprint
 from fdiv.inference.encoding import Encoding
+from fdiv.inference.padding import safe_batch_size
 from fdiv.rows.checks import text_fault, texts_fault
 from fdiv.rows.sources import Source
 from fdiv.sealed import read_record, write_record
@@ -220,8 +221,9 @@ def _generate(
     )
     was_training = model.training
     model.eval()
-    for start in range(0, len(order), settings.batch_size):
-        rows = order[start : start + settings.batch_size]
+    size = safe_batch_size(model, settings.batch_size)
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
         ids = [torch.tensor(encoded[row]) for row in rows]
         input_ids = pad(ids, padding_value=pad_id, padding_side="left").to(model.device)
         mask = pad([torch.ones_like(i) for i in ids], padding_value=0, padding_side="left").to(model.device)
