@@ -163,7 +163,7 @@ def generate_templates(
         ValueError: the model gave a row nothing but empty answers.
         DataError: the cache is damaged.
     """
-    from fdiv.models.fingerprints import files_fingerprint, weights_fingerprint
+    from fdiv.models.fingerprints import files_fingerprint
     from fdiv.models.loading import load_model, load_tokenizer
 
     prompts = [_instructed(answer, settings.instruction) for answer in answers]
@@ -171,17 +171,19 @@ def generate_templates(
     rows = zip(prompts, [answer.completion for answer in answers], strict=True)
     encoded = [settings.encoding.encode(tokenizer, prompt, answer).prompt_ids for prompt, answer in rows]
     # The tokens hold whatever prompt format, chat template and date made of the rows.
-    weights = files_fingerprint(settings.model, None) if model is None else weights_fingerprint(model)
-    dtype = None if model is None else str(next(model.parameters()).dtype)
-    key = fingerprint(asdict(settings), prompts, encoded, weights, dtype, tokenizer.eos_token_id)
+    key = fingerprint(asdict(settings), prompts, encoded, tokenizer.eos_token_id)
+    # A model named by its folder is known by its files, so that it need not be loaded; one in memory by its weights.
+    files = files_fingerprint(settings.model, None) if model is None else None
     if cache.is_file():
         unchecked: list[str] = []
         stored = read_record(cache, "remove it, so that the answers are generated again", unchecked=unchecked)
-        if stored.get("key") == key:
+        known = {"files": files} if model is None else _in_memory(model)
+        if stored.get("key") == key and known.items() <= stored.items():
             for line in unchecked:
                 info(line)
             return stored["templates"]
     model = load_model(settings.model) if model is None else model
+    made_by = {"files": files, **_in_memory(model)}
     templates: list[list[str]] = [[] for _ in prompts]
     for row, text in _generate(encoded, settings, model, tokenizer):
         if text.strip():
@@ -193,8 +195,15 @@ def generate_templates(
             f"{silent[0]}): raise template_temperature or template_answers_per_row, or use another template_source"
         )
     cache.parent.mkdir(parents=True, exist_ok=True)
-    write_record(cache, {"key": key, "settings": asdict(settings), "templates": templates})
+    write_record(cache, {"key": key, **made_by, "settings": asdict(settings), "templates": templates})
     return templates
+
+
+def _in_memory(model: PreTrainedModel) -> dict[str, str]:
+    """What tells one loaded model from another."""
+    from fdiv.models.fingerprints import weights_fingerprint
+
+    return {"weights": weights_fingerprint(model), "dtype": str(next(model.parameters()).dtype)}
 
 
 def _instructed(answer: Answer, instruction: str | None) -> str | list[dict[str, str]]:
