@@ -11,6 +11,10 @@ from fdiv.bounds import Declaration, declare
 __all__ = ["INHERITED"]
 
 _COUNT = declare(least=1, most=2**31 - 1)  # of rows, steps, processes
+# The sampler makes a list as long as a batch before it looks at the data: 2**31 rows are 16 GiB of nothing.
+_ROWS = declare(
+    least=1, most=2**20, why="More rows at once fit no machine; gradient_accumulation_steps adds up batches"
+)
 _FROM_ZERO = declare(least=0, most=2**31 - 1)
 _POSITIVE = declare(above=0)
 _NOT_NEGATIVE = declare(least=0)
@@ -24,8 +28,8 @@ INHERITED: dict[str, Declaration] = {
     # How much is trained.
     "num_train_epochs": declare(above=0, most=2**31 - 1, why="Without an epoch nothing is trained"),
     "max_steps": declare(least=1, most=2**31 - 1, also=(-1,), why="-1 leaves it to num_train_epochs"),
-    "per_device_train_batch_size": _COUNT,
-    "per_device_eval_batch_size": _COUNT,
+    "per_device_train_batch_size": _ROWS,
+    "per_device_eval_batch_size": _ROWS,
     "gradient_accumulation_steps": _COUNT,
     # The step.
     "learning_rate": declare(
@@ -79,7 +83,7 @@ INHERITED: dict[str, Declaration] = {
     "max_completion_length": declare(least=1, most=2**31 - 1, null=False, why="Sampling has to end"),
     "vllm_max_model_length": _COUNT,
     # Preference pairs.
-    "precompute_ref_batch_size": _COUNT,
+    "precompute_ref_batch_size": _ROWS,
     "ref_model_mixup_alpha": _SHARE,
     "ref_model_sync_steps": _COUNT,
     "f_alpha_divergence_coef": _NOT_NEGATIVE,

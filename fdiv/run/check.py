@@ -18,14 +18,14 @@ from fdiv.bounds import fault
 from fdiv.bounds.inherited import INHERITED
 from fdiv.catalog import REWARDS, build_reward
 from fdiv.errors import FdivError, OptionError, RecipeError
-from fdiv.files import one_line
+from fdiv.files import DATA_FORMATS, home_path, one_line, read_json
 from fdiv.named import hint, is_path, shown, split_spec
 from fdiv.recipe.model import Block, Configs, Recipe
 from fdiv.recipe.schema import Key, coerce
 from fdiv.recipe.sweep import SweepBlock
 from fdiv.report.metrics import GLOSSARY, describe
 
-__all__ = ["check_configs", "check_sweep_names"]
+__all__ = ["check_configs", "check_sweep_names", "wanted_splits"]
 
 # What a library raises for a value that it cannot use.
 _REFUSALS = (
@@ -163,6 +163,42 @@ def _build_once(spec: str) -> None:
         build_reward({"name": name, **{key: "." if key in paths else value for key, value in keys.items()}})
 
 
+def wanted_splits(recipe: Recipe, configs: Configs) -> dict[str, str]:
+    """Role → split of the data that the run cannot do without: `train`, and `test` where something needs it."""
+    # A run that evaluates on a benchmark while it trains (`epoch_evaluation`) needs no rows for it.
+    own_rows = getattr(configs.training, "epoch_evaluation", None) is None
+    wanted = {"train": configs.script.dataset_train_split}
+    if (configs.training.eval_strategy != "no" and own_rows) or "dataset_test_split" in recipe.stated:
+        wanted["test"] = configs.script.dataset_test_split
+    return wanted
+
+
+def _splits(recipe: Recipe, configs: Configs) -> None:
+    """The names of splits, where data on this machine say by their names alone which there are."""
+    name = configs.script.dataset_name
+    there = None if not name or configs.mixture.datasets else _named_splits(home_path(name))
+    for role, split in wanted_splits(recipe, configs).items():
+        if there is not None and split not in there:
+            raise OptionError(
+                f"dataset {name!r} has no split {shown(split)} (it has: {', '.join(sorted(there))}); set "
+                f"`dataset_{role}_split`" + ("" if role == "train" else ", or `eval_strategy: no`"),
+                f"dataset_{role}_split",
+            )
+
+
+def _named_splits(path: Path) -> set[str] | None:
+    """The splits of a file, of a folder of `save_to_disk`, or of a folder of `train.jsonl`, `test.jsonl` …; None where
+    that takes reading the data."""
+    if path.is_file():
+        return {"train"}
+    if (path / "dataset_dict.json").is_file():
+        return set(read_json(path / "dataset_dict.json").get("splits", ()))
+    if not path.is_dir() or (path / "state.json").is_file():
+        return None
+    stems = {file.stem for file in path.iterdir() if file.suffix in DATA_FORMATS}
+    return stems if stems and stems <= {"train", "test", "validation"} else None
+
+
 _PARTS: tuple[tuple[str, Callable[[Recipe, Configs], None]], ...] = (
     ("use_peft", _adapter),
     ("attn_implementation", _attention),
@@ -171,6 +207,7 @@ _PARTS: tuple[tuple[str, Callable[[Recipe, Configs], None]], ...] = (
     ("torch_compile_backend", _compiler),
     ("generation_kwargs", _sampling),
     ("reward", _reward),
+    ("dataset_train_split", _splits),
 )
 
 

@@ -14,6 +14,7 @@ from fdiv.recipe.model import Configs, Recipe
 from fdiv.rows.checks import check_columns, check_rows, null_fault
 from fdiv.rows.loading import loaded, named_dataset
 from fdiv.rows.sources import Source, mark_source, source_of
+from fdiv.run.check import wanted_splits
 from fdiv.run.plan import RunPlan
 
 if TYPE_CHECKING:
@@ -48,16 +49,14 @@ def load_datasets(plan: RunPlan) -> dict[str, Any]:
     if not hasattr(found, "keys"):
         found = {script.dataset_train_split: found}
     splits = {"train": script.dataset_train_split, "test": script.dataset_test_split}
-    # An unlearning run that evaluates on a benchmark after each epoch (`epoch_evaluation`) needs no rows for it.
-    own_rows = getattr(configs.training, "epoch_evaluation", None) is None
-    needs_test = (configs.training.eval_strategy != "no" and own_rows) or "dataset_test_split" in recipe.stated
+    wanted = wanted_splits(recipe, configs)
     result = {}
     for role, split in splits.items():
         if split in found:
             title = f"dataset {name!r}, split {split!r}"
             result[role] = mark_source(found[split], source_of(found[split], title))
             _check_rows(recipe, found[split], title)
-        elif role == "train" or needs_test:
+        elif role in wanted:
             raise DataError(
                 f"dataset {name!r} has no split {split!r} (it has: {', '.join(map(str, found))}); "
                 f"set `dataset_{role}_split`" + ("" if role == "train" else ", or `eval_strategy: no`")

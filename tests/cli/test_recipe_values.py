@@ -5,6 +5,7 @@ import os
 import pytest
 import yaml
 
+from fdiv.cli.command import main
 from fdiv.errors import RecipeError
 from fdiv.recipe.document import parse_value, read_document
 from fdiv.recipe.dump import resolved_yaml
@@ -206,3 +207,27 @@ def test_a_whole_number_of_more_than_64_bits_is_refused(write_recipe, fails, val
 @pytest.mark.parametrize("key", ["gradient_checkpointing_kwargs", "lr_scheduler_kwargs", "model_init_kwargs"])
 def test_keyword_arguments_are_a_mapping(write_recipe, fails, key):
     assert f"{key!r} must be a mapping, got 'é'" in fails("run", write_recipe(**{key: "é"}), "--dry_run")
+
+
+@pytest.mark.parametrize(
+    ("files", "keys", "expected"),
+    [
+        (["pairs.jsonl"], {"dataset_train_split": "trian"}, "has no split 'trian' (it has: train); set `dataset_train_split`"),
+        (["pairs.jsonl"], {"dataset_test_split": "held_out"}, "has no split 'held_out' (it has: train); set `dataset_test_"),
+        (["train.jsonl", "test.jsonl"], {"dataset_train_split": "tset"}, "(it has: test, train); set `dataset_train_split`"),
+        (["train.jsonl"], {"eval_strategy": "steps", "eval_steps": 1}, "has no split 'test' (it has: train); set `dataset_test_"),
+        (["train.jsonl", "test.jsonl"], {"eval_strategy": "steps", "eval_steps": 1}, None),
+        (["a.jsonl", "b.jsonl"], {"dataset_train_split": "a"}, None),  # what splits these are takes reading them
+    ],
+)  # fmt: skip
+def test_names_of_splits_are_checked_by_the_dry_run(write_recipe, fails, pairs, tmp_path, files, keys, expected):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_bytes((pairs / "train.jsonl").read_bytes())
+    data = folder / files[0] if files == ["pairs.jsonl"] else folder
+    path = write_recipe(dataset_name=str(data), **keys)
+    if expected is None:
+        assert main(["run", str(path), "--dry_run"]) == 0
+    else:
+        assert expected in fails("run", path, "--dry_run")

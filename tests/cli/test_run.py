@@ -512,8 +512,8 @@ def test_missing_column_empty_data_missing_split_missing_file(write_recipe, tmp_
     assert "rename the columns" in message
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl" in fails("run", write_recipe(dataset_name=str(tmp_path / "empty.jsonl")), code=1)
-    message = fails("run", write_recipe(), "--dataset_train_split", "training", code=1)
-    assert "has no split 'training' (it has: train, test); set `dataset_train_split`" in message
+    message = fails("run", write_recipe(), "--dataset_train_split", "training")  # known before anything is loaded
+    assert "has no split 'training' (it has: test, train); set `dataset_train_split`" in message
     message = fails("run", write_recipe(dataset_name=str(renamed.with_name("none.jsonl"))), code=1)
     assert message.endswith(f"no such file or directory: {tmp_path / 'none.jsonl'}")
     assert "set `dataset_name`" in fails("run", write_recipe(dataset_name=None), code=1)
