@@ -58,6 +58,15 @@ def _adapter(recipe: Recipe, configs: Configs) -> None:
 
     get_peft_config(configs.model)
     get_quantization_config(configs.model)
+    model = configs.model
+    bits = "load_in_4bit" if model.load_in_4bit else "load_in_8bit" if model.load_in_8bit else None
+    given = (home_path(model.model_name_or_path or ".") / "adapter_config.json").is_file()
+    if bits is not None and not model.use_peft and not given:
+        raise OptionError(
+            f"{bits}: true without an adapter: weights of {bits[8]} bits are not trained themselves; set `use_peft: "
+            "true`",
+            bits,
+        )
 
 
 def _attention(recipe: Recipe, configs: Configs) -> None:

@@ -231,3 +231,11 @@ def test_names_of_splits_are_checked_by_the_dry_run(write_recipe, fails, pairs, 
         assert main(["run", str(path), "--dry_run"]) == 0
     else:
         assert expected in fails("run", path, "--dry_run")
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_a_quantized_model_needs_an_adapter(write_recipe, fails, bits):
+    said = fails("run", write_recipe(**{bits: True}), "--dry_run")
+    assert (
+        f"{bits}: true without an adapter: weights of {bits[8]} bits are not trained themselves; set `use_peft" in said
+    )
