@@ -75,7 +75,7 @@ def test_losses_are_those_of_one_process(runs, launcher, names):
         assert ("DEEPSPEED" in two[name]["distributed"]) == launcher.startswith("zero")
         assert len(one[name]["losses"]) == STEPS
         assert two[name]["losses"] == pytest.approx(one[name]["losses"], abs=10 * ROUNDING[name], rel=0), name
-        assert max(one[name]["losses"]) - min(one[name]["losses"]) > 1e-2, f"{name}: nothing was trained"
+        assert max(one[name]["losses"]) - min(one[name]["losses"]) > 5e-3, f"{name}: nothing was trained"
 
 
 @pytest.mark.slow
