@@ -5,6 +5,7 @@ Cells are not trained here (`test_sweep.py` does that): a stand-in writes the re
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -196,9 +197,11 @@ def test_one_row_decides_for_all(experiment, runs):
     assert {plan.choice(row).value for row in plan.rows} == {0.001}
 
 
-def test_screening_apart_on_another_split(experiment, runs):
+def test_screening_apart_on_another_split(experiment, runs, tmp_path):
     screen = "metric: after/score, split: validation, settings: {max_steps: 9}}"
-    plan = plan_sweep(experiment(EXPERIMENT.replace("metric: train/best_metric}", screen)), ROOT)
+    path = experiment(EXPERIMENT.replace("metric: train/best_metric}", screen))
+    shutil.copyfile(tmp_path / "data" / "test.jsonl", tmp_path / "data" / "validation.jsonl")
+    plan = plan_sweep(path, ROOT)
     cells = {cell.name: plan.plan(cell) for cell in plan.cells()}
     apart = cells["screen_KL_learning_rate-0.001_seed-0"].configs
     assert (apart.script.dataset_test_split, apart.training.max_steps) == ("validation", 9)

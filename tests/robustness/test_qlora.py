@@ -282,8 +282,8 @@ def test_a_base_stored_in_four_bits_is_written_out_before_merging(tiny_model_dir
 
 # ---------------------------------------------------------------- what is refused
 def test_a_base_in_four_bits_needs_an_adapter(run, capsys):
-    run("f_dpo", code=1, use_peft=False)
-    assert "You cannot perform fine-tuning on purely quantized models" in capsys.readouterr().err
+    run("f_dpo", code=2, use_peft=False)
+    assert "load_in_4bit: true without an adapter" in capsys.readouterr().err
 
 
 def test_a_base_in_four_bits_is_not_handed_to_a_server(run):
