@@ -10,7 +10,6 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -233,16 +232,7 @@ def _reading_errors(checkpoint: str | Path | None) -> Iterator[None]:
         yield
     except (FdivError, torch.OutOfMemoryError):
         raise
-    except (
-        UnpicklingError,
-        SafetensorError,
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:
+    except Exception as error:  # readers of torch, safetensors and transformers, which may raise anything
         reason = next(iter(str(error).strip().splitlines()), "")[:200]
         raise CheckpointError(
             f"{checkpoint} cannot be loaded ({type(error).__name__}: {reason}): remove it, and resume from the one "

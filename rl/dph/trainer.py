@@ -124,7 +124,9 @@ class DPHTrainer(BankMixin, PeriodicEvaluationMixin, RolloutMixin, ObjectiveTrai
         )
         self.prompts_to_report = own_rows
         self._stop_early()
-        self._rehearsal_at_start = data_fingerprint(self.rehearsal)
+        # A row of weight 1 counts as in release 0.2, which had no weights and whose checkpoints go on.
+        rows = [row[:-1] if row.weight == 1 else row for row in self.rehearsal or ()]
+        self._rehearsal_at_start = data_fingerprint(rows)
         if self.rehearsal is not None:
             self._check_rehearsal(self.rehearsal)
         if args.bank != "none":
@@ -181,7 +183,10 @@ class DPHTrainer(BankMixin, PeriodicEvaluationMixin, RolloutMixin, ObjectiveTrai
 
     def run_identity(self) -> dict[str, Any]:
         """Also the rehearsal rows."""
-        return super().run_identity() | {"rehearsal cache": self._rehearsal_at_start, "bank": self.args.bank}
+        return super().run_identity() | {
+            "rehearsal cache": self._rehearsal_at_start,
+            "bank": None if self.args.bank == "none" else self.args.bank,
+        }
 
     # ---------------------------------------------------------------- rollouts, rewards, advantages
     def _generate_and_score_completions(self, inputs):

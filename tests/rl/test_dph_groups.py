@@ -13,6 +13,7 @@ import torch
 
 from fdiv.errors import DataError
 from fdiv.eval.pass_at_k.metrics import pass_at_k
+from fdiv.models.fingerprints import data_fingerprint
 from fdiv.rl.dph.bank import AnswerBank
 from fdiv.rl.dph.groups import correct_of, group_statistics, powers_of_two
 from fdiv.rl.dph.rehearsal import RehearsalCache, RehearsalHeader, RehearsalRow
@@ -141,6 +142,17 @@ def test_a_run_with_a_bank_resumes_exactly(tiny_model_dir, tmp_path):
     for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert again.state.log_history[-2]["rehearsal/loss"] == whole.state.log_history[-2]["rehearsal/loss"]
+
+
+def test_a_checkpoint_of_release_0_2_goes_on(tiny_model_dir, tmp_path):
+    """It had rows without weights and knew of no bank; a missing entry and None are alike when identities are compared."""
+    rows = cache(tiny_model_dir)
+    identity = trainer(load(tiny_model_dir), tmp_path, rehearsal=rows).run_identity()
+    assert identity["rehearsal cache"] == data_fingerprint([tuple(r)[:5] for r in rows])
+    assert identity["bank"] is None
+    weighed = RehearsalCache(rows.header, [r._replace(weight=0.5 + i / 5) for i, r in enumerate(rows)])
+    other = trainer(load(tiny_model_dir), tmp_path, rehearsal=weighed, bank="cache").run_identity()
+    assert other["rehearsal cache"] != identity["rehearsal cache"] and other["bank"] == "cache"
 
 
 def test_what_a_bank_refuses(tiny_model_dir, tmp_path):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fdiv.rl.advantages import resolve_advantage
-from fdiv.rl.dph.resampling import has_signal, merge_rows
+from fdiv.rl.dph.resampling import has_signal, merge_rows, resample_groups
 from tests.support.runs.dph import correct, load, trainer
 
 NAN = math.nan
@@ -111,25 +113,47 @@ def test_it_trains(tiny_model_dir, tmp_path):
     assert all(entry["groups/left_without_signal"] <= entry["groups/without_signal"] for entry in logs)
 
 
-@pytest.mark.parametrize("tries", [0, 1, 4])
+class Enumerated:
+    """As much of a trainer as `resample_groups` needs, for one group whose tries are given."""
+
+    num_generations = 3
+
+    def __init__(self, tries, outcomes):
+        self.args, self.outcomes = SimpleNamespace(resample_groups=tries), iter(outcomes)
+        self.accelerator = SimpleNamespace(gather=lambda values: values)
+        self._tokenizer = SimpleNamespace(pad_token_id=0)
+        self._metrics, self._logs, self.drawn = {"train": defaultdict(list)}, {}, 0
+
+    def my_part(self, gathered, count):
+        return gathered[:count]
+
+    def generate(self, inputs):
+        """The next try: a completion is its reward."""
+        self.drawn += 1
+        self._rewards = torch.tensor(next(self.outcomes))
+        ids = self._rewards.long()[:, None]
+        advantages = resolve_advantage("dr_grpo")(self._rewards[None])[0]
+        return {"completion_ids": ids, "completion_mask": torch.ones_like(ids), "advantages": advantages}
+
+
+@pytest.mark.parametrize("tries", [0, 1, 2])
 def test_the_expected_gradient_is_that_of_one_try_times_a_factor(tries):
-    """By enumeration of sequences of groups of three answers, each right with chance 0.8."""
-    p, size = 0.8, 3
+    """By enumeration of all sequences of tries; three answers to a prompt, each right with chance 0.8."""
+    p, groups = 0.8, list(itertools.product([0.0, 1.0], repeat=3))
+    chance = {group: math.prod(p if right else 1 - p for right in group) for group in groups}
 
-    def outcomes():
-        for outcome in itertools.product([0.0, 1.0], repeat=size):
-            rewards = torch.tensor([outcome])
-            score = torch.tensor([[1 / p if right else -1 / (1 - p) for right in outcome]])
-            gradient = (resolve_advantage("dr_grpo")(rewards) * score).mean().item()
-            chance = math.prod(p if right else 1 - p for right in outcome)
-            yield chance, gradient, has_signal(rewards.flatten(), size).item()
+    def expected(more):
+        total = 0.0
+        for sequence in itertools.product(groups, repeat=more + 1):
+            trainer = Enumerated(more, sequence)
+            batch = resample_groups(trainer, [{}] * 3, trainer.generate([{}] * 3), trainer.generate)
+            right = batch["completion_ids"][:, 0] == 1
+            score = torch.where(right, 1 / p, -1 / (1 - p))  # d log P / dp
+            total += math.prod(chance[group] for group in sequence) * (batch["advantages"] * score).mean().item()
+            assert trainer._metrics["train"]["groups/sampled_again"] == [trainer.drawn - 1]
+        return total
 
-    def expected(left):
-        """A try with signal is taken; one without is followed by the next, while there is one."""
-        taken = (gradient if signal or not left else expected(left - 1) for _, gradient, signal in outcomes())
-        return sum(chance * value for (chance, _, _), value in zip(outcomes(), taken, strict=True))
-
-    dull = p**size + (1 - p) ** size
+    dull = p**3 + (1 - p) ** 3
     assert expected(tries) == pytest.approx(expected(0) * (1 - dull ** (tries + 1)) / (1 - dull))
 
 

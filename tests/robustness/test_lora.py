@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from fdiv.models.logprobs import token_scores
-from fdiv.models.tiny import build_tiny_model
 from tests.support.runs.all_trainers import EVERY, ROUNDING, TRAINERS, build, losses
 from tests.support.runs.d2o import negative_rows
 from tests.support.runs.dph import cache
+from tests.support.runs.f_distill import make_distant_teacher
 from tests.support.runs.f_dpg import PROMPTS, recorded
 from tests.support.runs.f_dpo import preference_rows
 from tests.support.runs.unlearning import disturb, forget_rows
@@ -44,7 +44,7 @@ def lora(name, model_dir, output, **more):
 def given(tiny_model_dir, tmp_path_factory):
     """Trainer → the options under which it samples nothing: recorded rollouts, rows, anchors and a teacher."""
     folder = tmp_path_factory.mktemp("recorded")
-    build_tiny_model(folder / "teacher", seed=1)
+    make_distant_teacher(folder / "teacher")
     cache(tiny_model_dir, shift=0.5).save(folder / "rehearsal.safetensors")
     records = recorded(tiny_model_dir, 4 * STEPS)
     (folder / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -11,6 +11,7 @@ from fdiv.memory.accelerate import accelerate_config
 from fdiv.models.tiny import build_tiny_model
 from tests.support.runs.all_trainers import EVERY, ROUNDING
 from tests.support.runs.dph import cache
+from tests.support.runs.f_distill import make_distant_teacher
 from tests.support.runs.f_dpg import recorded
 from tests.support.scripts.all_trainers import STEPS
 
@@ -48,7 +49,7 @@ def runs(tiny_model_dir, tmp_path_factory, repository):
     cache(tiny_model_dir, shift=0.5).save(folder / "rehearsal.safetensors")
     records = recorded(tiny_model_dir, 4 * STEPS)
     (folder / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    build_tiny_model(folder / "teacher", seed=1)
+    make_distant_teacher(folder / "teacher")
     results = {}
 
     def run(launcher, names=EVERY):
@@ -75,7 +76,7 @@ def test_losses_are_those_of_one_process(runs, launcher, names):
         assert ("DEEPSPEED" in two[name]["distributed"]) == launcher.startswith("zero")
         assert len(one[name]["losses"]) == STEPS
         assert two[name]["losses"] == pytest.approx(one[name]["losses"], abs=10 * ROUNDING[name], rel=0), name
-        assert max(one[name]["losses"]) - min(one[name]["losses"]) > 5e-3, f"{name}: nothing was trained"
+        assert max(one[name]["losses"]) - min(one[name]["losses"]) > 1e-2, f"{name}: nothing was trained"
 
 
 @pytest.mark.slow

@@ -42,6 +42,8 @@ def equal(gold: Answer, answer: Answer) -> bool:
         return False
     if factor == 1 and gold.key == answer.key:
         return True
+    if factor == 1 and _neighbours(gold.key, answer.key):
+        return False
     return _values_equal(gold, answer, factor)
 
 
@@ -49,6 +51,22 @@ def _numerals_equal(gold: Answer, answer: Answer) -> bool:
     """Digits and bases are equal; where one side names no base, the digits are."""
     first, second = (side.base or (side.key.upper().lstrip("0") or "0", "") for side in (gold, answer))
     return first[0] == second[0] and (first[1] == second[1] or not first[1] or not second[1])
+
+
+def _neighbours(first: str, second: str) -> bool:
+    """Whether two decimals are written to the same place and differ: 0.10 and 0.11 are two values to two places.
+
+    SymPy keeps no zeros at the end, so that to it 0.00010010 would be a rounding of 0.00010011.
+    """
+    found = [_DECIMAL.fullmatch(side) for side in (first, second)]
+    if found[0] is None or found[1] is None or found[0]["percent"] != found[1]["percent"]:
+        return False
+    if len(found[0]["places"]) != len(found[1]["places"]):
+        return False
+    return Decimal(found[0]["value"]) != Decimal(found[1]["value"])
+
+
+_DECIMAL = re.compile(r"(?P<value>[-+]?\d+\.(?P<places>\d+))(?P<percent>(?:\\?%)?)")
 
 
 def _conversion(gold: str, answer: str) -> Fraction | None:

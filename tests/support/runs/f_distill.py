@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,6 +40,18 @@ def make_teacher(folder: Path, **options: Any) -> Path:
     from fdiv.models.tiny import build_tiny_model
 
     return build_tiny_model(folder, **{"hidden_size": 96, "layers": 3, "seed": 7, **options})
+
+
+def make_distant_teacher(folder: Path) -> Path:
+    """A teacher of the student's own size that is sure of itself: its logits are four times those of a fresh model, so
+    that a student has some way to go."""
+    from fdiv.models.tiny import build_tiny_model
+
+    model = AutoModelForCausalLM.from_pretrained(build_tiny_model(folder, seed=1))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(4.0)
+    model.save_pretrained(folder)
+    return folder
 
 
 def make_trainer(model_dir: Path, teacher: Any, data: list[dict[str, Any]], output: Path, **options: Any) -> Any:
