@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import signal
 import time
 
 import pytest
@@ -197,3 +199,31 @@ def test_a_forged_checkpoint_is_refused_and_not_executed(file, interrupted, tmp_
     assert outcome.verdict == "refused", outcome
     assert "checkpoint-3 cannot be loaded (" in outcome.message
     assert "remove it, and resume from the one before" in outcome.message
+
+
+def test_a_fork_of_a_process_with_threads_computes():
+    """OpenMP's threads are not in the fork: with more than one it would wait for them for ever."""
+    import torch
+
+    from tests.fuzz.kinds.kills import _one_thread
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        values = torch.rand(1 << 20)
+        values.exp().sum()  # starts the threads
+        with _one_thread():
+            child = os.fork()
+            if child == 0:
+                values.exp().sum()
+                os._exit(7)
+            stop = time.monotonic() + 30
+            while (status := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < stop:
+                time.sleep(0.01)
+            if status[0] == 0:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status[1]) == 7
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

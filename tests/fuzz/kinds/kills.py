@@ -59,6 +59,10 @@ class Kills(Kind):
         return folder / "out", time.monotonic() - began
 
     def judge(self, edits: list[Edit], folder: Path) -> Outcome:
+        with _one_thread():
+            return self._judged(edits, folder)
+
+    def _judged(self, edits: list[Edit], folder: Path) -> Outcome:
         whole, seconds = self.whole
         save_steps = next((edit[1] for edit in edits if edit[0] == "save_steps"), 2)
         recipe, out = self._recipe(folder, save_steps), folder / "out"
@@ -84,6 +88,19 @@ class Kills(Kind):
         if _read(out) != _read(whole):
             return Outcome("lost", "other weights than those of the whole run")
         return _same_numbers(whole, out)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """A fork has none of the threads that OpenMP has started here, and waits for them for ever once it wants some."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _fault_of_end(name: str, code: int, said: str) -> Outcome | None:
