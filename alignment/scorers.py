@@ -112,8 +112,12 @@ def lexicon_sentiment(lexicon: str | Path, *, threshold: float | None = None, na
     return scorer
 
 
-def vader(*, name: str = "vader") -> Scorer:
+def vader(*, negated: bool = False, name: str = "vader") -> Scorer:
     """VADER's compound sentiment in [−1, 1] with all of its rules, by its authors' package (ICWSM 2014).
+
+    Args:
+        negated: minus the compound, where a high score is to mean a bad text (`harmfulness_scorer`).
+        name: name of the scorer in the logs.
 
     The package is imported on first use, or when `prepare_scorer` asks for it.
 
@@ -129,7 +133,8 @@ def vader(*, name: str = "vader") -> Scorer:
             raise ScorerError("scorer 'vader' needs the package vaderSentiment: pip install 'fdiv[models]'") from error
         return SentimentIntensityAnalyzer()
 
-    scorer = _named(name, lambda text: analyzer().polarity_scores(text)["compound"])
+    sign = -1.0 if negated else 1.0
+    scorer = _named(name, lambda text: sign * analyzer().polarity_scores(text)["compound"])
     scorer.prepare = analyzer
     return scorer
 

@@ -9,7 +9,8 @@ scikit-learn and rouge-score: give an interpreter that has them (`--peer_python`
 ours (`--peer_path`, made with `pip install --target DIR omegaconf hydra-core`). Each side runs in a process of its
 own with one thread, float32, the full metric set (all six attacks, GradNorm included) and its default batch sizes. The
 only change to the peer is where rows come from: its call of `load_dataset("locuslab/TOFU", …)` reads the local files.
-The prompt is the plain format, which both write the same way. `--rows N` keeps the first N rows of every set.
+The prompt is the plain format, which both write the same way. All rows of every set are evaluated; `--rows N` keeps
+the first N. The retain model's log, which both sides read, is made before, with likelihoods only.
 
 The time is that of the evaluation, from before the first row is read to after the log is written; imports and model
 loading are outside. Memory is the process's peak resident set.
@@ -21,6 +22,7 @@ import argparse
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -87,7 +89,8 @@ def run_ours(task: dict[str, Any]) -> None:
             fluency_classifier="none",
         )
         evaluation = TofuEvaluation(config, tokenizer, progress=False)
-        result = evaluation.aggregate(evaluation.run(model, reference_model=reference))
+        log = evaluation.run(model, reference_model=reference, likelihood_only=task["likelihood_only"])
+        result = evaluation.aggregate(log)
         write_eval_log(folder / "OURS_EVAL.json", result.log)
         (folder / "ours.json").write_text(json.dumps(result.values))
 
@@ -199,8 +202,9 @@ def main() -> int:
         copy_rows(args, rows)
         shared = ("checkout", "model", "retain_model", "split", "question_start", "question_end")
         task = {name: getattr(args, name) for name in shared}
-        task |= {"data": str(rows), "folder": str(folder), "retain_log": None}
-        start("ours", sys.executable, task | {"model": args.retain_model}, None)
+        counts = {path.stem: len(path.read_text().splitlines()) for path in sorted(rows.glob("*.json"))}
+        task |= {"data": str(rows), "folder": str(folder), "retain_log": None, "likelihood_only": False}
+        start("ours", sys.executable, task | {"model": args.retain_model, "likelihood_only": True}, None)
         (folder / "OURS_EVAL.json").rename(folder / "RETAIN_EVAL.json")
         task["retain_log"] = str(folder / "RETAIN_EVAL.json")
         start("ours", sys.executable, task, None)
@@ -220,7 +224,11 @@ def main() -> int:
         print(f"{key:10} ours {ours:9.1f}   open-unlearning {theirs:9.1f}   ratio {ratios[key]:.2f}")
     print(f"goal: cpu ratio >= {TIME_GOAL}, peak ratio >= 1; values within {TOLERANCE}: {wrong or 'all'}")
     if args.output:
-        Path(args.output).write_text(json.dumps(result | {"rows": args.rows, "split": args.split}, indent=1) + "\n")
+        from fdiv.provenance import environment
+
+        result |= {"rows": counts, "split": args.split, "goal": {"cpu": TIME_GOAL, "peak_mib": 1.0}}
+        result["environment"] = environment(shlex.join(["python", *sys.argv]), seed=0)
+        Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
     return bool(wrong)
 
 

@@ -112,13 +112,17 @@ def in_turns(
 def ratio(ours: list[float], theirs: list[float]) -> dict[str, Any]:
     """The median of ours/theirs over the turns, its 95 % bootstrap interval (10,000 draws), and all ratios."""
     ratios = np.array(ours) / np.array(theirs)
-    resampled = np.random.default_rng(0).choice(ratios, size=(10_000, len(ratios)))
-    low, high = np.quantile(np.median(resampled, axis=1), [0.025, 0.975])
     return {
         "time_ratio": float(np.median(ratios)),
-        "time_ratio_interval": [float(low), float(high)],
+        "time_ratio_interval": interval(ratios),
         "ratios": [round(float(value), 5) for value in ratios],
     }
+
+
+def interval(values: Any) -> list[float]:
+    """95 % bootstrap interval of the median, of 10,000 draws."""
+    resampled = np.random.default_rng(0).choice(np.array(values), size=(10_000, len(values)))
+    return [float(edge) for edge in np.quantile(np.median(resampled, axis=1), [0.025, 0.975])]
 
 
 # ---------------------------------------------------------------- memory

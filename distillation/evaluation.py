@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdiv.distillation.f_distill.data import check_rows, completion_tokens
-from fdiv.distillation.teachers import load_teacher, shared_tokens, teacher_tokenizer
-from fdiv.divergences import get_divergence
+from fdiv.distillation.f_distill.data import batch_tensors, check_rows, completion_tokens
+from fdiv.distillation.teachers import check_known_tokens, load_teacher, shared_tokens, teacher_tokenizer
+from fdiv.divergences import get_distance
 from fdiv.evaluation import EvalContext
 from fdiv.inference.encoding import Encoding
 from fdiv.models.vocabulary import last_hidden_states, model_head, vocabulary_divergence
@@ -31,7 +31,8 @@ class ToTeacherEvalConfig(RowOptions):
 
     Args:
         teacher: path or hub name; left out: the run's `teacher_model_name_or_path`.
-        split: of the data. divergences: names or mappings. max_rows: at most this many rows; None: all.
+        split: of the data. divergences: names or mappings, also without an f.
+        max_rows: at most this many rows; None: all.
         max_tokens: answers are cut to it. batch_size: rows scored at once.
         system_prompt, date_string, chat_template_kwargs: of the chat template; left out: as in training.
         min_used_fraction: smallest share of the rows that must have an answer token.
@@ -50,14 +51,14 @@ class ToTeacherEvalConfig(RowOptions):
     @property
     def summary_metrics(self) -> tuple[str, ...]:
         """What the tables show."""
-        return (*(f"to_teacher/{get_divergence(spec).label}" for spec in self.divergences), "to_teacher/agreement")
+        return (*(f"to_teacher/{get_distance(spec).label}" for spec in self.divergences), "to_teacher/agreement")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.divergences:
             raise ValueError("divergences is empty: name at least one")
         for spec in self.divergences:
-            get_divergence(spec)
+            get_distance(spec)
         for name in ("max_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -81,6 +82,8 @@ class ToTeacherEvalConfig(RowOptions):
         teacher = load_teacher(name).to(model.device)
         widths = [part.config.get_text_config().vocab_size for part in (model, teacher)]
         shared = shared_tokens(tokenizer, teacher_tokenizer(name), *widths)
+        read = [[*prompt, *ids] for prompt, ids in (self._tokens(tokenizer, row) for row in rows)]
+        check_known_tokens(read, tokenizer, shared, f"the {self.split} split")
         columns: dict[str, list[Tensor]] = {}
         for start in range(0, len(rows), self.batch_size):
             batch = [self._tokens(tokenizer, row) for row in rows[start : start + self.batch_size]]
@@ -117,21 +120,11 @@ class ToTeacherEvalConfig(RowOptions):
         batch: Sequence[tuple[list[int], list[int]]],
     ) -> dict[str, Tensor]:
         """Sums over the tokens of each row, and their number."""
-        length = max(len(prompt) + len(answer) for prompt, answer in batch)
-        ids = torch.full((len(batch), length), tokenizer.pad_token_id)
-        mask, answers = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-        for row, (prompt, answer) in enumerate(batch):
-            end = len(prompt) + len(answer)
-            ids[row, :end], mask[row, :end] = torch.tensor(prompt + answer), 1
-            answers[row, len(prompt) : end] = True
-        ids, mask, answers = ids.to(model.device), mask.to(model.device), answers[:, 1:].to(model.device)
+        ids, mask, answers = (part.to(model.device) for part in batch_tensors(batch, tokenizer.pad_token_id))
         hidden, heads = [], []
         for part in (model, teacher):
             hidden.append(last_hidden_states(part, ids, mask)[answers])
-            head = model_head(part)
-            heads.append(
-                head._replace(weight=head.weight[:shared], bias=None if head.bias is None else head.bias[:shared])
-            )
+            heads.append(model_head(part).cut(shared))
         owner = answers.nonzero()[:, 0]
 
         def sums(values: Tensor) -> Tensor:
@@ -145,7 +138,7 @@ class ToTeacherEvalConfig(RowOptions):
         found = {"tokens": answers.sum(-1)}
         for spec in self.divergences:
             values = vocabulary_divergence(hidden[0], heads[0].weight, hidden[1], heads[1].weight, spec, **options)
-            found[get_divergence(spec).label] = sums(values)
+            found[get_distance(spec).label] = sums(values)
         same = _top(hidden[0], heads[0]) == _top(hidden[1], heads[1])
         return found | {"agreement": sums(same)}
 

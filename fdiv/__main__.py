@@ -1,8 +1,7 @@
 """`python -m fdiv`, `accelerate launch -m fdiv`, `torchrun -m fdiv`."""
 
-import sys
-
 from fdiv.cli import main
+from fdiv.cli.ending import exit_after
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_after(main)

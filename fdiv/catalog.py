@@ -16,12 +16,14 @@ from typing import Any
 from fdiv.named import Table, bind_arguments, load, lookup, split_spec
 
 __all__ = [
+    "ATTACKS",
     "EVALUATIONS",
     "EVAL_COMMANDS",
     "METHODS",
     "PREPARE",
     "REWARDS",
     "TASKS",
+    "TEACHERS",
     "Method",
     "build_reward",
     "load",
@@ -58,6 +60,8 @@ METHODS = Table(
         "sat_imp": "fdiv.unlearning.methods.sat_imp:SatImpTrainer",
         "pdu": "fdiv.unlearning.methods.pdu:PDUTrainer",
         "jensun": "fdiv.unlearning.methods.jensun:JensUnTrainer",
+        "jensun_pp": "fdiv.unlearning.methods.jensun_pp:JensUnPPTrainer",
+        "shred": "fdiv.unlearning.methods.shred:SHREDTrainer",
     },
 )
 """`method:` of a recipe."""
@@ -87,13 +91,30 @@ TASKS = Table(
         "safe_rlhf_negatives": "fdiv.recipes.tasks.negatives.safe_rlhf:SafeRLHFNegativesConfig",
         "tiny_authors": "fdiv.recipes.tasks.tiny.authors:TinyAuthorsConfig",
         "novels_unlearning": "fdiv.recipes.tasks.novels.unlearning:NovelsUnlearningConfig",
+        "taught": "fdiv.recipes.tasks.taught:TaughtConfig",
         "sampled_preferences": "fdiv.recipes.tasks.sampled_preferences:SampledPreferencesConfig",
         "thinned_student": "fdiv.recipes.tasks.novels.distillation:ThinnedStudentConfig",
+        "tofu_distillation": "fdiv.recipes.tasks.tofu.distillation:TofuDistillationConfig",
+        "own_rows": "fdiv.unlearning.request.builder:OwnRowsConfig",
         "tofu_memorised": "fdiv.recipes.tasks.tofu.memorised:TofuMemorisedConfig",
         "tofu_unlearning": "fdiv.recipes.tasks.tofu.unlearning:TofuUnlearningConfig",
     },
 )
 """`prepare: {name: …}`: a dataclass with `build(output_dir) -> dict` of the recipe keys it sets."""
+
+TEACHERS = Table(
+    "teacher",
+    "a dataclass derived from fdiv.distillation.teachers.Teacher",
+    lambda found: _is_dataclass_with("read")(found) and _is_dataclass_with("score")(found),
+    {
+        "local": "fdiv.distillation.teachers.local:LocalTeacher",
+        "start": "fdiv.distillation.teachers.own:StartTeacher",
+        "ema": "fdiv.distillation.teachers.own:EMATeacher",
+        "cache": "fdiv.distillation.teachers.cached:CachedTeacher",
+        "server": "fdiv.distillation.teachers.served:ServedTeacher",
+    },
+)
+"""`teacher:` of distillation."""
 
 PREPARE = TASKS  # its name in release 0.1
 
@@ -105,9 +126,11 @@ _EVALUATIONS: dict[str, tuple[str | None, str | None]] = {
     "passk": ("fdiv.eval.pass_at_k.evaluation:PassKEvalConfig", "fdiv.eval.pass_at_k.command"),
     "tofu": ("fdiv.eval.tofu.evaluation:TofuEvalConfig", "fdiv.eval.tofu.command"),
     "muse": ("fdiv.eval.muse.evaluation:MuseEvalConfig", "fdiv.eval.muse.command"),
+    "unlearning": ("fdiv.eval.unlearning.evaluation:UnlearningEvalConfig", "fdiv.eval.unlearning.command"),
     "tiny_world": ("fdiv.recipes.tasks.tiny.optimum:TinyWorldEvalConfig", None),
     "answer_likelihood": ("fdiv.eval.preferences.answer_likelihood:AnswerLikelihoodConfig", None),
-    "lm_eval": (None, "fdiv.eval.lm_eval.command"),
+    "benchmark": ("fdiv.eval.layouts.evaluation:BenchmarkEvalConfig", "fdiv.eval.layouts.command"),
+    "lm_eval": ("fdiv.eval.lm_eval.evaluation:LmEvalConfig", "fdiv.eval.lm_eval.command"),
 }
 
 EVALUATIONS = Table(
@@ -134,7 +157,10 @@ EVAL_COMMANDS = Table(
     _is_command,
     {name: module for name, (_, module) in _EVALUATIONS.items() if module is not None},
 )
-"""`fdiv eval NAME`: a module with `add_arguments(parser)` and `run(args) -> int`; its docstring is the help."""
+"""`fdiv eval NAME`: a module with `add_arguments(parser)` and `run(args) -> int`; its docstring is the help.
+
+It may have `one_process(args)`: why several processes cannot share the evaluation, None where they can.
+"""
 
 REWARDS = Table(
     "reward",
@@ -156,6 +182,30 @@ REWARDS = Table(
 
 A function with TRL's signature, `(prompts, completions, **columns) -> list[float]`, or what makes one of the keys.
 """
+
+
+ATTACKS = Table(
+    "attack",
+    "a function (model, tokenizer, rows, *, seed) -> Attacked, or a class or function that makes one",
+    callable,
+    {
+        "relearn": "fdiv.eval.unlearning.attacks.relearning:Relearning",
+        "relearn_unrelated": "fdiv.eval.unlearning.attacks.relearning:relearn_unrelated",
+        "int8": "fdiv.eval.unlearning.attacks.quantization:int8",
+        "int4": "fdiv.eval.unlearning.attacks.quantization:int4",
+        "nf4": "fdiv.eval.unlearning.attacks.quantization:nf4",
+        "paraphrase": "fdiv.eval.unlearning.attacks.prompts:Paraphrase",
+        "prefix": "fdiv.eval.unlearning.attacks.prompts:Prefix",
+        "answer_prefix": "fdiv.eval.unlearning.attacks.prompts:AnswerPrefix",
+        "priming": "fdiv.eval.unlearning.attacks.prompts:Priming",
+        "noise": "fdiv.eval.unlearning.attacks.noise:Noise",
+        "translation": "fdiv.eval.unlearning.attacks.rewriting:Translation",
+        "sampling": "fdiv.eval.unlearning.attacks.sampling:SampledAnswers",
+        "adapter_removal": "fdiv.eval.unlearning.attacks.adapters:AdapterRemoval",
+        "adapter_scaling": "fdiv.eval.unlearning.attacks.adapters:AdapterScaling",
+    },
+)
+"""`attacks:` of an evaluation of unlearning: what tries to bring the forgotten rows back."""
 
 
 Reward = Callable[..., Sequence[float | None]]

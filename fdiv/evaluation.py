@@ -3,29 +3,43 @@ keys it takes over from the training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from fdiv.files import write_bytes
+from fdiv.sealed import listed
+from fdiv.terminal import is_main_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
     from fdiv.rows.report import RowReport
 
-__all__ = ["EvalContext", "inherit"]
+__all__ = ["EXAMPLES", "EvalContext", "inherit"]
+
+EXAMPLES = 12
+"""Answers of one group that are kept for the report."""
 
 
 def inherit(evaluation: type, stated: Mapping[str, Any], training: Any) -> dict[str, Any]:
     """The settings of an evaluation: as stated, and where it does not say, as in training.
 
     Args:
-        evaluation: its dataclass; a key that it does not have is not taken over.
+        evaluation: its dataclass; a key that it does not have is not taken over. A class attribute `takes_over` names
+            further keys of the training that hold for it, too.
         stated: what its block says.
         training: the config; its `evaluation_keys()` are the encoding of its rows. None, or one without: nothing is
             taken over.
     """
     keys = training.evaluation_keys() if hasattr(training, "evaluation_keys") else {}
+    named = {
+        name: getattr(training, name) for name in getattr(evaluation, "takes_over", ()) if hasattr(training, name)
+    }
+    keys = {**keys, **named}
     known = {entry.name for entry in fields(evaluation)}
     # A format of plain questions is for evaluations of questions with answers.
     formats = () if "answer_format" in known else ("chat_template", "question_format", "answer_format")
@@ -73,3 +87,21 @@ class EvalContext:
             self.row_reports.append(report)
             report.show()
         report.check(min_used_fraction)
+
+    def keep_examples(self, group: str, examples: Sequence[Mapping[str, Any]]) -> None:
+        """Keep some of the model's answers in `examples_GROUP.jsonl`: `fdiv report` shows those before and after
+        training side by side.
+
+        Args:
+            group: What they are, such as the name of a set of rows.
+            examples: `prompt` and `completion` of each, and where there are such `truth`, the right answer, and
+                `score`; in the same order at every stage. `EXAMPLES` of them are kept, evenly spaced.
+        """
+        if not is_main_process() or not examples:
+            return
+        count = min(EXAMPLES, len(examples))
+        places = [index * len(examples) // count for index in range(count)]
+        lines = [json.dumps({"group": group, "index": i, **examples[i]}, ensure_ascii=False) + "\n" for i in places]
+        path = self.output_dir / f"examples_{re.sub(r'[^A-Za-z0-9-]+', '_', group)}.jsonl"
+        with listed(path):
+            write_bytes(path, "".join(lines).encode())

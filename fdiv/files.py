@@ -36,6 +36,7 @@ __all__ = [
     "read_csv_rows",
     "read_json",
     "read_json_lines",
+    "temporary_of",
     "write_bytes",
     "write_json",
     "write_text",
@@ -45,9 +46,14 @@ DATA_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv"
 """Suffix of a data file → the loader of `datasets` that reads it."""
 
 
+def temporary_of(path: Path) -> Path:
+    """Where `write_bytes` writes a file before it takes its name: what a process leaves that is killed in between."""
+    return path.with_name(f".{path.name}.part")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = temporary_of(path)
     temporary.write_bytes(content)
     os.replace(temporary, path)
 

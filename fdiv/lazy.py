@@ -10,7 +10,9 @@ from typing import Any
 __all__ = ["attach"]
 
 
-def attach(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def attach(
+    package: str, homes: Mapping[str, str], before: Callable[[], None] | None = None
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package, for names that live in other modules.
 
         __getattr__, __dir__ = attach(__name__, {"FDPOTrainer": "fdiv.alignment.f_dpo.trainer"})
@@ -18,10 +20,13 @@ def attach(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any]
     Args:
         package: `__name__` of the package.
         homes: Name → module that defines it.
+        before: called before such a module is imported; of what it depends on, something may be missing or other.
     """
 
     def get(name: str) -> Any:
         if name in homes:
+            if before is not None:
+                before()
             return getattr(import_module(homes[name]), name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 

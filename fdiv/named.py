@@ -207,20 +207,21 @@ def split_spec(spec: object, what: str, *, error: type[Exception] = ValueError) 
 
 
 def build_own(
-    found: Any, keys: Mapping[str, Any], title: str, must_be: str, kind: type, error: type[Exception] = ValueError
+    found: Any, keys: Mapping[str, Any], title: str, must_be: str, kind: Any, error: type[Exception] = ValueError
 ) -> Any:
     """The object of the user's own: `found` itself where it is a `kind`, else what it returns for `keys`.
 
     Args:
         found: what `own_object` gave. keys: the further keys of the spec. title: for errors, with the path.
-        must_be: what it must be, in full. kind: the class of what is due.
+        must_be: what it must be, in full. kind: the class of what is due, or a union of classes.
 
     Raises:
         error: keys for an object that takes none, unknown or missing ones, a result of another class.
     """
     if isinstance(found, kind):
         if keys:
-            raise error(f"{title} takes no {', '.join(keys)}: it is a {kind.__name__} already, not a function of them")
+            word = getattr(kind, "__name__", "member")
+            raise error(f"{title} takes no {', '.join(keys)}: it is a {word} already, not a function of them")
         return found
     bind_arguments(found, keys, title, error=error)
     made = found(**keys)

@@ -13,6 +13,7 @@ from fdiv.secrets import redacted
 
 __all__ = ["binary_size", "error", "info", "is_main_process", "number", "print_table"]
 
+_ERRORS = "FDIV_EVAL_ERRORS"  # the folder for errors of processes that share an evaluation (fdiv.cli.shared_processes)
 _LONGEST = 1_000  # characters of an error: less than ten lines of a terminal
 
 
@@ -34,6 +35,10 @@ def error(message: str) -> None:
     line = "".join(char if char.isprintable() else "�" for char in " ".join(message.split()))
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST - 300]} … {line[-297:]}"
+    if _ERRORS in os.environ:  # whoever started this process shows one line for all of them
+        with suppress(OSError), open(os.path.join(os.environ[_ERRORS], os.environ.get("RANK", "0")), "a") as file:
+            file.write(f"{redacted(line)}\n")
+            return
     info(f"fdiv: {line}")
 
 

@@ -7,7 +7,7 @@ rehearsal machinery are imported on first use.
 if __name__ != "fdiv.rl":
     raise ImportError("this folder is installed as fdiv.rl: use `import fdiv.rl`, not `import rl`")
 
-from fdiv import lazy
+from fdiv import lazy, versions
 from fdiv.rl.advantages import list_advantages, resolve_advantage
 from fdiv.rl.dph.loss import (
     check_rehearsal_divergence,
@@ -41,4 +41,4 @@ __all__ = [
 ]
 
 
-__getattr__, __dir__ = lazy.attach(__name__, _LAZY)
+__getattr__, __dir__ = lazy.attach(__name__, _LAZY, before=versions.warn_if_untested)

@@ -172,6 +172,9 @@ def resolve_kl(spec: str | KLEstimator) -> KLEstimator:
 
     Raises:
         ValueError: an unknown name, with the nearest one.
+
+    Args:
+        spec: a name, `module:attribute`, or an estimator.
     """
     if isinstance(spec, KLEstimator):
         return spec

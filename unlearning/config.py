@@ -87,6 +87,12 @@ class UnlearningConfig(EvaluationOptions, EncodingOptions, RowOptions, SFTConfig
     utility_floor: float = option(
         0.9, "Share of the model utility at the start that the chosen epoch must keep", above=0, most=1
     )
+    selection_by: str | None = option(
+        None,
+        "What `metric_for_best_model: selection` chooses by among the epochs that keep the utility, in an evaluation "
+        "on TOFU's rows; not set: `forget_quality`; `retrained_distance` where its p-values are all next to 0",
+        choices=("forget_quality", "retrained_distance"),
+    )
 
     def __post_init__(self) -> None:
         refuse(self, _REFUSED)

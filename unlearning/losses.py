@@ -31,7 +31,10 @@ OFFICIAL_FLAT_DIVERGENCES: tuple[str, ...] = ("jensen_shannon", "pearson_chi2", 
 __all__ = [
     "OFFICIAL_FLAT_DIVERGENCES",
     "REDUCTIONS",
+    "answer_mean",
     "answer_score",
+    "answer_weights",
+    "balance_scale",
     "check_one_hot_divergence",
     "flat_loss",
     "grad_ascent",
@@ -51,11 +54,43 @@ __all__ = [
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values[B, T]` over each row's masked positions, in float32 or wider → [B]; 0 for an empty row."""
+    """Mean of `values[B, T]` over each row's masked positions, in float32 or wider → [B]; 0 for an empty row.
+
+    Args:
+        values: [B, T], of any unit. mask: [B, T], bool or 0/1.
+    """
     mask = mask.bool()
     values = torch.where(mask, values, torch.zeros_like(values))
     total = values.sum(-1, dtype=torch.promote_types(values.dtype, torch.float32))
     return total / mask.sum(-1).clamp(min=1)
+
+
+def answer_mean(values: Tensor, mask: Tensor, first_share: float | None = None) -> Tensor:
+    """`masked_mean`, or with `first_share` a mean in which the first answer token has that weight → [B].
+
+    The other tokens of the answer share the rest evenly; an answer of one token has it alone (JensUn++, in SUITE,
+    arXiv:2607.09236, with a share of ½).
+
+    Args:
+        values: `[B, T]`, a value of every token.
+        mask: `[B, T]`, 1 on answer tokens.
+        first_share: weight of the first answer token, in (0, 1); None: all weigh the same.
+    """
+    return masked_mean(values, mask) if first_share is None else _weighted(values, answer_weights(mask, first_share))
+
+
+def answer_weights(mask: Tensor, first_share: float) -> Tensor:
+    """The weights of `answer_mean` → [B, T]; they add up to 1 over an answer, and are 0 elsewhere."""
+    mask = mask.bool()
+    count = mask.sum(-1, keepdim=True)
+    first = mask & (mask.cumsum(-1) == 1)
+    rest = (1 - first_share) / (count - 1).clamp(min=1)
+    return torch.where(first, torch.where(count == 1, 1.0, first_share), rest) * mask
+
+
+def _weighted(values: Tensor, weights: Tensor) -> Tensor:
+    values = torch.where(weights > 0, values, torch.zeros_like(values))
+    return (weights * values.to(torch.promote_types(values.dtype, torch.float32))).sum(-1)
 
 
 def _masked(log_probs: Tensor, mask: Tensor) -> Tensor:
@@ -76,6 +111,10 @@ def answer_score(log_probs: Tensor, mask: Tensor, reduction: Reduction = "token_
 
     Raises:
         ValueError: an unknown reduction.
+
+    Args:
+        log_probs: [B, T] of the answer's tokens, in nats. mask: [B, T], bool or 0/1, the tokens that count.
+        reduction: one of the three above.
     """
     log_probs = _masked(log_probs, mask)
     if reduction == "token_mean":
@@ -118,7 +157,7 @@ def flat_loss(template_prob: Tensor, forget_prob: Tensor, divergence: Divergence
     the textbook pair (f, g): the registry's centring of f cancels. FLAT's "KL" is `reverse_kl` here.
 
     Args:
-        template_prob: [B] score of the template answer, see `answer_score`.
+        template_prob: [B] score of the template answer, a probability unless it is a log one; see `answer_score`.
         forget_prob: [B] score of the answer to forget, same reduction.
         divergence: any spec of `fdiv.divergences.get_divergence`.
     """
@@ -130,12 +169,20 @@ def flat_loss(template_prob: Tensor, forget_prob: Tensor, divergence: Divergence
 
 
 def nll(log_probs: Tensor, mask: Tensor) -> Tensor:
-    """−(1/|y|) Σ_t log p(y_t) → [B] in nats per token: the retain term R of GradDiff and most others."""
+    """−(1/|y|) Σ_t log p(y_t) → [B] in nats per token: the retain term R of GradDiff and most others.
+
+    Args:
+        log_probs: [B, T] of the answer's tokens, in nats. mask: [B, T], bool or 0/1, the tokens that count.
+    """
     return -masked_mean(log_probs, mask)
 
 
 def grad_ascent(log_probs: Tensor, mask: Tensor) -> Tensor:
-    """(1/|y|) Σ_t log p(y_t) → [B]: gradient ascent on the forget answer's NLL (unbounded below)."""
+    """(1/|y|) Σ_t log p(y_t) → [B]: gradient ascent on the forget answer's NLL (unbounded below).
+
+    Args:
+        log_probs: [B, T] of the answer's tokens, in nats. mask: [B, T], bool or 0/1, the tokens that count.
+    """
     return masked_mean(log_probs, mask)
 
 
@@ -223,6 +270,9 @@ def wga(log_probs: Tensor, mask: Tensor, beta: float = 1.0) -> Tensor:
     """(1/|y|) Σ_t sg(p_t^β)·log p_t → [B]: weighted gradient ascent, weights detached (Wang et al. 2025).
 
     arXiv:2502.19301. Bounded steps: a token's weight goes to 0 with its probability.
+
+    Args:
+        log_probs: [B, T] of the forget answers, in nats. mask: [B, T], bool or 0/1. beta: exponent of the weight, ≥ 0.
     """
     log_probs = _masked(log_probs, mask)
     return masked_mean((beta * log_probs.detach()).exp() * log_probs, mask)
@@ -264,7 +314,13 @@ def check_one_hot_divergence(divergence: DivergenceSpec) -> Divergence:
     return divergence
 
 
-def jensun(target_log_probs: Tensor, mask: Tensor, divergence: DivergenceSpec = "jensen_shannon") -> Tensor:
+def jensun(
+    target_log_probs: Tensor,
+    mask: Tensor,
+    divergence: DivergenceSpec = "jensen_shannon",
+    *,
+    first_share: float | None = None,
+) -> Tensor:
     """(1/|y|) Σ_t D_f(p_θ(·|x, y_<t) ‖ onehot(w_t)) → [B]: JensUn's forget half for any f with f'(∞) < ∞.
 
     Against a one-hot Q every other token has Q = 0, so D_f = f(p(w_t)) + (1 − p(w_t))·f'(∞): only the probability of
@@ -273,7 +329,7 @@ def jensun(target_log_probs: Tensor, mask: Tensor, divergence: DivergenceSpec = 
 
     Args:
         target_log_probs: [B, T] log p_θ(w_t | x, y_<t). mask: [B, T] positions of the forget answer.
-        divergence: f with a finite slope at infinity.
+        divergence: f with a finite slope at infinity. first_share: see `answer_mean`; None weighs tokens alike.
 
     Raises:
         ValueError: see `check_one_hot_divergence`.
@@ -281,7 +337,25 @@ def jensun(target_log_probs: Tensor, mask: Tensor, divergence: DivergenceSpec = 
     divergence = check_one_hot_divergence(divergence)
     log_probs = _masked(target_log_probs, mask)
     off_target = -torch.expm1(log_probs)
-    return masked_mean(divergence.generator(log_probs) + off_target * divergence.slope_at_infinity, mask)
+    values = divergence.generator(log_probs) + off_target * divergence.slope_at_infinity
+    return answer_mean(values, mask, first_share)
+
+
+def balance_scale(retain_norm: Tensor, forget_norm: Tensor) -> Tensor:
+    """‖∇R‖/(‖∇F‖ + 10⁻⁵), at most 10⁶ and 1 where the norms are equal: what JensUn++ multiplies its forget half by.
+
+    With it the two halves have gradients of one norm (SUITE, arXiv:2607.09236, and its released code, from which the
+    constants are).
+
+    Args:
+        retain_norm, forget_norm: scalars `[]`, norms of the gradients with respect to the logits of the rows of
+            each half.
+
+    Returns:
+        A scalar `[]` without unit.
+    """
+    scale = (retain_norm / (forget_norm + 1e-5)).clamp(max=1e6)
+    return torch.where(retain_norm == forget_norm, torch.ones_like(scale), scale)
 
 
 def sampled_divergence(log_ratio: Tensor, mask: Tensor, divergence: DivergenceSpec) -> Tensor:

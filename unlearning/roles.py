@@ -1,4 +1,4 @@
-"""One forward pass over the rows of all roles, and what a loss needs of it; the reference scores the same rows."""
+"""A forward pass over rows of one or more roles, and what a loss needs of it; the reference scores the same rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fdiv.models.reference import Reference
 if TYPE_CHECKING:
     from fdiv.unlearning.data import EncodedAnswer, UnlearningCollator
 
-__all__ = ["PrecomputedReference", "RoleScores", "score_reference", "score_rows", "split_roles"]
+__all__ = ["PrecomputedReference", "RoleScores", "score_reference", "score_rows", "split_roles", "trimmed_rows"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,17 @@ def score_rows(
         hidden=None if layer is None else output.hidden_states[layer + 1][:, -width:][:, 1:],
         **shared,
     )
+
+
+def trimmed_rows(inputs: dict[str, Tensor], rows: slice, multiple: int | None = None) -> dict[str, Tensor]:
+    """Some rows of a padded batch without the columns in which all of them are padding on the right.
+
+    Args:
+        inputs: what `UnlearningCollator` gives. rows: those to take. multiple: round the width up to it.
+    """
+    width = int(inputs["attention_mask"][rows].any(0).nonzero().max()) + 1
+    width = -(-width // (multiple or 1)) * (multiple or 1)
+    return {name: value[rows, :width] for name, value in inputs.items() if name != "index"}
 
 
 def split_roles(scores: RoleScores, roles: Sequence[str], batch_size: int) -> dict[str, RoleScores]:

@@ -12,10 +12,11 @@ from typing import Any
 from fdiv.errors import DataError
 from fdiv.training.evaluation import build_evaluation, evaluated
 
-__all__ = ["MUSE_TERMS", "TOFU_TERMS", "build_evaluation", "evaluate_epoch", "selection_score"]
+__all__ = ["MUSE_TERMS", "OWN_TERMS", "TOFU_TERMS", "build_evaluation", "evaluate_epoch", "selection_score"]
 
 TOFU_TERMS = ("forget_quality", "model_utility")
 MUSE_TERMS = ("memory_gap", "retain_knowmem_ROUGE")
+OWN_TERMS = ("forgotten", "kept")
 """What the evaluations give for the choice of an epoch: how well the forget set is forgotten, and what is left."""
 
 
@@ -29,9 +30,11 @@ def selection_score(
     above it, and among those below the most useful wins. Between equals, the earlier epoch. A model without any
     utility scores -1, also where there was none at the start and the floor is 0.
 
-    On TOFU the two are its forget quality (a p-value) and model utility. On MUSE they are 1 − `memory_gap` and
+    On TOFU the two are its forget quality (a p-value) and model utility; with `selection_by: retrained_distance` 1 −
+    that distance and model utility. On MUSE they are 1 − `memory_gap` and
     KnowMem of the retain set: 1 where neither VerbMem nor KnowMem of the forget set is above the retrained model's, so
-    that the first such epoch wins, at which MUSE's own runs stop.
+    that the first such epoch wins, at which MUSE's own runs stop. On rows of one's own (`unlearning`) they are
+    `forgotten`, 1 where nothing is left above chance, and `kept`, the probability of neighbours and general text.
     """
     floor = utility_floor * utility_at_start
     if model_utility <= 0:
@@ -50,10 +53,11 @@ def evaluate_epoch(trainer: Any, evaluation: Any) -> dict[str, float]:
     args, values = trainer.args, evaluated(trainer, evaluation)
     notes = values.get("notes", {})
     metrics = {f"eval_{name}": float(value) for name, value in values.items() if isinstance(value, (int, float))}
-    needed = MUSE_TERMS if "memory_gap" in values else TOFU_TERMS
+    needed = (args.selection_by or TOFU_TERMS[0], TOFU_TERMS[1])
+    needed = MUSE_TERMS if "memory_gap" in values else OWN_TERMS if "forgotten" in values else needed
     if all(f"eval_{name}" in metrics for name in needed):
         forgotten, useful = (metrics[f"eval_{name}"] for name in needed)
-        forgotten = 1.0 - forgotten if needed == MUSE_TERMS else forgotten
+        forgotten = forgotten if needed in (TOFU_TERMS, OWN_TERMS) else 1.0 - forgotten
         start = _at_start(trainer, f"eval_{needed[1]}", useful)
         metrics["eval_selection"] = selection_score(forgotten, useful, start, args.utility_floor)
     elif args.metric_for_best_model in ("selection", "eval_selection"):

@@ -1,4 +1,4 @@
-"""The base of every unlearning trainer: forget, template and retain rows in one forward, the reference, the log.
+"""The base of every unlearning trainer: scores of forget, template and retain rows, the reference, the log.
 
 A method is a subclass that says which rows and scores it needs and returns its forget term, one value per example.
 """
@@ -24,13 +24,22 @@ from fdiv.rows.sources import Source, source_of
 from fdiv.statistics.estimates import density_weight_quantiles, log_ratio_quantiles, mean_and_error
 from fdiv.training.config import DivergenceOptions
 from fdiv.training.evaluation import PeriodicEvaluationMixin
+from fdiv.training.places import RowsAt
 from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
 from fdiv.unlearning.config import TemplateConfig, UnlearningConfig
 from fdiv.unlearning.data import ForgetDataset, UnlearningCollator
 from fdiv.unlearning.data.assembly import build_forget_dataset, read_retain_rows
 from fdiv.unlearning.data.pairing import EpochSampler
+from fdiv.unlearning.data.rows import load_rows
 from fdiv.unlearning.losses import nll, sampled_divergence
-from fdiv.unlearning.roles import PrecomputedReference, RoleScores, score_reference, score_rows, split_roles
+from fdiv.unlearning.roles import (
+    PrecomputedReference,
+    RoleScores,
+    score_reference,
+    score_rows,
+    split_roles,
+    trimmed_rows,
+)
 from fdiv.unlearning.selection import evaluate_epoch
 from fdiv.unlearning.vocabulary_losses import vocabulary_divergence
 
@@ -76,7 +85,10 @@ class UnlearningTrainer(PeriodicEvaluationMixin, ObjectiveTrainerMixin, SFTTrain
     #: Whether the forget term compares with a template answer, looks at logits, or needs reference scores.
     forget_needs_logits: ClassVar[bool] = False
     forget_needs_reference: ClassVar[bool] = False
+    #: The roles of the rows of a batch, in the collator's order; a template answer only where the config has one.
+    roles: ClassVar[tuple[str, ...]] = ("template", "forget", "retain")
     tags = ("trl", "fdiv", "unlearning")
+    leaves_places_empty = True
 
     def __init__(
         self,
@@ -97,10 +109,11 @@ class UnlearningTrainer(PeriodicEvaluationMixin, ObjectiveTrainerMixin, SFTTrain
         if train_dataset is None or len(train_dataset) == 0:
             raise ValueError("train_dataset is missing or empty: it holds the rows to forget")
         processing_class = checked_tokenizer(processing_class, model, pad_token=args.pad_token)
-        self.uses_template = isinstance(args, TemplateConfig)
+        self.uses_template = "template" in self.roles and isinstance(args, TemplateConfig)
         self._model_at_start, self._model_name = model, name
+        self._retain_numbers: list[int] = []
         self._retain_rows = read_retain_rows(
-            retain_dataset, args, processing_class, lambda report: self.report_rows(report, args)
+            retain_dataset, args, processing_class, lambda report: self.report_rows(report, args), self._retain_numbers
         )
         self._own_evaluation = eval_dataset is not None
         eval_dataset = self._with_evaluation(args, train_dataset, eval_dataset)
@@ -180,7 +193,8 @@ class UnlearningTrainer(PeriodicEvaluationMixin, ObjectiveTrainerMixin, SFTTrain
     @classmethod
     def step_shape(cls, args: UnlearningConfig, *, peft: bool, **_: Any) -> StepShape:
         """Forget rows, template and retain rows where there are any; the reference where the loss needs one."""
-        roles = 1 + isinstance(args, TemplateConfig) + (args.retain_term != "none")
+        template = "template" in cls.roles and isinstance(args, TemplateConfig)
+        roles = 1 + template + (args.retain_term != "none")
         references = int(cls._uses_reference(args) and not (peft or args.precompute_reference))
         # A method that looks at a layer's activations takes the logits as well, for its log.
         logits = cls._looks_at_logits(args) or hasattr(args, "layer")
@@ -213,6 +227,7 @@ class UnlearningTrainer(PeriodicEvaluationMixin, ObjectiveTrainerMixin, SFTTrain
             dataset, retain, args, processing_class, getattr(self, "_model_at_start", None), self._model_name,
             name="forget" if train else f"{dataset_name} forget",
             report=lambda report: self.report_rows(report, args),
+            retain_numbers=self._retain_numbers,
         )  # fmt: skip
 
     def _check_lengths(self, forget: Any, retain: Any) -> None:
@@ -226,8 +241,31 @@ class UnlearningTrainer(PeriodicEvaluationMixin, ObjectiveTrainerMixin, SFTTrain
             lengths = (len(row.prompt_ids) + len(row.answer_ids) for row in rows)
             check_all_fit(lengths, self.model, source.row, "set max_length to at most")
 
+    @classmethod
+    def why_not_exact(cls, args: UnlearningConfig) -> str | None:
+        """What was made of all rows together before training: reference scores, generated template answers."""
+        if args.precompute_reference:
+            return (
+                "precompute_reference: true scores the rows in batches, whose padding follows from all of their rows; "
+                "set it to false"
+            )
+        if getattr(args, "template_source", None) == "generated":
+            return "template_source: generated samples the answers of all rows in batches; keep them in a column"
+        return super().why_not_exact(args)
+
+    @classmethod
+    def further_rows(cls, args: UnlearningConfig) -> dict[str, Any]:
+        """The retain rows that training meets."""
+        if args.retain_term == "none" or args.retain_dataset_name is None:
+            return {}
+        return {"retain": load_rows(args.retain_dataset_name, args.retain_dataset_config, args.retain_dataset_split)}
+
+    def rows_at(self) -> RowsAt:
+        """A forget row and its retain row; the place is empty where either is removed."""
+        return self.train_dataset.rows_at
+
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["index", "forget", "retain", "template"]
+        self._signature_columns = ["index", "epoch", "forget", "retain", "template"]
 
     def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -272,17 +310,25 @@ class UnlearningTrainer(PeriodicEvaluationMixin, ObjectiveTrainerMixin, SFTTrain
 
     # ---------------------------------------------------------------- loss
     def score_roles(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, RoleScores]:
-        """Score all rows in one forward, and in another without gradient under the reference, if there is one."""
+        """Score the rows, and without gradient also under the reference, if there is one.
+
+        Template answers are short: they have a forward of their own, as wide as they are. All other rows share one.
+        """
         size = len(inputs["index"])
-        roles = (("template",) if self.uses_template else ()) + ("forget", "retain")
+        roles = tuple(role for role in self.roles if role != "template" or self.uses_template)
         roles = roles[: inputs["input_ids"].size(0) // size]
-        layer = getattr(self.args, "layer", None)
-        rows = score_rows(model, inputs, logits=self.needs_logits, layer=layer)
-        scores = split_roles(rows, roles, size)
-        if self.reference is not None:
-            reference = score_reference(self.reference, inputs, logits=self.needs_logits, layer=layer)
-            for role, part in split_roles(reference, roles, size).items():
-                scores[role] = scores[role].with_reference(part)
+        own = roles.index("template") + 1 if "template" in roles else 0
+        options = {"logits": self.needs_logits, "layer": getattr(self.args, "layer", None)}
+        scores: dict[str, RoleScores] = {}
+        for part, start in ((roles[:own], 0), (roles[own:], own * size)):
+            if not part:
+                continue
+            rows = trimmed_rows(inputs, slice(start, start + len(part) * size), self.args.pad_to_multiple_of)
+            found = split_roles(score_rows(model, rows, **options), part, size)
+            if self.reference is not None:
+                reference = split_roles(score_reference(self.reference, rows, **options), part, size)
+                found = {role: found[role].with_reference(reference[role]) for role in part}
+            scores |= found
         return scores
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -301,7 +347,7 @@ class UnlearningTrainer(PeriodicEvaluationMixin, ObjectiveTrainerMixin, SFTTrain
 
     @torch.no_grad()
     def _divergence_column(self, scores: dict[str, RoleScores]) -> dict[str, Tensor]:
-        rows = scores.get("retain", scores["forget"])
+        rows = scores["retain"] if "retain" in scores else scores[self.roles[-2]]
         if rows.reference is None:
             return {}
         if rows.logits is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +25,19 @@ from fdiv.sealed import DIGEST, NO_DIGEST, UNSEALED, check_sealed, check_token_i
 from fdiv.stamps import compare_stamps
 
 __all__ = [
+    "ANCHORS_FILE",
     "Anchor",
     "AnchorCache",
+    "anchor_prompts_at_once",
     "check_context",
     "draw_anchors",
     "draw_offline_anchors",
     "instructed_prompt",
     "prompt_key",
 ]
+
+ANCHORS_FILE = "anchors.jsonl"
+"""The file of the offline anchors in `output_dir`, where no `anchor_cache` is named."""
 
 PLACEHOLDER = "{prompt}"
 _FORMAT = 3
@@ -157,11 +162,17 @@ def _check_prompts(rows: Sequence[Mapping[str, Any]], prompt_ids: Sequence[Seque
             )
 
 
+def anchor_prompts_at_once(args: Any) -> int:
+    """How many prompts offline anchors are sampled for at once: `anchor_batch_size` completions, K for each prompt."""
+    return max(1, args.anchor_batch_size // max(1, args.num_generations))
+
+
 def draw_offline_anchors(trainer: Any, cache: AnchorCache, rows: Sequence[Mapping[str, Any]], count: int) -> int:
     """Sample and keep `count` anchors for every prompt among `rows` that `cache` lacks; how many prompts that were.
 
     Called on all processes, each of which draws its share. The random streams outside are left as they were, so that
-    training goes on alike whether anchors were sampled or read.
+    training goes on alike whether anchors were sampled or read. Prompts that are sampled one at a time have a random
+    stream each, by the seed and the prompt: their anchors do not follow from the other rows.
 
     Raises:
         DataError: the cache holds fewer than `count` anchors for a prompt.
@@ -177,17 +188,24 @@ def draw_offline_anchors(trainer: Any, cache: AnchorCache, rows: Sequence[Mappin
     # Every process makes the same number of calls: generation is collective under ZeRO-3 and with vLLM.
     share = math.ceil(len(missing) / accelerator.num_processes)
     mine = [missing[(accelerator.process_index + i * accelerator.num_processes) % len(missing)] for i in range(share)]
-    chunk = max(1, trainer.args.anchor_batch_size // count)
+    chunk = anchor_prompts_at_once(trainer.args)
     drawn: list[tuple[str, list[Anchor]]] = []
     with torch.random.fork_rng():
         torch.manual_seed(trainer.args.seed * accelerator.num_processes + accelerator.process_index)
         for start in range(0, share, chunk):
             part = mine[start : start + chunk]
+            if chunk == 1:
+                torch.manual_seed(_own_seed(trainer.args.seed, part[0]["prompt_ids"]))
             groups = draw_anchors(trainer, part, count)
             drawn += [(prompt_key(row["prompt_ids"]), group) for row, group in zip(part, groups, strict=True)]
     cache.add(dict(gather_object(drawn)), write=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     return len(missing)
+
+
+def _own_seed(seed: int, prompt_ids: Sequence[int]) -> int:
+    """The seed of a prompt's random stream, below 2^63."""
+    return int(hashlib.sha256(f"{seed} {prompt_key(prompt_ids)}".encode()).hexdigest()[:15], 16)
 
 
 class AnchorCache:
@@ -236,6 +254,16 @@ class AnchorCache:
                 "anchor_cache) so that they are sampled again before the first step"
             )
         return group[:count]
+
+    def take(self, path: Path, keys: Set[str]) -> None:
+        """Add the anchors of some prompts from another run's file, which is checked as one's own is.
+
+        Raises:
+            DataError: see the class.
+        """
+        theirs = AnchorCache(path, self.settings, self.vocab_size)
+        self.notes += theirs.notes
+        self.add({key: group for key, group in theirs._groups.items() if key in keys})
 
     def add(self, groups: Mapping[str, list[Anchor]], *, write: bool = True) -> None:
         """Add anchors by `prompt_key`, and write the file (whole, then renamed: it is never half written)."""

@@ -40,6 +40,7 @@ def prepare_negatives(
     name: str,
     report: Callable[[RowReport], None] = RowReport.show,
     encoding: Encoding = GENERATION,
+    kept: list[int] | None = None,
 ) -> Dataset:
     """`check_negatives`, then `tokenize_negatives`; rows that went through it before are returned as they are."""
     if "prompt_ids" in (getattr(rows, "column_names", None) or ()):
@@ -53,6 +54,7 @@ def prepare_negatives(
         name=name,
         report=report,
         encoding=encoding,
+        kept=kept,
     )
 
 
@@ -111,18 +113,20 @@ def tokenize_negatives(
     name: str,
     report: Callable[[RowReport], None] = RowReport.show,
     encoding: Encoding = GENERATION,
+    kept: list[int] | None = None,
 ) -> Dataset:
     """Add `prompt_ids`, `rejected_ids` and, for rows with `anchors`, `anchor_ids`.
 
     The prompt is the one that anchors are sampled from, the generation prompt, and all answers follow it. They are cut
     where prompt and answer exceed `max_length` tokens; rows whose prompt alone fills it are dropped. What became of
-    the rows is passed to `report`.
+    the rows is passed to `report`; the numbers of those that are left are appended to `kept`.
 
     Raises:
         DataError: nothing is left after the drop.
     """
     given = "anchors" in dataset.column_names and anchors > 0
-    kept, columns = [], {"prompt_ids": [], "rejected_ids": [], "anchor_ids": []}
+    kept = [] if kept is None else kept
+    columns: dict[str, list[Any]] = {"prompt_ids": [], "rejected_ids": [], "anchor_ids": []}
     cut = longest = 0
     for number, row in enumerate(dataset):
         answers = [row["rejected"], *(row["anchors"][:anchors] if given else ())]

@@ -23,7 +23,14 @@ __all__ = ["check_d2o_weights", "d2o_experimental_reason", "d2o_loss"]
 
 
 def check_d2o_weights(alpha: float, beta: float) -> None:
-    """ValueError unless α > 0 and β ≥ 0, both finite."""
+    """ValueError unless α > 0 and β ≥ 0, both finite.
+
+    Args:
+        alpha: α, of the rejected answers. beta: β, of the anchors.
+
+    Raises:
+        ValueError: see above.
+    """
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha={alpha}: D2O needs alpha > 0, the finite weight of the rejected answer")
     if not 0 <= beta < math.inf:

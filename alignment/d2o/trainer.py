@@ -6,7 +6,7 @@ pushed below the mean of K self-samples of its prompt (the anchors).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 from trl import GRPOTrainer
 
-from fdiv.alignment.d2o.anchors import Anchor, AnchorCache, check_context, draw_anchors, draw_offline_anchors
+from fdiv.alignment.d2o.anchors import (
+    ANCHORS_FILE,
+    Anchor,
+    AnchorCache,
+    anchor_prompts_at_once,
+    check_context,
+    draw_anchors,
+    draw_offline_anchors,
+    prompt_key,
+)
 from fdiv.alignment.d2o.config import D2OConfig
 from fdiv.alignment.d2o.data import collate_groups, prepare_negatives
 from fdiv.alignment.d2o.loss import d2o_loss
@@ -30,6 +39,7 @@ from fdiv.models.fingerprints import tokenizer_fingerprint, vocabulary_size, wei
 from fdiv.models.loading import checked_tokenizer, load_second_model
 from fdiv.models.logprobs import sequence_log_prob, token_scores
 from fdiv.models.reference import Reference
+from fdiv.training.places import held_rows
 from fdiv.training.rollouts import RolloutMixin, without_trl_reference
 from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
 
@@ -86,6 +96,7 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         NonFiniteLossError: a NaN or infinite loss, before the optimizer step.
     """
 
+    leaves_places_empty = True  # a row is a whole group: its place is empty, and the mean counts it with a loss of 0
     loss_is_scaled_for_ga = False  # a mean over the micro-batch: Trainer divides by the accumulation steps
     config_class = D2OConfig
     title = "distributional dispreference optimisation: rejected answers against own samples"
@@ -134,17 +145,18 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         self.divergence = args.resolve_divergence()
         scorer = harmfulness_func or (build_scorer(args.harmfulness_scorer) if args.harmfulness_scorer else None)
         starting_adapter = not isinstance(model, str) and is_peft_model(model)
-        self._prepare = lambda rows, split: prepare_negatives(
+        self._prepare = lambda rows, split, kept=None: prepare_negatives(
             rows, processing_class, max_length=args.max_length, anchors=args.num_generations, name=split,
-            report=lambda report: self.report_rows(report, args), encoding=args.encoding(),
+            report=lambda report: self.report_rows(report, args), encoding=args.encoding(), kept=kept,
         )  # fmt: skip
+        used: list[int] = []
         # TRL would load a second model for β > 0, and bake the sampling temperature into the scores.
         with without_trl_reference(args, temperature=1.0):
             super().__init__(
                 model,
                 reward_funcs=[_no_score if scorer is None else _checked_harmfulness(scorer)],
                 args=args,
-                train_dataset=self._prepare(train_dataset, "train_dataset"),
+                train_dataset=self._prepare(train_dataset, "train_dataset", used),
                 eval_dataset=_each(eval_dataset, self._prepare),
                 processing_class=processing_class,
                 callbacks=callbacks,
@@ -153,6 +165,7 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
                 peft_config=peft_config,
                 rollout_func=rollout_func or args.server_rollouts(),
             )
+        self.row_numbers = used or None  # none of rows that came with their tokens: they are used as they are
         self.scores_harmfulness = scorer is not None
         self._set_sampling_temperature(args.temperature)
         self.num_generations = self.num_generations_eval = 1  # TRL's sampler: each row once, a row is a whole group
@@ -163,7 +176,7 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             starting_adapter,
         )
         check_context(self)
-        place = args.anchor_cache or Path(args.output_dir) / "anchors.jsonl"
+        place = args.anchor_cache or Path(args.output_dir) / ANCHORS_FILE
         self.anchors = AnchorCache(place, self._anchor_settings(), vocabulary_size(self.model))
         self.note("anchors", self.anchors.notes)
         self.add_callback(_AnchorCallback(self))
@@ -236,7 +249,7 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             DataError: some are missing and training has begun, so the start model is gone.
         """
         count = self.args.num_generations
-        rows = [row for dataset in datasets for row in dataset if row.get("anchor_ids") is None]
+        rows = [row for dataset in datasets for row in self._held(dataset) if row.get("anchor_ids") is None]
         if self._online or not rows or count == 0:
             return
         if self.state.global_step > 0:
@@ -244,6 +257,27 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
                 self.anchors.anchors(row["prompt_ids"], count)
             return
         draw_offline_anchors(self, self.anchors, rows, count)
+
+    def _held(self, dataset: Any) -> Iterator[Mapping[str, Any]]:
+        """The rows of a dataset, without those that the training leaves out."""
+        gone = self.places is not None and dataset is self.train_dataset
+        return (row for number, row in enumerate(dataset) if not (gone and self.places.is_empty(number)))
+
+    @classmethod
+    def why_not_resumed(cls, args: D2OConfig, rows: Any) -> str | None:
+        """Offline anchors that were sampled in batches of several prompts."""
+        if args.num_generations == 0 or "anchors" in rows.column_names:
+            return None
+        if args.anchor_source == "online" and args.online_start_step == 0:
+            return None
+        if anchor_prompts_at_once(args) == 1:
+            return None
+        return (
+            f"its offline anchors were sampled {anchor_prompts_at_once(args)} prompts at a time "
+            f"(anchor_batch_size={args.anchor_batch_size}), so those of other rows follow from the removed ones' too; "
+            "`fdiv run` with exclude_rows makes it from the beginning. A run can be replayed with anchor_batch_size "
+            f"of at most {2 * args.num_generations - 1}, with a column `anchors`, or with anchor_source: online"
+        )
 
     @property
     def _online(self) -> bool:
@@ -263,6 +297,7 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         return [score if torch.isfinite(torch.tensor(score)) else None for score in part]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        inputs = held_rows(inputs)
         count, online = self.args.num_generations, self._online
         if count and inputs[0].get("anchor_ids") is not None:
             online = False
@@ -327,8 +362,12 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
             self.start_reference.save(folder / "reference")
 
     def load_method_state(self, folder: Path) -> None:
-        """Read it back."""
+        """Read it back; offline anchors of the run that the checkpoint is of, where this one has none (a replay)."""
         super().load_method_state(folder)
+        theirs = folder.parent / ANCHORS_FILE
+        if not len(self.anchors) and theirs.is_file():
+            rows = [row for dataset in self.all_datasets() for row in self._held(dataset)]
+            self.anchors.take(theirs, {prompt_key(row["prompt_ids"]) for row in rows})
         if self.args.refresh_every is not None:
             self.start_reference.load(folder / "reference")
 

@@ -90,8 +90,9 @@ class FDPGConfig(CappedDivergenceOptions, RolloutConfig, GRPOConfig):
     )
     z_estimate: str = option(
         "history",
-        "How Z of each prompt is known: `history` (mean over all samples so far), `group` (this step's), `loo` (for "
-        "each sample this step's others), `given` (`log_z`, or a dataset column `log_z`)",
+        "How Z of each prompt is known: `history` (mean over all samples so far), `pooled` (the same, steps whose "
+        "proposal was nearer to p weigh more), `group` (this step's), `loo` (for each sample this step's others), "
+        "`given` (`log_z`, or a dataset column `log_z`)",
         choices=Z_MODES,
     )
     log_z: float | None = option(None, "log Z of every prompt, for `z_estimate: given`")

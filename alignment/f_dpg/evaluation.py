@@ -101,6 +101,9 @@ class TargetEvalConfig(RowOptions):
                 log_base = self._score(base, tokenizer, list(ids), rows)
             per_prompt.append(_prompt_metrics(target, scores, log_policy, log_base, len(completions[0])))
             texts += decoded[: len(completions[0])]
+        begins = tokenizer.batch_decode([list(ids) for ids in prompt_ids], skip_special_tokens=True)
+        said = zip([begin for begin in begins for _ in range(self.num_samples)], texts, strict=True)
+        context.keep_examples("target", [{"prompt": prompt, "completion": text} for prompt, text in said])
         metrics = _average(per_prompt)
         if target.features:
             gaps = [

@@ -41,6 +41,9 @@ def check_f_dpg_divergence(
     (a·b with b = 0 somewhere, a·v) has p = 0 on sequences the policy can produce; there the coefficient is f′(∞), and
     with f′(∞) = ∞ D_f(π‖p) itself is infinite, so there is nothing to descend.
 
+    Args:
+        divergence: any spec of `get_divergence`. hard_target: whether p is 0 somewhere.
+
     Raises:
         ValueError: unknown name or missing parameter (from `get_divergence`), or a hard target with f′(∞) = ∞.
     """
@@ -220,7 +223,7 @@ def log_partition(log_importance: Tensor, dim: int = -1) -> Tensor:
     """log of Ẑ = mean of P(x)/q(x) over samples x of q: Ẑ is an unbiased estimate of Z = Σ_x P(x) (not its log).
 
     Args:
-        log_importance: log P(x) − log q(x); −inf where P = 0. q must cover P.
+        log_importance: any shape, log P(x) − log q(x); −inf where P = 0. q must cover P.
         dim: the dimension of the samples.
 
     Returns:
@@ -238,7 +241,11 @@ def grouped_logsumexp(values: Tensor, group: Tensor, groups: int) -> Tensor:
 
 
 def effective_sample_size(log_importance: Tensor, dim: int = -1) -> Tensor:
-    """(Σ w)² / Σ w² of the weights w = exp(`log_importance`): between 1 and the number of samples; 0 if all are 0."""
+    """(Σ w)² / Σ w² of the weights w = exp(`log_importance`): between 1 and the number of samples; 0 if all are 0.
+
+    Args:
+        log_importance: log w, any shape, with the samples along `dim`.
+    """
     log_total, log_squares = torch.logsumexp(log_importance, dim), torch.logsumexp(2 * log_importance, dim)
     return torch.where(torch.isneginf(log_squares), 0.0, torch.exp(2 * log_total - log_squares))
 

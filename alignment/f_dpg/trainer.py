@@ -86,6 +86,10 @@ class FDPGTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
     columns = ("prompt",)
     optional_columns = ("log_z",)
     check_divergence = staticmethod(check_f_dpg_divergence)
+    why_no_empty_places = (
+        "the completions of a generation are shuffled into its micro-batches, and Ẑ, λ and the proposal are estimated "
+        "over all prompts"
+    )
     _tag_names = ["trl", "fdiv", "f-dpg"]
     _name = "f-DPG"
     _paper = {

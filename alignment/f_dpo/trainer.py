@@ -64,6 +64,7 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
     paper = "arXiv:2309.16240"
     columns = ("chosen", "rejected")
     optional_columns = ("prompt",)
+    leaves_places_empty = True
     check_divergence = staticmethod(check_f_dpo_divergence)
     _tag_names = ["trl", "fdiv", "f-dpo"]
     _name = "f-DPO"
@@ -148,6 +149,9 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
         if hasattr(processing_class, "tokenizer"):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         bound = args.max_length if args.truncation_mode == "keep_start" else None
+        kept: list[int] = []
+        if dataset_name == "train":
+            self.row_numbers = kept
         with args.main_process_first(desc=f"tokenising the {dataset_name} dataset"):
             return encode_preferences(
                 dataset,
@@ -156,7 +160,18 @@ class FDPOTrainer(ObjectiveTrainerMixin, DPOTrainer):
                 max_length=bound,
                 name=dataset_name,
                 num_proc=args.dataset_num_proc,
+                kept=kept,
             )
+
+    @classmethod
+    def why_not_exact(cls, args: FDPOConfig) -> str | None:
+        """Precomputed reference log-probabilities were scored in batches with the removed rows."""
+        if args.precompute_ref_log_probs:
+            return (
+                "precompute_ref_log_probs: true scores the rows in batches, whose padding follows from all of their "
+                "rows; set it to false"
+            )
+        return super().why_not_exact(args)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """As TRL's, whose file of values is named by weights and rows; here also by their bound, and checked."""

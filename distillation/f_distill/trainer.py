@@ -6,26 +6,33 @@ arXiv:2306.13649) with two more ideas: `divergence` and `on_policy_share`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import TrainerCallback
 from trl import DistillationTrainer
 
 from fdiv.distillation.f_distill.config import FDistillConfig
-from fdiv.distillation.f_distill.data import check_rows, completion_tokens, samples_itself
+from fdiv.distillation.f_distill.data import TEACHER_PROMPT, check_rows, completion_tokens, samples_itself
 from fdiv.distillation.f_distill.metrics import reduce_rows, row_columns
-from fdiv.distillation.teachers import load_teacher, shared_tokens, teacher_tokenizer
-from fdiv.divergences import get_divergence
+from fdiv.distillation.f_distill.sinkhorn import sinkhorn_term
+from fdiv.distillation.teachers.base import Encoded, Teacher
+from fdiv.distillation.teachers.local import cut_head
+from fdiv.distillation.teachers.vocabularies import check_known_tokens
+from fdiv.distillation.transport import TransportCosts
+from fdiv.divergences import get_distance
 from fdiv.errors import DataError
-from fdiv.models.fingerprints import weights_fingerprint
 from fdiv.models.loading import check_fits, checked_tokenizer, context_length
-from fdiv.models.reference import placed
-from fdiv.models.vocabulary import Head, check_head, last_hidden_states, model_head, score_vocabulary
+from fdiv.models.vocabulary import VocabularyScores, last_hidden_states
 from fdiv.rows.report import RowReport
 from fdiv.rows.sources import source_of
 from fdiv.training.data_checks import named_rows, report_name, row_variables, with_checked
+from fdiv.training.places import EMPTY, held_rows, with_empty_places
 from fdiv.training.rollouts import (
     EpochOrder,
     check_completions,
@@ -46,17 +53,20 @@ class FDistillTrainer(ObjectiveTrainerMixin, DistillationTrainer):
 
     Rows have `prompt` and, where `on_policy_share` is below 1, `completion`, as text or messages. The student samples
     the completion of a share λ of the rows (all: on-policy, none: off-policy). Neither model's logits are ever made in
-    full (`fdiv.models.vocabulary`); the gradient goes to the student alone.
+    full (`fdiv.models.vocabulary`); the gradient goes to the student alone. A column `teacher_prompt` is what the
+    teacher reads in place of `prompt`. Other teachers than a model in memory: `fdiv.distillation.teachers`.
 
     Args:
         model: the student: path, hub id, model or `PeftModel`; as for `DistillationTrainer`.
-        teacher_model: path, hub id or model; None: `teacher_model_name_or_path` of `args`. It must speak of the
-            student's tokens; heads of one tokenizer may be padded to different widths.
+        teacher_model: path, hub id or model; None: what `teacher` and `teacher_model_name_or_path` of `args` say. It
+            must speak of the student's tokens; heads of one tokenizer may be padded to different widths.
         rollout_func: TRL's, to sample by other means (`fdiv.training.rollouts`); one completion for each prompt.
 
     Logged beside TRL's `completions/*`, over every row since the last log on all processes: `divergence/<f>` ± `_se`
     per token, `entropy` of the student and `teacher_entropy`, `on_policy_fraction`, and over answers the quantiles
-    `log_ratio/tokens_p05|p50|p95` of the mean log(student/teacher) per token and `density_weight/tokens_…` of t·f″(t).
+    `log_ratio/tokens_p05|p50|p95` of the mean log(student/teacher) per token and `density_weight/tokens_…` of t·f″(t),
+    where there is an f; `gate`, the mean weight of the forward member, of a `gated` divergence; with `sinkhorn_weight`
+    `sinkhorn`, the mean cost of the transport, and `sinkhorn_row_error`, how far its rows are from their weights.
 
     Raises:
         DataError: data, tokenizers or models that cannot be used.
@@ -68,8 +78,9 @@ class FDistillTrainer(ObjectiveTrainerMixin, DistillationTrainer):
     title = "distillation towards a teacher under any f-divergence, on own samples or given completions"
     paper = "arXiv:2306.13649"
     columns = ("prompt",)
-    optional_columns = ("completion",)
-    check_divergence = staticmethod(get_divergence)
+    optional_columns = ("completion", "teacher_prompt")
+    leaves_places_empty = True
+    check_divergence = staticmethod(get_distance)
     _tag_names = ["trl", "fdiv", "f-distill"]
     _name = "f-distill"
 
@@ -95,11 +106,12 @@ class FDistillTrainer(ObjectiveTrainerMixin, DistillationTrainer):
         given = args.on_policy_share < 1
         datasets = named_rows(train_dataset, eval_dataset)
         datasets = {"train_dataset": train_dataset, **datasets}  # a missing one is refused
-        datasets = {name: check_rows(rows, name, given) for name, rows in datasets.items()}
+        self.teacher = args.make_teacher()
+        own = self.teacher.title if self.teacher.own_weights else None
+        datasets = {name: check_rows(rows, name, given, own) for name, rows in datasets.items()}
         train_dataset, eval_dataset = with_checked(datasets, eval_dataset)
         teacher_model = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-        if teacher_model is None:
-            raise DataError("there is no teacher: set teacher_model_name_or_path, or pass teacher_model")
+        self.starting_adapter = not isinstance(model, str) and is_peft_model(model)
         self.rollouts = rollout_func if rollout_func is not None else args.server_rollouts()
         self.rollouts = None if self.rollouts is None else checked_rollouts(self.rollouts)
         self._rows: list[dict[str, Any]] = []
@@ -116,29 +128,12 @@ class FDistillTrainer(ObjectiveTrainerMixin, DistillationTrainer):
             peft_config=peft_config,
         )
         check_padding(self.model)
-        self._take_teacher(teacher_model)
+        self.teacher.attach(self, teacher_model)
+        self.sinkhorn = sinkhorn_term(args, self._tokenizer, self.teacher.shared)
+        self._sample_shared_tokens()
+        self.add_callback(_AfterStep(self.teacher))
         for name, rows in datasets.items():
             self._report(rows, name, given)
-
-    def _take_teacher(self, teacher: Any) -> None:
-        """Load the teacher, compare vocabularies and heads, and place it as the backend wants it."""
-        args = self.args
-        if isinstance(teacher, str):
-            loading = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
-            tokenizer = teacher_tokenizer(teacher, trust_remote_code=args.trust_remote_code)
-            self.teacher_name = teacher
-            teacher = load_teacher(teacher, args.teacher_model_revision, **loading)
-        elif args.teacher_model_init_kwargs is not None:
-            raise DataError("teacher_model_init_kwargs load a teacher from its name, but teacher_model is a model")
-        else:
-            tokenizer = teacher_tokenizer(teacher, trust_remote_code=args.trust_remote_code)
-            self.teacher_name = getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__
-        widths = [model.config.get_text_config().vocab_size for model in (self.model, teacher)]
-        self.shared_tokens = shared_tokens(self._tokenizer, tokenizer, *widths)
-        check_head(self.model)
-        check_head(teacher)
-        self.teacher_fingerprint = weights_fingerprint(teacher)
-        self.teacher_model = placed(self, teacher.requires_grad_(False).eval())
 
     # ---------------------------------------------------------------- what the run is
     def objective_settings(self) -> dict[str, Any]:
@@ -148,12 +143,23 @@ class FDistillTrainer(ObjectiveTrainerMixin, DistillationTrainer):
             "normalized": self.args.normalized,
             "temperature": self.temperature,
             "on_policy_share": self.args.on_policy_share,
-            "teacher": self.teacher_name,
+            "teacher": self.teacher.settings(),
+            **self.args.sinkhorn_settings(),
         }
 
     def run_identity(self) -> dict[str, Any]:
-        """Data, batch and divergence; and the teacher's weights."""
-        return super().run_identity() | {"teacher": self.teacher_fingerprint}
+        """Data, batch and divergence; and what is known of the teacher."""
+        return super().run_identity() | {"teacher": self.teacher.identity()}
+
+    def save_method_state(self, folder: Path) -> None:
+        """What the teacher needs beside its own weights."""
+        super().save_method_state(folder)
+        self.teacher.save(folder)
+
+    def load_method_state(self, folder: Path) -> None:
+        """Read it back."""
+        super().load_method_state(folder)
+        self.teacher.load(folder)
 
     # ---------------------------------------------------------------- completions
     def _get_train_sampler(self, dataset=None):
@@ -170,14 +176,20 @@ class FDistillTrainer(ObjectiveTrainerMixin, DistillationTrainer):
         if not hasattr(rows, "__len__"):
             return
         room, limit = self.max_completion_length, context_length(self.model)
-        prompts, answers = [], []
+        prompts, answers, taught, read = [], [], [], []
         for row in rows:
+            answer: list[int] = []
             if given:
                 prompt, answer = completion_tokens(self._tokenizer, row, self.encoding, self.eos_token_ids)
                 answers.append(len(answer))
+                taught.append(Encoded(self._teacher_prompt(row) or prompt, answer[:room]))
             else:
                 prompt = self.encoding.encode_prompt(self._tokenizer, row["prompt"], **row_variables(row))
-            prompts.append(len(prompt))
+            own = self._teacher_prompt(row) or []
+            prompts.append(max(len(prompt), len(own)))
+            if self.teacher.shared is not None:
+                read.append([*prompt, *own, *answer[:room]])
+        check_known_tokens(read, self._tokenizer, self.teacher.shared, name)
         long = [number for number, tokens in enumerate(prompts) if limit is not None and tokens + room > limit]
         if long:
             check_fits(
@@ -192,12 +204,33 @@ class FDistillTrainer(ObjectiveTrainerMixin, DistillationTrainer):
             cut = sum(tokens > room for tokens in answers)
             name = report_name(name, "completions")
             self.report_rows(RowReport(name, len(rows), max_length=room, cut=cut, longest=max(answers)))
+            self.teacher.check_rows(taught, name)
+
+    def _teacher_prompt(self, row: Mapping[str, Any]) -> list[int] | None:
+        """What the teacher reads in place of the prompt; None where the row does not say."""
+        if row.get(TEACHER_PROMPT) is None:
+            return None
+        return self.encoding.encode_prompt(self._tokenizer, row[TEACHER_PROMPT], **row_variables(row))
+
+    def _with_teacher_prompts(self, output: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch with what the teacher reads, padded on the left as prompts are."""
+        if TEACHER_PROMPT not in rows[0]:
+            return output
+        ids = [torch.tensor(self._teacher_prompt(row)) for row in rows]
+        for name, parts, value in (
+            ("ids", ids, self._tokenizer.pad_token_id),
+            ("mask", [torch.ones_like(part) for part in ids], 0),
+        ):
+            padded = pad_sequence(parts, batch_first=True, padding_value=value, padding_side="left")
+            output[f"{TEACHER_PROMPT}_{name}"] = padded.to(self.accelerator.device)
+        return output
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._rows = inputs
-        output = super()._generate_and_score_completions([{"prompt": row["prompt"]} for row in inputs])
+        self._rows = held_rows(inputs)
+        output = super()._generate_and_score_completions([{"prompt": row["prompt"]} for row in self._rows])
         output["own"] = torch.tensor(self._own(), device=self.accelerator.device)
-        return output
+        output = self._with_teacher_prompts(output, self._rows)
+        return with_empty_places(output, inputs, self._tokenizer.pad_token_id)
 
     def _own(self) -> list[bool]:
         """Of the rows at hand, whether the student samples the completion; evaluation takes given ones if it can."""
@@ -218,8 +251,24 @@ class FDistillTrainer(ObjectiveTrainerMixin, DistillationTrainer):
             for i, sample in zip(chosen, samples, strict=True):
                 if own[i]:
                     completion_ids[i] = list(sample)
+        read = [[*asked, *answer] for asked, answer in zip(prompt_ids, completion_ids, strict=True)]
+        check_known_tokens(read, self._tokenizer, self.teacher.shared, "this batch, with what was sampled")
         self._log_lengths(prompt_ids, completion_ids)
         return prompt_ids, completion_ids, None, None, []
+
+    def _sample_shared_tokens(self) -> None:
+        """Take tokens that the teacher lacks out of what transformers samples.
+
+        Raises:
+            DataError: all the student's end tokens are among them, so that no sample would end.
+        """
+        shared, width = self.teacher.shared, self.model.config.get_text_config().vocab_size
+        if shared is None or shared >= width or self.args.on_policy_share == 0:
+            return
+        if all(token >= shared for token in self.eos_token_ids):
+            check_known_tokens([self.eos_token_ids], self._tokenizer, shared, "the end tokens of the student")
+        known = self.generation_config.suppress_tokens or []
+        self.generation_config.suppress_tokens = sorted({*known, *range(shared, width)})
 
     def _given_tokens(self, number: int) -> list[int]:
         _, ids = completion_tokens(self._tokenizer, self._rows[number], self.encoding, self.eos_token_ids)
@@ -259,51 +308,57 @@ class FDistillTrainer(ObjectiveTrainerMixin, DistillationTrainer):
 
     # ---------------------------------------------------------------- the loss
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The sum of D_f over the tokens here, over the mean number that a process has in the global batch."""
+        """The sum of D_f over the tokens here, over the mean number that a process has in the global batch.
+
+        With `sinkhorn_weight` λ the sum is of D_f + λ·⟨P, C⟩, the transport being that of this micro-batch.
+        """
         mask = token_mask(inputs).bool()
         tokens = inputs["num_items_in_batch"] / self.accelerator.num_processes if self.model.training else mask.sum()
         student = self.accelerator.unwrap_model(model)
+        said = self.teacher.read(inputs, mask)
         # Backbone and head run inside the wrapper's forward: DDP, FSDP and DeepSpeed prepare their gradients there.
-        scores = self._forward_redirection(model, student, self._scores, student, inputs, mask)
-        self.record_examples(row_columns(scores, mask, inputs["own"], self.divergence))
-        loss = scores.divergence.sum() / tokens.clamp(min=1)
+        scores, carried = self._forward_redirection(model, student, self._scores, student, inputs, mask, said)
+        columns = row_columns(scores, mask, inputs["own"], self.divergence, carried)
+        if EMPTY in inputs:
+            columns = {name: values[~inputs[EMPTY]] for name, values in columns.items()}
+        if len(columns["loss"]):
+            self.record_examples(columns)
+        total = scores.divergence.sum()
+        if carried is not None and len(carried[0]):
+            total = total + self.sinkhorn.weight * mask.sum() * carried[1].cost.mean()
+        loss = total / tokens.clamp(min=1)
         return (loss, None) if return_outputs else loss
 
-    def _scores(self, student: nn.Module, inputs: dict[str, Tensor], mask: Tensor):
-        """Student and teacher on prompt and completion, compared at the completion's tokens."""
+    def _scores(
+        self, student: nn.Module, inputs: dict[str, Tensor], mask: Tensor, said: Any
+    ) -> tuple[VocabularyScores, tuple[Tensor, TransportCosts] | None]:
+        """The student on prompt and completion, compared with what the teacher said of the completion's tokens; and,
+        with a Sinkhorn term, the rows of its costs and these."""
         ids, attention_mask, length = model_inputs(inputs)
         hidden = last_hidden_states(student, ids, attention_mask, length)
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        with torch.no_grad():
-            teacher_hidden = self._forward_redirection(
-                self.teacher_model, teacher, last_hidden_states, teacher, ids, attention_mask, length
-            )
-        return score_vocabulary(
-            hidden[mask],
-            self._head(student),
-            teacher_hidden[mask].to(hidden.device),
-            self._head(teacher),
-            inputs["completion_ids"][mask],
-            self.divergence,
-            temperature=self.temperature,
-        )
-
-    def _head(self, model: nn.Module) -> Head:
-        """The LM head, whole under FSDP and cut to the tokens that both models have."""
-        head = model_head(model)
-        whole = [part.full_tensor() if hasattr(part, "full_tensor") else part for part in head[:2]]
-        if self.shared_tokens is not None:
-            if hasattr(head.weight, "ds_status"):
-                raise DataError(
-                    "heads of two widths cannot be cut while ZeRO-3 shards them: resize the student's embeddings to "
-                    "the teacher's (model.resize_token_embeddings), or use ZeRO-2"
-                )
-            whole = [None if part is None else part[: self.shared_tokens] for part in whole]
-        return head._replace(weight=whole[0], bias=whole[1])
+        hidden, head = hidden[mask], cut_head(student, self.teacher.shared)
+        carried = None
+        if self.sinkhorn is not None:
+            carried = self.sinkhorn.costs(hidden, head, said.hidden, said.head, mask)
+        # Every token weighs the same in the loss, so its gradients can be made in the first pass.
+        return self.teacher.score(said, hidden, head, inputs["completion_ids"][mask], True), carried
 
     def reduce_examples(self, examples: dict[str, Tensor], mode: str) -> dict[str, float]:
         """See the class; in evaluation the loss, too, over all tokens."""
         metrics = reduce_rows(examples, self.divergence)
         if mode == "eval":
             metrics["loss"] = metrics[f"divergence/{self.divergence.label}"]
+            if self.sinkhorn is not None and "sinkhorn" in metrics:
+                metrics["loss"] += self.sinkhorn.weight * metrics["sinkhorn"]
         return metrics
+
+
+class _AfterStep(TrainerCallback):
+    """Tells the teacher that the student has moved."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """After every optimizer step."""
+        self.teacher.after_step()

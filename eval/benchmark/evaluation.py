@@ -9,22 +9,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import numpy as np
-
 from fdiv.errors import DataError
 from fdiv.eval.benchmark.aggregation import Aggregates, check_retain_log
-from fdiv.eval.benchmark.log import EvalLog, read_eval_log
+from fdiv.eval.benchmark.attacked.run import run_attacks
+from fdiv.eval.benchmark.log import EvalLog, read_eval_log, write_eval_log
+from fdiv.eval.benchmark.output import keep_examples
 from fdiv.eval.benchmark.presets import get_preset
+from fdiv.eval.benchmark.rows import selected_rows
 from fdiv.eval.benchmark.settings import EvaluationSettings
 from fdiv.eval.metrics.gradient_norms import gradient_norms
 from fdiv.inference.greedy import GenerationRequest, draft_from_scores, generate_texts, generates_plain_argmax
+from fdiv.inference.processes import process_state
 from fdiv.inference.scoring import ScoringRequest, score_texts
 from fdiv.rows.report import RowReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Generator", "ModelEvaluation", "evaluation_mode", "selected_rows"]
+    from fdiv.evaluation import EvalContext
+
+__all__ = ["Generator", "ModelEvaluation", "evaluate_in_memory", "evaluation_mode", "selected_rows"]
 
 Records = Mapping[str, Mapping[str, Any]]
 Generator = Callable[[Sequence[GenerationRequest]], Records]
@@ -41,14 +45,6 @@ class _Plan(Protocol):
     def scored_answer(self, key: str) -> str | None: ...
 
 
-def selected_rows(count: int, max_rows: int | None, max_items: int | None) -> list[int]:
-    """Row indices that count: the preset's first `max_rows`, thinned evenly to `max_items`."""
-    count = count if max_rows is None else min(count, max_rows)
-    if max_items is None or max_items >= count:
-        return list(range(count))
-    return sorted({int(i) for i in np.linspace(0, count - 1, max_items).round()})
-
-
 @contextmanager
 def evaluation_mode(model: Any):
     """Dropout off inside, the former mode restored after."""
@@ -58,6 +54,35 @@ def evaluation_mode(model: Any):
         yield
     finally:
         model.train(training)
+
+
+def evaluate_in_memory(
+    evaluation_class: type[ModelEvaluation],
+    config: EvaluationSettings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: EvalContext,
+) -> dict[str, Any]:
+    """Evaluate the model of a run; the main process writes `NAME_STAGE/NAME_EVAL.json`.
+
+    A reference model in the context serves the Reference attack where no `reference_model` is named. Attacks on the
+    unlearned model are made after training, not before.
+
+    Returns:
+        The values by name, None where one is not defined, and under `notes` the reasons.
+    """
+    run = evaluation_class(config, tokenizer)
+    for report in run.row_reports(model):
+        context.report_rows(report, config.min_used_fraction)
+    run.retain_log()
+    reference = run.load_reference() or context.reference_model
+    result = run.aggregate(run.run(model, reference_model=reference, attacks=context.stage != "before"))
+    if process_state().is_main_process:
+        name = run.benchmark
+        folder = Path(context.output_dir) / f"{name}_{context.stage}"
+        write_eval_log(folder / f"{name.upper()}_EVAL.json", result.log)
+    keep_examples(result.log, context)
+    return {**result.values, "notes": dict(result.notes)}
 
 
 class ModelEvaluation(ABC):
@@ -76,6 +101,9 @@ class ModelEvaluation(ABC):
     fluency: ClassVar[tuple[str, str, int]]
     """Metric with the generations, name of the classifier's metric, tokens of a generation it reads."""
 
+    attacked_metrics: ClassVar[tuple[str, ...]] = ()
+    """Per-item metrics that are kept of what is measured under attack."""
+
     plan: _Plan
     missing: dict[str, str]
     """Why row sets are absent, by set; a `holdout` entry switches the attacks off."""
@@ -89,6 +117,7 @@ class ModelEvaluation(ABC):
     ):
         self.config, self.tokenizer, self.cache_dir, self.progress = config, tokenizer, cache_dir, progress
         self.preset = get_preset(config.preset)
+        self.salt = ""  # what the values of the cached items depend on beside the weights
         self._retain: EvalLog | None = None
         self._prepare()
         if config.retain_logs:
@@ -114,6 +143,23 @@ class ModelEvaluation(ABC):
         self, records: Records, generations: Records | None, reference: Records | None, gradnorms: Records | None
     ) -> dict[str, dict[str, Any]]:
         """The metric tree of per-item values from the passes' results."""
+
+    @abstractmethod
+    def attack_rows(self) -> list[dict[str, Any]]:
+        """The forget rows as attacks take them, under the columns they were read from."""
+
+    @abstractmethod
+    def attack_context(self) -> dict[str, Any]:
+        """What attacks may ask for (`fdiv.eval.unlearning.attacks.build_attack`): prompt format, neighbours."""
+
+    @abstractmethod
+    def attack_row(self, key: str) -> int | None:
+        """Number among `attack_rows` of the row that a request of the plan is about; None: it is no forget row."""
+
+    @abstractmethod
+    def under_attack(self, rows: Sequence[Mapping[str, Any]], chosen: Sequence[int], weights: bool) -> ModelEvaluation:
+        """This evaluation with a plan for the attacked rows of these numbers; where the weights were attacked, with a
+        measure of what is retained."""
 
     @abstractmethod
     def aggregate(self, log: EvalLog) -> Aggregates:
@@ -162,6 +208,7 @@ class ModelEvaluation(ABC):
         reference_model: PreTrainedModel | None = None,
         generator: Generator | None = None,
         likelihood_only: bool = False,
+        attacks: bool = True,
         title: str = "model",
     ) -> EvalLog:
         """Score and generate; call it on all processes, every one gets the whole log.
@@ -171,20 +218,25 @@ class ModelEvaluation(ABC):
             reference_model: of the Reference attack; None leaves that attack out, with the reason in the log.
             generator: another generation back end; None generates with `model`.
             likelihood_only: only what a retain log needs.
+            attacks: False leaves the attacks of the settings out.
             title: prefix of the progress bars.
         """
         plan, stamp = self.plan, self.stamp(model)
         missing = stamp["missing"]
         generations = reference = gradnorms = None
         with evaluation_mode(model):
-            records = self._score(model, plan.likelihoods() if likelihood_only else plan.scoring, f"{title}: scoring")
+            records = self.score(model, plan.likelihoods() if likelihood_only else plan.scoring, f"{title}: scoring")
             if not likelihood_only:
                 if self.config.generate:
                     if generator:
                         generations = generator(plan.generation)
                     else:
-                        generations = self._generate(model, title, self._drafted(model, records))
+                        generations = self.generate(model, title, records)
                 gradnorms = self._gradnorms(model, missing, title)
+            attacked: dict[str, dict[str, Any]] = {}
+            if attacks and self.config.attacks:
+                attacked, stamp["attacks"], reasons = run_attacks(self, model, title)
+                missing |= reasons
         if "holdout" in self.missing:
             attacks = ("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "gradnorm")
             missing |= {f"mia_{attack}": self.missing["holdout"] for attack in attacks}
@@ -192,19 +244,21 @@ class ModelEvaluation(ABC):
             missing["mia_reference"] = "no reference model was given (--reference_model or --retain_model)"
         elif not likelihood_only:
             with evaluation_mode(reference_model):
-                reference = self._score(reference_model, plan.attacked(), "reference model: scoring")
-        metrics = self.build_metrics(records, generations, reference, gradnorms)
+                reference = self.score(reference_model, plan.attacked(), "reference model: scoring")
+        metrics = self.build_metrics(records, generations, reference, gradnorms) | attacked
         if not likelihood_only:
             self._classify(metrics, missing)
         return EvalLog(metrics, self.benchmark, self.preset.name, title, stamp)
 
-    def _cache(self, model: PreTrainedModel) -> dict[str, Any]:
+    def cache_of(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Where items of this model are kept, as arguments of the passes."""
         from fdiv.models.fingerprints import weights_fingerprint
 
-        digest = weights_fingerprint(model) if self.cache_dir is not None else ""
+        digest = weights_fingerprint(model) + self.salt if self.cache_dir is not None else ""
         return {"cache_dir": self.cache_dir, "model_digest": digest, "progress": self.progress}
 
-    def _score(self, model: PreTrainedModel, requests: Sequence[ScoringRequest], title: str) -> Records:
+    def score(self, model: PreTrainedModel, requests: Sequence[ScoringRequest], title: str) -> Records:
+        """`score_texts` under these settings."""
         pad_id = self.tokenizer.pad_token_id
         return score_texts(
             model,
@@ -213,13 +267,17 @@ class ModelEvaluation(ABC):
             batch_size=self.config.batch_size,
             padding_side=self.config.padding_side,
             title=title,
-            **self._cache(model),
+            **self.cache_of(model),
         )
 
     def _generate(self, model: PreTrainedModel, title: str, requests: Sequence[GenerationRequest]) -> Records:
         size, title = self.config.generation_batch_size, f"{title}: generating"
-        cache = self._cache(model)
+        cache = self.cache_of(model)
         return generate_texts(model, self.tokenizer, requests, batch_size=size, title=title, **cache)
+
+    def generate(self, model: PreTrainedModel, title: str, records: Records) -> Records:
+        """Greedy answers to the plan's prompts; what scoring told of them already is not generated again."""
+        return self._generate(model, title, self._drafted(model, records))
 
     def _drafted(self, model: PreTrainedModel, records: Records) -> list[GenerationRequest]:
         """The plan's generations, with as much of each as scoring the true answer already told."""
@@ -252,7 +310,7 @@ class ModelEvaluation(ABC):
             missing["mia_gradnorm"] = reason
             return None
         drop, title = self.preset.drop_last_label, f"{title}: gradient norms"
-        return gradient_norms(model, self.plan.attacked(), drop_last_label=drop, title=title, **self._cache(model))
+        return gradient_norms(model, self.plan.attacked(), drop_last_label=drop, title=title, **self.cache_of(model))
 
     def _classify(self, metrics: dict[str, Any], missing: dict[str, str]) -> None:
         from fdiv.eval.metrics.gibberish import clean_text_probability

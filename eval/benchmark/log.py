@@ -205,7 +205,7 @@ def read_eval_log(path: str | Path, benchmark: str | None = None) -> EvalLog:
         benchmark: `tofu` or `muse` refuses a log of the other one.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, not an evaluation log, one that does not agree with its digest, a summary without
+        DataError: not JSON, not an evaluation log, one that does not agree with its digest, a summary without
             per-item values, or another benchmark's log.
     """
     source = str(path)
@@ -248,7 +248,11 @@ def read_eval_log(path: str | Path, benchmark: str | None = None) -> EvalLog:
 
 def write_eval_log(path: str | Path, log: EvalLog) -> None:
     """Write open-unlearning's `*_EVAL.json`, metrics in alphabetical order, with our stamp under `fdiv`, and in that
-    the digest of the file."""
+    the digest of the file.
+
+    Args:
+        path: of the file; its folder is made. log: what it is to hold.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     stamp = log.stamp | {"benchmark": log.benchmark, "preset": log.preset, DIGEST: UNSEALED}

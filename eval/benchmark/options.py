@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fdiv.catalog import ATTACKS
 from fdiv.errors import DataError
 from fdiv.eval.benchmark.aggregation import Aggregates
 from fdiv.eval.benchmark.settings import EvaluationSettings
@@ -19,7 +20,7 @@ from fdiv.inference.processes import process_state
 from fdiv.models.dtypes import add_dtype
 from fdiv.training.config import add_min_used_fraction
 
-__all__ = ["add_shared_arguments", "evaluate_model", "reaggregate", "settings_from"]
+__all__ = ["add_shared_arguments", "attack_word", "evaluate_model", "reaggregate", "settings_from"]
 
 Settings = TypeVar("Settings", bound=EvaluationSettings)
 
@@ -51,6 +52,14 @@ def add_shared_arguments(parser: argparse.ArgumentParser, config: type[Evaluatio
     add_min_used_fraction(how)
     how.add_argument("--no_generate", dest="generate", action="store_false", help="skip generation: no ROUGE")
     how.add_argument("--no_gradnorm", dest="gradnorm", action="store_false", help="skip the GradNorm attack")
+    how.add_argument(
+        "--attacks",
+        nargs="+",
+        type=attack_word,
+        metavar="ATTACK",
+        help=f"measure again after each: {', '.join(ATTACKS)}, module:attribute; with parameters '{{name: int4, …}}'",
+    )
+    how.add_argument("--attack_seed", type=int, default=config.attack_seed, help="of what is random in them (0)")
     how.add_argument("--fluency_classifier", default="auto", help="auto (if in the hub cache), none, a path or name")
     how.add_argument("--chat_template", choices=("auto", "always", "never"), default="auto", help="(auto)")
     how.add_argument("--question_format", default=config.question_format, help="prompt without a chat template")
@@ -61,6 +70,13 @@ def add_shared_arguments(parser: argparse.ArgumentParser, config: type[Evaluatio
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="a directory; FILE.json writes the values alone"
     )
+
+
+def attack_word(word: str) -> Any:
+    """An attack on the command line: a name, or a mapping in YAML."""
+    from fdiv.recipe.yaml_text import parse_value
+
+    return parse_value(word)
 
 
 def settings_from(args: argparse.Namespace, config: type[Settings]) -> Settings:

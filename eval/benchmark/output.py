@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError
 from fdiv.eval.benchmark.aggregation import Aggregates
 from fdiv.eval.benchmark.log import EvalLog, write_eval_log
 from fdiv.sealed import listed
 
-__all__ = ["output_paths", "show_table", "write_evaluation", "write_result"]
+if TYPE_CHECKING:
+    from fdiv.evaluation import EvalContext
+
+__all__ = ["keep_examples", "output_paths", "show_table", "write_evaluation", "write_result"]
 
 
 def output_paths(output: str) -> tuple[Path | None, Path]:
@@ -45,6 +48,25 @@ def write_result(path: Path, result: Aggregates, about: Mapping[str, Any]) -> di
     path.parent.mkdir(parents=True, exist_ok=True)
     write_record(path, content)
     return content
+
+
+def keep_examples(log: EvalLog, context: EvalContext) -> None:
+    """Pass some generated answers of every set of rows to the report; their score is ROUGE-L."""
+    for metric in sorted(log.metrics):
+        rows = log.items(metric).values() if metric.endswith("_ROUGE") else ()
+        context.keep_examples(
+            metric.removesuffix("_ROUGE"),
+            [
+                {
+                    "prompt": row["input"],
+                    "completion": row["generation"],
+                    "truth": row.get("ground_truth"),
+                    "score": row.get("rougeL_recall"),
+                }
+                for row in rows
+                if "generation" in row and "input" in row
+            ],
+        )
 
 
 def _write_samples(path: Path, log: EvalLog) -> None:

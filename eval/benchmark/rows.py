@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from fdiv.inference.greedy import GenerationRequest
 from fdiv.inference.scoring import ScoringRequest
 from fdiv.rows.report import RowReport
 
-__all__ = ["set_reports"]
+__all__ = ["selected_rows", "set_reports"]
+
+
+def selected_rows(count: int, max_rows: int | None, max_items: int | None) -> list[int]:
+    """Row indices that count: the preset's first `max_rows`, thinned evenly to `max_items`."""
+    count = count if max_rows is None else min(count, max_rows)
+    if max_items is None or max_items >= count:
+        return list(range(count))
+    return sorted({int(i) for i in np.linspace(0, count - 1, max_items).round()})
 
 
 def set_reports(

@@ -7,15 +7,50 @@ from typing import Any, ClassVar, Literal
 
 from fdiv.errors import DataError
 from fdiv.eval.benchmark.presets import PRESETS, get_preset
+from fdiv.eval.unlearning.attacks.build import NamedAttack, build_attacks
 from fdiv.inference.prompting import PromptFormat
 from fdiv.named import is_path
 from fdiv.training.config import RowOptions
 
-__all__ = ["EvaluationSettings"]
+__all__ = ["EvaluationSettings", "PromptSettings"]
 
 
 @dataclass
-class EvaluationSettings(RowOptions):
+class PromptSettings(RowOptions):
+    """How the rows of an evaluation become prompts.
+
+    Args:
+        chat_template, question_format, answer_format: see `PromptFormat`.
+        system_prompt, date_string, chat_template_kwargs, end_token: see `fdiv.inference.encoding.Encoding`.
+    """
+
+    chat_template: Literal["auto", "always", "never"] = "auto"
+    question_format: str = PromptFormat.question_format
+    answer_format: str = PromptFormat.answer_format
+    system_prompt: str | None = None
+    date_string: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    end_token: Literal["turn", "appended"] = "turn"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.prompt()
+
+    def prompt(self) -> PromptFormat:
+        """The prompt format these settings describe."""
+        return PromptFormat(
+            chat_template=self.chat_template,
+            question_format=self.question_format,
+            answer_format=self.answer_format,
+            system_prompt=self.system_prompt,
+            date_string=self.date_string,
+            chat_template_kwargs=self.chat_template_kwargs,
+            end_token=self.end_token,
+        )
+
+
+@dataclass
+class EvaluationSettings(PromptSettings):
     """Shared settings of a benchmark evaluation.
 
     Args:
@@ -31,6 +66,10 @@ class EvaluationSettings(RowOptions):
         generate: False skips the generation pass, and with it every ROUGE.
         gradnorm: False skips the GradNorm attack, which needs one backward per text.
         fluency_classifier: `auto`, a path or hub name, or `none` (see `fdiv.eval.metrics.gibberish`).
+        attacks: what tries to bring the forgotten rows back, after training and not before: names of
+            `fdiv.catalog.ATTACKS`, or mappings with their parameters; `module:attribute` for one of your own. Each is
+            measured on all forget rows, or on `max_items` of them where it says so.
+        attack_seed: of everything random in them.
         chat_template, question_format, answer_format: see `PromptFormat`.
         system_prompt, date_string, chat_template_kwargs, end_token: see `fdiv.inference.encoding.Encoding`.
         min_used_fraction: smallest share of each set's rows that must be left, with labels and within the model's
@@ -51,13 +90,8 @@ class EvaluationSettings(RowOptions):
     generate: bool = True
     gradnorm: bool = True
     fluency_classifier: str = "auto"
-    chat_template: Literal["auto", "always", "never"] = "auto"
-    question_format: str = PromptFormat.question_format
-    answer_format: str = PromptFormat.answer_format
-    system_prompt: str | None = None
-    date_string: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    end_token: Literal["turn", "appended"] = "turn"
+    attacks: list[Any] | None = None
+    attack_seed: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,16 +104,10 @@ class EvaluationSettings(RowOptions):
             raise DataError(f"max_items={self.max_items}: must be at least 1")
         if self.padding_side not in ("right", "left"):
             raise DataError(f"padding_side={self.padding_side!r}: choose right or left")
-        self.prompt()
+        if self.attack_seed < 0:
+            raise DataError(f"attack_seed={self.attack_seed}: must be at least 0")
+        self.build_attacks()
 
-    def prompt(self) -> PromptFormat:
-        """The prompt format these settings describe."""
-        return PromptFormat(
-            chat_template=self.chat_template,
-            question_format=self.question_format,
-            answer_format=self.answer_format,
-            system_prompt=self.system_prompt,
-            date_string=self.date_string,
-            chat_template_kwargs=self.chat_template_kwargs,
-            end_token=self.end_token,
-        )
+    def build_attacks(self, **context: Any) -> list[NamedAttack]:
+        """The attacks these settings describe; `context` as of `fdiv.eval.unlearning.attacks.build_attack`."""
+        return build_attacks(self.attacks or [], **context)

@@ -12,7 +12,7 @@ from fdiv.inference.encoding import Encoding, add_encoding
 from fdiv.inference.processes import process_state
 from fdiv.models.dtypes import add_dtype
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "one_process", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +34,14 @@ def _rows(word: str) -> int | str:
     if word == "auto" or (word.isdecimal() and int(word) > 0):
         return word if word == "auto" else int(word)
     raise argparse.ArgumentTypeError(f"{word!r} is neither auto nor a number above 0")
+
+
+def one_process(args: argparse.Namespace) -> str | None:
+    """Why several processes cannot share it; None: they can."""
+    import torch
+
+    alone = "each of several CPU processes would do all tasks: lm-eval shares them over accelerators only"
+    return None if torch.accelerator.is_available() else alone
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,26 +78,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
+    from fdiv.eval.lm_eval.harness import find_tasks, imported, run_tasks
     from fdiv.models.fetch import find_model
     from fdiv.models.loading import base_and_adapter, check_causal, load_model, load_tokenizer
 
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise DataError(f"lm-eval cannot be imported ({error}): pip install 'fdiv[eval]'") from None
-    files = [Path(task) for task in args.tasks if task.endswith((".yaml", ".yml"))]
-    for file in files:
-        if not file.is_file():
-            raise DataError(f"--tasks {file}: no such task file")
-    include = sorted({str(file.parent) for file in files})
-    # The index of all the harness's tasks takes seconds to read and is not needed for files alone.
-    manager = TaskManager(include_path=include or None, include_defaults=len(files) < len(args.tasks))
-    tasks = [_task_name(Path(task)) if Path(task) in files else task for task in args.tasks]
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        raise DataError(f"--tasks: lm-eval knows no {', '.join(unknown)}; `lm_eval ls tasks` lists what there is")
+    lm_eval = imported()
+    manager, tasks = find_tasks(args.tasks)
     model, adapter = base_and_adapter(args.model, args.adapter)
     load_tokenizer(model, adapter)  # a wrong path is one clear line here
     check_causal(model)
@@ -101,31 +95,17 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     else:
         options |= {"pretrained": find_model(model), "peft": adapter}
     encoding = Encoding(args.system_prompt, args.date_string, args.chat_template_kwargs)
-    lm = HFLM(**options, chat_template_args=encoding.template_variables())
-    if isinstance(lm.tokenizer.chat_template, str):  # lm-eval renders with it: no clock in a prompt
-        lm.tokenizer.chat_template = encoding.template(lm.tokenizer)
-    return simple_evaluate(
-        model=lm,
-        system_instruction=args.system_prompt,
-        tasks=tasks,
+    lm = lm_eval.models.huggingface.HFLM(**options, chat_template_args=encoding.template_variables())
+    return run_tasks(
+        lm,
+        manager,
+        tasks,
+        encoding=encoding,
+        seed=args.seed,
         num_fewshot=args.num_fewshot,
         limit=args.limit,
-        task_manager=manager,
         apply_chat_template=args.apply_chat_template,
-        random_seed=args.seed,
-        numpy_random_seed=args.seed,
-        torch_random_seed=args.seed,
-        fewshot_random_seed=args.seed,
     )
-
-
-def _task_name(file: Path) -> str:
-    """The `task:` (or `group:`) a task file defines, read without running its `!function` tags."""
-    for line in file.read_text(encoding="utf-8").splitlines():
-        key, colon, value = line.partition(":")
-        if colon and key in ("task", "group") and value.strip():
-            return value.split("#")[0].strip().strip("'\"")
-    raise DataError(f"--tasks {file}: no `task:` line, so it defines no task")
 
 
 def summarise(results: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:

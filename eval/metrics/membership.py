@@ -26,7 +26,11 @@ def reference_score(avg_loss: float, reference_avg_loss: float) -> float:
 
 def gradnorm_score(parameter_norms: Iterable[float]) -> float:
     """Mean over parameters of the norm of the loss gradient (arXiv:2402.17012); ValueError when nothing has a
-    gradient."""
+    gradient.
+
+    Args:
+        parameter_norms: the norm of the loss's gradient for every parameter that has one.
+    """
     norms = np.fromiter(parameter_norms, dtype=np.float64)
     if norms.size == 0:
         raise ValueError("gradient-norm score: no parameter has a gradient (are all parameters frozen?)")
@@ -48,6 +52,9 @@ def min_k_score(log_probs: Sequence[float] | np.ndarray, k: float = 0.4, *, at_l
     """Min-K% (Shi et al. 2024, arXiv:2310.16789): minus the mean of the lowest k of the token log-probs [L].
 
     `at_least_one=False` is MUSE's own count int(k*L), which may be 0; then, and for L=0, the score is None.
+
+    Args:
+        log_probs: `[L]`, of the tokens, in nats. k: the share of tokens that count, 0 < k ≤ 1.
     """
     lowest = _lowest_mean(np.asarray(log_probs, dtype=np.float64), k, at_least_one)
     return None if lowest is None else -lowest
@@ -66,6 +73,11 @@ def min_k_plus_plus_score(
 
     mu and sigma^2 are the mean and variance of log p(z) for z sampled from the model's own next-token distribution,
     [L] each; sigma^2 is clamped from below.
+
+    Args:
+        log_probs: `[L]`, of the tokens, in nats. mean, variance: see above.
+        k: the share of tokens that count, 0 < k ≤ 1. at_least_one: as of `min_k_score`.
+        minimum_variance: what the variance is raised to.
     """
     log_probs, mean, variance = (np.asarray(x, dtype=np.float64) for x in (log_probs, mean, variance))
     scores = (log_probs - mean) / np.sqrt(np.maximum(variance, minimum_variance))
@@ -77,6 +89,9 @@ def auc(forget_scores: Sequence[float] | np.ndarray, holdout_scores: Sequence[fl
     """P(holdout score > forget score) + ½ P(equal): area under the ROC curve with holdout as the positive class.
 
     Raises ValueError for an empty side or a NaN score: there is no default AUC.
+
+    Args:
+        forget_scores: `[N]`. holdout_scores: `[M]`; higher means less familiar.
     """
     from scipy.stats import rankdata
 
@@ -97,6 +112,9 @@ def privleak(model_auc: float, retain_auc: float, *, epsilon: float = 1e-10) -> 
     0 is the retain model's level, -100 a model that still knows every forget row. MUSE's own code has epsilon = 0 and
     writes A for 1-AUC. Raises ValueError for a retain AUC of 1, where epsilon alone would be the denominator, and for
     an AUC outside [0, 1].
+
+    Args:
+        model_auc: Min-K AUC of the model, 0 to 1. retain_auc: that of the retrained model.
     """
     score, reference = 1.0 - model_auc, 1.0 - retain_auc
     for name, value in (("model", model_auc), ("retain model", retain_auc)):

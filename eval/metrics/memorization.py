@@ -13,7 +13,7 @@ def extraction_strength(is_top1: Sequence[bool] | np.ndarray, *, floor: bool = T
 
     Args:
         is_top1: [L] whether the argmax equals the label at each answer position (the caller has dropped what its
-        preset drops).
+            preset drops).
         floor: True is open-unlearning's loop, which stops at k = L-1 even when the last token misses, so its lowest
             value is 1/L; False lets k reach L, so ES can be 0.
     Returns:
@@ -31,6 +31,10 @@ def extraction_strength(is_top1: Sequence[bool] | np.ndarray, *, floor: bool = T
 
 def exact_memorization(is_top1: Sequence[bool] | np.ndarray) -> float | None:
     """Share of answer positions whose teacher-forced argmax is the label (Tirumala et al. 2022); None for an empty
-    answer."""
+    answer.
+
+    Args:
+        is_top1: `[L]`, whether each token of the answer is the likeliest one.
+    """
     hits = np.asarray(is_top1, dtype=bool)
     return float(hits.mean()) if hits.size else None

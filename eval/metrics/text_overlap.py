@@ -67,7 +67,7 @@ def _is_latin(letter: str) -> bool:
 def rouge_scores(truth: str, generation: str, *, use_stemmer: bool = True) -> dict[str, float | None]:
     """ROUGE of one generation: `rouge1_recall`, `rougeL_f1`, `rougeL_recall`, each in [0, 1].
 
-    Uses Google's rouge-score. TOFU and open-unlearning stem words, MUSE's own code does not. Where
+    Uses Google's rouge-score. TOFU and open-unlearning stem words (`use_stemmer`), MUSE's own code does not. Where
     `needs_unicode_words(truth)`, words are those of Unicode, of both texts; elsewhere the numbers are rouge-score's
     own. None for a truth without a word (empty, punctuation alone): no share of its words is defined.
     """
@@ -98,6 +98,9 @@ def ngram_entropy(
     The fluency measure of ROME (Meng et al. 2022, arXiv:2202.05262) and RWKU, with words and punctuation marks found
     by a regular expression where they use NLTK's tokenizer, which needs a download. None for a text shorter than the
     largest n.
+
+    Args:
+        text: any. orders: the n of the n-grams. weights: w_n, one for each.
     """
     words = re.findall(r"\w+|[^\w\s]", text)
     if len(words) < max(orders):

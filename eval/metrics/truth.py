@@ -49,6 +49,9 @@ def truth_ratio(
         epsilon: 1e-10 in open-unlearning; with 0 the ratio is formed in log space, so it never underflows to 0/0.
     Returns:
         [N] ratios, >= 0 and finite: e^709 stands for everything above it.
+
+    Raises:
+        ValueError: an unknown `mean`; arrays that do not belong together.
     """
     correct, wrong = _pair(correct_loss, wrong_loss)
     if mean not in TRUTH_RATIO_MEANS:
@@ -66,6 +69,9 @@ def knowledge_share(correct_loss: np.ndarray, wrong_loss: np.ndarray, epsilon: f
     """p(correct) / (p(correct) + p(wrong) + epsilon), p(wrong) geometric over the perturbations; [N] in [0, 1].
 
     This is open-unlearning's `prob_mean` reading of the truth ratio (its report's meta-evaluation).
+
+    Args:
+        correct_loss: `[N]`, nats per token. wrong_loss: `[N, K]` of the perturbed answers.
     """
     correct, wrong = _pair(correct_loss, wrong_loss)
     p_correct, p_wrong = np.exp(-correct), np.exp(-wrong.mean(axis=1))
@@ -94,7 +100,14 @@ def _ratios(ratio: np.ndarray) -> np.ndarray:
 
 
 def option_probability(correct: np.ndarray, wrong: np.ndarray, epsilon: float = 1e-10) -> np.ndarray:
-    """p_true / (p_true + sum_k p_wrong,k + epsilon) per item, from length-normalised probabilities [N] and [N, K]."""
+    """p_true / (p_true + sum_k p_wrong,k + epsilon) per item, from length-normalised probabilities [N] and [N, K].
+
+    Args:
+        correct: `[N]`. wrong: `[N, K]`. epsilon: added to the denominator.
+
+    Raises:
+        ValueError: every option of a row has probability 0, and `epsilon` is 0.
+    """
     correct, wrong = np.asarray(correct, dtype=np.float64), np.asarray(wrong, dtype=np.float64)
     total = correct + wrong.reshape(len(wrong), -1).sum(axis=1) + epsilon
     if (total == 0).any():
@@ -120,6 +133,9 @@ def forget_quality(ratio: np.ndarray, retain_ratio: np.ndarray) -> ForgetQuality
 
     scipy's exact p-value is used for up to 10,000 rows a side; where it fails, scipy's asymptotic value is taken and
     `method` says so. Raises ValueError for fewer than two rows on a side, where the test says nothing.
+
+    Args:
+        ratio: `[N]` truth ratios of the model. retain_ratio: `[M]` of the retain model.
     """
     from scipy.stats import ks_2samp
 

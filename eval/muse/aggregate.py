@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fdiv.eval.benchmark.aggregation import REQUIRED_KEYS, Aggregates, check_retain_log, fresh
+from fdiv.eval.benchmark.attacked.values import put_attacks
 from fdiv.eval.benchmark.log import EvalLog
 from fdiv.eval.benchmark.presets import Preset
 
-__all__ = ["aggregate_muse", "utility_curve"]
+__all__ = ["ATTACKED", "aggregate_muse", "utility_curve"]
+
+ATTACKED = (
+    *("forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "extraction_strength", "exact_memorization"),
+    *("memory_gap", "retain_knowmem_ROUGE"),
+)
+"""What is shown of an attack."""
 
 
 def utility_curve(values: Sequence[float], before: float) -> dict[str, float]:
@@ -60,6 +67,13 @@ def aggregate_muse(log: EvalLog, preset: Preset, retain: EvalLog | None = None, 
     _put_memory_gap(result, reference)
     for name in ("sustainability", "scalability"):
         result.put(name, None, f"needs the models of every fold (--{name} MODEL …)")
+    put_attacks(
+        result,
+        retain,
+        lambda own, other: aggregate_muse(own, preset, other, corpus=corpus),
+        ATTACKED,
+        ("retain_knowmem_ROUGE",),
+    )
     for name in REQUIRED_KEYS:
         if name not in result.values:
             result.put(name, None, "a TOFU metric; MUSE has no perturbed answers")

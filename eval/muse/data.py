@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fdiv.errors import DataError
-from fdiv.eval.tofu.data import load_rows
+from fdiv.eval.benchmark.sources import Rows
+from fdiv.eval.layouts.layout import load_layout
 from fdiv.files import folded
 from fdiv.inference.cache import fingerprint
 from fdiv.rows.checks import check_one_format, check_rows, text_fault
 from fdiv.rows.sources import source_of
 
-__all__ = ["MuseRows", "load_muse_rows"]
+__all__ = ["MuseRows", "load_muse_rows", "text_rows"]
 
-_PARTS = {
-    "forget_knowmem": ("knowmem", "forget_qa", ("question", "answer")),
-    "forget_examples": ("knowmem", "forget_qa_icl", ("question", "answer")),
-    "retain_knowmem": ("knowmem", "retain_qa", ("question", "answer")),
-    "retain_examples": ("knowmem", "retain_qa_icl", ("question", "answer")),
-    "verbmem": ("verbmem", "forget", ("prompt", "gt")),
-    "forget": ("privleak", "forget", ("text",)),
-    "holdout": ("privleak", "holdout", ("text",)),
+_COLUMNS = {
+    **dict.fromkeys(
+        ("forget_knowmem", "forget_examples", "retain_knowmem", "retain_examples"), ("question", "answer")
+    ),
+    "verbmem": ("prompt", "gt"),
+    **dict.fromkeys(("forget", "holdout"), ("text",)),
 }
+"""Part → its columns; where each part is, says the layout `muse`."""
 
 
 @dataclass
@@ -68,28 +69,40 @@ def load_muse_rows(corpus: str = "News", source: str | None = None) -> MuseRows:
     Raises:
         DataError: nothing is there, a column is missing, or forget and retain or holdout rows overlap.
     """
-    source = source or f"muse-bench/MUSE-{corpus}"
-    local = Path(source).is_dir()
-    folder = _local_folder(source, corpus) if local else source
+    layout = load_layout("muse").filled({"corpus": corpus})
+    folder = _local_folder(source, corpus) if source is not None and Path(source).is_dir() else source
+    return text_rows(corpus, lambda part: layout.read(part, folder), folder or str(layout.source))
+
+
+def text_rows(corpus: str, read: Callable[[str], tuple[str, Rows]], source: str) -> MuseRows:
+    """The parts of a benchmark of texts, checked.
+
+    Args:
+        corpus: its name. read: (name, rows) of a part; FileNotFoundError with the reason where there are none.
+        source: what errors call the whole.
+
+    Raises:
+        DataError: see `load_muse_rows`.
+    """
     parts: dict[str, list[dict[str, Any]]] = {}
     missing: dict[str, str] = {}
-    for part, (name, split, columns) in _PARTS.items():
+    for part, columns in _COLUMNS.items():
         try:
-            rows = load_rows(folder, f"{name}/{split}") if local else load_rows(folder, name, split)
+            name, rows = read(part)
         except FileNotFoundError as error:
             parts[part], missing[part] = [], str(error)
             continue
-        origin = source_of(rows, f"{name}/{split}")
+        origin = source_of(rows, name)
         rows = [{"text": row} if isinstance(row, str) else row for row in rows]
         if not rows:
-            raise DataError(f"{folder}: {name}/{split} has no rows")
+            raise DataError(f"{source}: {name} has no rows ({part})")
         check_one_format(rows[0] if isinstance(rows[0], dict) else (), origin, columns)
         check_rows(rows, origin, dict.fromkeys(columns, text_fault), f"a row needs {', '.join(columns)}")
         parts[part] = rows
     if not any(parts[name] for name in ("forget_knowmem", "verbmem", "forget")):
-        raise DataError(f"{folder} holds no MUSE data: {missing['forget_knowmem']}")
+        raise DataError(f"{source} holds no MUSE data: {missing['forget_knowmem']}")
     for own, other in (("forget_knowmem", "retain_knowmem"), ("forget", "holdout")):
-        columns = _PARTS[own][2]
+        columns = _COLUMNS[own]
         there = {_folded_row(row, columns) for row in parts[other]}
         both = [row for row in parts[own] if _folded_row(row, columns) in there]
         if both:

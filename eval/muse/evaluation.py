@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fdiv.eval.benchmark.aggregation import Aggregates
-from fdiv.eval.benchmark.evaluation import ModelEvaluation, Records, evaluation_mode, selected_rows
+from fdiv.eval.benchmark.evaluation import ModelEvaluation, Records, evaluate_in_memory, evaluation_mode
 from fdiv.eval.benchmark.items import attack_rows, memorization_rows
-from fdiv.eval.benchmark.log import EvalLog, write_eval_log
-from fdiv.eval.benchmark.rows import set_reports
+from fdiv.eval.benchmark.log import EvalLog
+from fdiv.eval.benchmark.rows import selected_rows, set_reports
 from fdiv.eval.benchmark.settings import EvaluationSettings
 from fdiv.eval.metrics.text_overlap import cut_at, rouge_scores
 from fdiv.eval.muse.aggregate import aggregate_muse
 from fdiv.eval.muse.data import MuseRows, load_muse_rows
+from fdiv.eval.unlearning.attacks.rows import encode, left_to_say
 from fdiv.evaluation import EvalContext
 from fdiv.inference.greedy import GenerationRequest
-from fdiv.inference.processes import process_state
 from fdiv.inference.prompting import PromptFormat
 from fdiv.inference.scoring import ScoringRequest
 from fdiv.models.loading import context_length
@@ -56,6 +56,10 @@ class MuseEvalConfig(EvaluationSettings):
     question_format: str = "Question: {question}\nAnswer: "
     answer_format: str = "{answer}"
 
+    def rows(self) -> MuseRows:
+        """The rows of all parts, checked."""
+        return load_muse_rows(self.corpus, self.data)
+
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, datasets: Any, context: EvalContext
     ) -> dict[str, Any]:
@@ -63,14 +67,7 @@ class MuseEvalConfig(EvaluationSettings):
 
         Returns the values by name, None where one is not defined, and under `notes` the reasons.
         """
-        run = MuseEvaluation(self, tokenizer)
-        for report in run.row_reports(model):
-            context.report_rows(report, self.min_used_fraction)
-        run.retain_log()
-        result = run.aggregate(run.run(model, reference_model=run.load_reference() or context.reference_model))
-        if process_state().is_main_process:
-            write_eval_log(Path(context.output_dir) / f"muse_{context.stage}" / "MUSE_EVAL.json", result.log)
-        return {**result.values, "notes": dict(result.notes)}
+        return evaluate_in_memory(MuseEvaluation, self, model, tokenizer, context)
 
 
 @dataclass
@@ -115,25 +112,37 @@ class MuseEvaluation(ModelEvaluation):
     """A MUSE evaluation; see `ModelEvaluation`."""
 
     benchmark = "muse"
+    attacked_metrics = (
+        *("forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE"),
+        *("extraction_strength", "exact_memorization"),
+    )
     retain_metric = "forget_knowmem_ROUGE"
     fluency = ("forget_verbmem_ROUGE", "forget_gibberish", 512)
     config: MuseEvalConfig
     plan: MusePlan
 
     def _prepare(self) -> None:
-        self.rows = load_muse_rows(self.config.corpus, self.config.data)
+        self.rows = self.config.rows()
         self.missing = dict(self.rows.missing)
         if "forget" in self.missing:
             self.missing.setdefault("holdout", self.missing["forget"])
         self.plan = MusePlan(self.rows, self.preset.name)
-        self._plan_verbatim()
-        self._plan_questions("forget_knowmem", self.rows.forget_knowmem, self.rows.forget_examples)
-        self._plan_questions("retain_knowmem", self.rows.retain_knowmem, self.rows.retain_examples)
+        self._plan_verbatim(self._verbatim_rows(), self._selected(self.rows.verbmem))
+        for name in ("forget_knowmem", "retain_knowmem"):
+            rows = getattr(self.rows, name)
+            self._plan_questions(name, rows, self._selected(rows))
         if "holdout" not in self.missing:
             for side in ("forget", "holdout"):
                 rows = getattr(self.rows, side)
-                for i in selected_rows(len(rows), None, self.config.max_items):
+                for i in self._selected(rows):
                     self._plan_text(f"{side}/{i}", "", rows[i]["text"])
+
+    def _selected(self, rows: Sequence[Any]) -> list[int]:
+        return selected_rows(len(rows), None, self.config.max_items)
+
+    def _verbatim_rows(self) -> list[dict[str, Any]]:
+        """The verbatim prompts under the trainers' columns."""
+        return [{"prompt": row["prompt"], "completion": row["gt"]} for row in self.rows.verbmem]
 
     def _plan_text(self, key: str, prefix: str, text: str) -> tuple[int, ...]:
         """Score `text` after `prefix`; the tokens that its labels follow."""
@@ -148,30 +157,66 @@ class MuseEvaluation(ModelEvaluation):
         self.plan.texts[key] = self.tokenizer.decode(list(encoded.label_ids), skip_special_tokens=True)
         return encoded.prompt_ids
 
-    def _plan_verbatim(self) -> None:
-        for i in selected_rows(len(self.rows.verbmem), None, self.config.max_items):
-            row, key = self.rows.verbmem[i], f"forget_verbmem_ROUGE/{i}"
-            scored_after = self._plan_text(f"verbatim/{i}", row["prompt"], row["gt"])
+    def _plan_verbatim(self, rows: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> None:
+        for i in chosen:
+            row, key = rows[i], f"forget_verbmem_ROUGE/{i}"
+            shots = "".join(f"{prompt}{answer}\n\n" for prompt, answer in row.get("examples", ()))
+            prompt = shots + row["prompt"] + (row.get("given") or "")
+            truth = left_to_say(row["completion"], row.get("given"))
+            scored_after = self._plan_text(f"verbatim/{i}", prompt, truth)
             self.plan.generation.append(GenerationRequest(key, scored_after, VERBATIM_TOKENS))
-            prompt_ids = self.tokenizer(row["prompt"])["input_ids"]
-            truth = row["gt"]
+            prompt_ids = self.tokenizer(prompt)["input_ids"]
             if self.preset.verbatim_truth_tokens is not None:
                 kept = self.tokenizer(truth)["input_ids"][: self.preset.verbatim_truth_tokens]
                 truth = self.tokenizer.decode(kept, skip_special_tokens=True)
             else:
                 space = " " if self.preset.verbatim_space else ""
-                ids = self.tokenizer(row["prompt"] + space + truth)["input_ids"][len(prompt_ids) :]
+                ids = self.tokenizer(prompt + space + truth)["input_ids"][len(prompt_ids) :]
                 truth = self.tokenizer.decode(ids[: self.config.max_length], skip_special_tokens=True)
             self.plan.prompts[key], self.plan.truths[key] = row["prompt"], truth.strip()
 
-    def _plan_questions(self, name: str, rows: Sequence[dict[str, Any]], examples: Sequence[dict[str, Any]]) -> None:
-        shots = [(example["question"], example["answer"]) for example in examples]
-        prompt = self.config.prompt()
-        for i in selected_rows(len(rows), None, self.config.max_items):
-            key = f"{name}_ROUGE/{i}"
-            ids = prompt.encode_prompt(self.tokenizer, rows[i]["question"], shots, rows[i]["answer"])
+    def _plan_questions(self, name: str, rows: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> None:
+        shots = self._shots(name)
+        for i in chosen:
+            row, key = rows[i], f"{name}_ROUGE/{i}"
+            asked = {"question": row["question"], "answer": row["answer"], "given": row.get("given")}
+            examples = [*shots, *row.get("examples", ())]
+            ids = encode({**asked, "examples": examples}, self.tokenizer, self.config.prompt()).prompt_ids
             self.plan.generation.append(GenerationRequest(key, ids, ANSWER_TOKENS))
-            self.plan.prompts[key], self.plan.truths[key] = rows[i]["question"], rows[i]["answer"].strip()
+            self.plan.prompts[key] = row["question"]
+            self.plan.truths[key] = left_to_say(row["answer"], row.get("given")).strip()
+
+    def _shots(self, name: str) -> list[tuple[str, str]]:
+        """The benchmark's own examples before the questions of a set."""
+        examples = getattr(self.rows, name.replace("_knowmem", "_examples"))
+        return [(example["question"], example["answer"]) for example in examples]
+
+    def attack_rows(self) -> list[dict[str, Any]]:
+        """The verbatim prompts with their continuations, then the forget questions."""
+        questions = self.rows.forget_knowmem
+        return [*self._verbatim_rows(), *({"question": r["question"], "answer": r["answer"]} for r in questions)]
+
+    def attack_context(self) -> dict[str, Any]:
+        """The prompt format; the retain questions as neighbours, where there are any."""
+        rows = [{"question": row["question"], "answer": row["answer"]} for row in self.rows.retain_knowmem]
+        return {"prompt": self.config.prompt()} | ({"neighbours": rows} if rows else {})
+
+    def attack_row(self, key: str) -> int | None:
+        """The number among verbatim prompts and, after them, forget questions."""
+        name, number = key.split("/")
+        first = {"verbatim": 0, "forget_verbmem_ROUGE": 0, "forget_knowmem_ROUGE": len(self.rows.verbmem)}
+        return first[name] + int(number) if name in first else None
+
+    def under_attack(self, rows: Sequence[Mapping[str, Any]], chosen: Sequence[int], weights: bool) -> MuseEvaluation:
+        """With the attacked prompts and questions, and as many retain questions where the weights were attacked."""
+        view, border = copy.copy(self), len(self.rows.verbmem)
+        view.plan = MusePlan(self.rows, self.preset.name)
+        view._plan_verbatim(rows[:border], [number for number in chosen if number < border])
+        view._plan_questions("forget_knowmem", rows[border:], [n - border for n in chosen if n >= border])
+        if weights:
+            retain = self.rows.retain_knowmem
+            view._plan_questions("retain_knowmem", retain, selected_rows(len(retain), None, len(chosen)))
+        return view
 
     def row_stamp(self) -> dict[str, Any]:
         """Corpus and fingerprint of the forget side."""

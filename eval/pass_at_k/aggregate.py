@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from fdiv.eval.pass_at_k.metrics import (
     pass_hat_k,
 )
 from fdiv.eval.pass_at_k.records import TaskCounts
+from fdiv.rl.modes import mode_of
 
 __all__ = [
     "G_PASS_THRESHOLDS",
@@ -87,17 +88,22 @@ def summarise(
     }
 
 
-def distinct_correct(rows: Sequence[Mapping[str, Any]]) -> float:
+def distinct_correct(rows: Sequence[Mapping[str, Any]], mode: Callable[[str], Hashable] | None = None) -> float:
     """Different correct completions per task, mean over tasks; greedy ones (sample −1) do not count.
 
     Args:
         rows: `task_id`, `sample`, `completion` and `correct` of every sample.
+        mode: maps a completion to what makes two of them the same, see `fdiv.rl.modes`; None: itself.
+
+    Raises:
+        DataError: the mode function fails, or returns what cannot be told apart.
     """
-    right: dict[str, set[str]] = {}
+    right: dict[str, set[Hashable]] = {}
     for row in rows:
         found = right.setdefault(row["task_id"], set())
         if row["correct"] and row["sample"] >= 0:
-            found.add(row["completion"])
+            text, where = row["completion"], f"sample {row['sample']} of task {row['task_id']}"
+            found.add(text if mode is None else mode_of(mode, text, where))
     return float(np.mean([len(found) for found in right.values()]))
 
 

@@ -17,19 +17,24 @@ from fdiv.models.dtypes import add_dtype
 
 __all__ = ["add_arguments", "run"]
 
-_OWN = ("k", "stop", "greedy", "allow_code_execution", "label", "dataset", "n", "sandbox", "numpy")
+_OWN = ("k", "stop", "greedy", "allow_code_execution", "label", "dataset", "n", "sandbox", "numpy", "mode")
 _ENCODING = ("system_prompt", "date_string", "chat_template_kwargs")
-_MODEL_ONLY = ("adapter", "dataset", "data", "scorer", "databases")
+_MODEL_ONLY = ("adapter", "dataset", "data", "scorer", "databases", "stripped_prompt", "server_url", "server_model")
+_DECODE = ("decode", "stripped_prompt", "contrast_gate", "contrast_threshold", "contrast_eta", "contrast_cutoff")
+_CONTRAST = ("contrast_threshold", "contrast_eta", "contrast_cutoff")
 _FREE = ("n", "k", "greedy", "unscored", "resamples", "label", "batch_size", "allow_code_execution",
-         "min_used_fraction", "sandbox")  # fmt: skip
+         "min_used_fraction", "sandbox", "mode")  # fmt: skip
 """Settings that may change between two runs in one folder: no completion and no score depends on them."""
 
 
 _SHOWN_FAULTS = 20
+_MARK = "settings.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options; those of `PassKEvalConfig` keep their names and defaults."""
+    from fdiv.eval.pass_at_k.backends import add_server_arguments
+    from fdiv.eval.pass_at_k.dry_run import add_plan_arguments
     from fdiv.eval.pass_at_k.evaluation import PassKEvalConfig
 
     parser.add_argument("--from_samples", metavar="FILE", help="score these recorded samples instead of a model")
@@ -46,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dtype(model)
     model.add_argument("--backend", choices=BACKENDS, default="transformers", help="what samples (transformers)")
     model.add_argument("--vllm_memory", type=float, default=0.5, help="share of GPU memory vLLM takes (0.5)")
+    add_server_arguments(parser)
+    add_plan_arguments(parser)
     how = parser.add_argument_group("tasks and sampling")
     how.add_argument("--dataset", metavar="NAME_OR_FILE", help="a benchmark by name, or a JSON-lines file")
     how.add_argument("--stop", action="append", metavar="TEXT", help="text that ends a completion; repeat it")
@@ -60,12 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     hints = typing.get_type_hints(PassKEvalConfig)
     add_encoding(how, rows=False)
     kinds = {"max_new_tokens": int, "batch_size": int, "max_tasks": int, "skip_tasks": int, "resamples": int}
-    kinds |= {"temperature": float, "top_p": float, "min_used_fraction": float}
+    kinds |= dict.fromkeys(("temperature", "top_p", "min_used_fraction", *_CONTRAST), float)
     for field in dataclasses.fields(PassKEvalConfig):
         if field.name not in (*_OWN, *_ENCODING):
             shown = "" if field.default is None else f"({field.default})"
+            said = " ".join(filter(None, (field.metadata.get("help", ""), shown)))
             kind, choices = kinds.get(field.name, str), _choices(hints[field.name])
-            how.add_argument(f"--{field.name}", type=kind, choices=choices, default=field.default, help=shown or None)
+            how.add_argument(f"--{field.name}", type=kind, choices=choices, default=field.default, help=said or None)
 
 
 def _choices(hint: Any) -> list[Any] | None:
@@ -85,7 +93,13 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.check_golds:
         return _checked_golds(args)
-    if args.output is None:
+    if args.probe is not None and not args.dry_run:
+        raise DataError(f"--probe {args.probe} goes with --dry_run")
+    if args.dry_run and (args.from_samples or not args.model):
+        raise DataError("--dry_run plans the sampling of a model: give --model and --dataset, not --from_samples")
+    if args.probe is not None and args.probe < 0:
+        raise DataError(f"--probe {args.probe}: must be at least 0")
+    if args.output is None and not args.dry_run:
         raise DataError("--output is missing: out.json, or a directory (always one with --model)")
     if bool(args.from_samples) == bool(args.model):
         raise DataError("give either --model (with --dataset) to sample, or --from_samples for recorded samples")
@@ -99,7 +113,7 @@ def _checked_golds(args: argparse.Namespace) -> int:
     from fdiv.files import write_json
     from fdiv.terminal import info, print_table
 
-    for option in ("from_samples", "base_samples", "model", "adapter"):
+    for option in ("from_samples", "base_samples", "model", "adapter", "server_url", "dry_run"):
         if getattr(args, option):
             raise DataError(f"--{option} does not go with --check_golds: it asks for no answers but the golds")
     if not args.dataset:
@@ -160,14 +174,20 @@ def _sampled(args: argparse.Namespace) -> int:
 
     if not args.dataset:
         raise DataError("--model needs --dataset: a benchmark by name, or a JSON-lines file with prompt and answer")
-    folder, _ = output_paths(args.output)
-    if folder is None:
+    folder = None if args.output is None else output_paths(args.output)[0]
+    if folder is None and args.output is not None:
         raise DataError(f"--output {args.output}: the evaluation of a model writes a directory, not one file")
     config = _config(args)
     loaded = config.load()
+    if args.dry_run:
+        from fdiv.eval.pass_at_k.dry_run import plan_run
+
+        return plan_run(args, config, loaded, folder, settings_of, check_folder)
+    assert folder is not None
     began = time.monotonic()
     state = process_state()
-    rows, settings, made_with = _draw(args, config, loaded, folder)
+    rows, settings, backend = _draw(args, config, loaded, folder)
+    made_with = settings["made_with"]
     if state.is_main_process:
         write_samples(folder / "samples.jsonl", rows, made_with)
         report = config.report(loaded, rows)
@@ -185,6 +205,7 @@ def _sampled(args: argparse.Namespace) -> int:
             "seconds": round(time.monotonic() - began, 1),
             "model": args.model,
             "settings": settings,
+            **backend.about,
         }
         _write(args, counts, found, config.k, about, f"{Path(args.dataset).name} · {Path(args.model).name}")
     state.wait_for_everyone()
@@ -194,10 +215,12 @@ def _sampled(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> Any:
     from fdiv.eval.pass_at_k.aggregate import parse_k
     from fdiv.eval.pass_at_k.evaluation import PassKEvalConfig
+    from fdiv.recipe.yaml_text import parse_value
 
     names = {field.name for field in dataclasses.fields(PassKEvalConfig)} - {"k"}
     options = {name: value for name, value in vars(args).items() if name in names}
     ks = parse_k(args.k)
+    options["contrast_gate"] = parse_value(options["contrast_gate"])  # a name, or a mapping
     try:
         return PassKEvalConfig(**options, k=ks)
     except DataError:
@@ -206,61 +229,46 @@ def _config(args: argparse.Namespace) -> Any:
         raise DataError(f"--{error}") from None
 
 
-def _draw(
-    args: argparse.Namespace, config: Any, loaded: Any, folder: Path
-) -> tuple[list[dict], dict[str, Any], dict[str, Any]]:
-    """Rows of `samples.jsonl`, the settings of the command, and the stamp of the samples."""
-    from fdiv.eval.pass_at_k.evaluation import draw_with_transformers
+def _draw(args: argparse.Namespace, config: Any, loaded: Any, folder: Path) -> tuple[list[dict], dict[str, Any], Any]:
+    """Rows of `samples.jsonl`, the settings of the command, and what sampled."""
+    from fdiv.eval.pass_at_k.backends import make_backend
     from fdiv.eval.pass_at_k.records import compare_made_with, read_counts
-    from fdiv.eval.pass_at_k.sampling import sample_with_vllm
-    from fdiv.inference.greedy import VLLMSource, stop_token_ids
-    from fdiv.models.fingerprints import files_fingerprint, weights_fingerprint
-    from fdiv.models.loading import base_and_adapter, load_model, load_tokenizer
-    from fdiv.secrets import without_secrets
+    from fdiv.models.loading import load_tokenizer
 
     # Base samples that cannot be read are found before the sampling.
     base = read_counts(args.base_samples, args.unscored) if args.base_samples else None
     tokenizer = load_tokenizer(args.model, args.adapter)
-    settings = dataclasses.asdict(config) | {"stop": list(loaded.stop), "scorer": without_secrets(loaded.scorer)}
-    settings |= {name: getattr(args, name) for name in ("model", "adapter", "dtype", "backend", "seed")}
-    if args.backend == "vllm":
-        name, adapter = base_and_adapter(args.model, args.adapter)
-        source, dtype = VLLMSource(name, adapter, args.dtype, args.vllm_memory), args.dtype
-        settings["weights"] = files_fingerprint(args.model, args.adapter)
-        stop_ids = _end_tokens(name) | stop_token_ids(None, tokenizer)
-
-        def draw(requests: Any, how: Any, cache: Any) -> Any:
-            return sample_with_vllm(source, requests, how, cache=cache, stop_token_ids=stop_ids)
-
-    else:
-        model = load_model(args.model, args.adapter, args.dtype)
-        dtype = str(model.dtype)
-        settings["weights"] = f"{weights_fingerprint(model)}, {dtype.removeprefix('torch.')}"
-        stop_ids = stop_token_ids(model.get_base_model() if hasattr(model, "get_base_model") else model, tokenizer)
-        draw = draw_with_transformers(model, tokenizer, config.batch_size)
-    made_with = config.made_with(loaded, tokenizer, stop_ids, seed=args.seed, dtype=dtype, backend=args.backend)
+    backend = make_backend(args, config, loaded, tokenizer)
+    settings = settings_of(args, config, loaded, tokenizer, backend)
     if base is not None:
-        compare_made_with(made_with, base, args.base_samples)
-    settings["made_with"] = made_with
+        compare_made_with(settings["made_with"], base, args.base_samples)
     _open_folder(folder, settings)
-    identity = [args.backend, args.dtype, settings["weights"]]
+    identity = [backend.name, args.dtype, backend.weights]
     rows = config.samples(
-        loaded, tokenizer, draw, stop_ids, seed=args.seed, cache_dir=folder / "cache", identity=identity
+        loaded,
+        tokenizer,
+        backend.draw,
+        backend.stop_ids,
+        seed=args.seed,
+        cache_dir=folder / "cache",
+        identity=identity,
     )
-    return rows, settings, made_with
+    return rows, settings, backend
 
 
-def _end_tokens(model: str) -> set[int]:
-    """End tokens of the model's generation config; chat models have several."""
-    from transformers import GenerationConfig
+def settings_of(args: argparse.Namespace, config: Any, loaded: Any, tokenizer: Any, backend: Any) -> dict[str, Any]:
+    """What `settings.json` of a folder holds, `made_with` (the stamp of the samples) among it."""
+    from fdiv.secrets import without_secrets
 
-    from fdiv.models.fetch import find_model
-
-    try:
-        named = GenerationConfig.from_pretrained(find_model(model)).eos_token_id
-    except OSError:  # the model has none: the tokenizer's end token is left
-        return set()
-    return set(named if isinstance(named, list) else [] if named is None else [named])
+    settings = dataclasses.asdict(config) | {"stop": list(loaded.stop), "scorer": without_secrets(loaded.scorer)}
+    if config.decode == "standard":  # folders from before there was another
+        settings = {name: value for name, value in settings.items() if name not in _DECODE}
+    settings |= {name: getattr(args, name) for name in ("model", "adapter", "dtype", "seed")}
+    settings |= {"backend": backend.name, "weights": backend.weights}
+    settings["made_with"] = config.made_with(
+        loaded, tokenizer, backend.stop_ids, seed=args.seed, dtype=backend.dtype, backend=backend.name
+    )
+    return settings
 
 
 def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
@@ -270,13 +278,30 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
         DataError: it holds samples of other settings; names the first that differs.
     """
     from fdiv.inference.processes import process_state
-    from fdiv.sealed import read_record, write_record
+    from fdiv.sealed import write_record
+
+    mine = check_folder(folder, settings)
+    state = process_state()
+    state.wait_for_everyone()  # everybody has looked before anybody writes
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_record(folder / _MARK, mine)
+    state.wait_for_everyone()
+
+
+def check_folder(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Compare what a folder holds with these settings; returns those that samples depend on.
+
+    Raises:
+        DataError: it holds samples of other settings; names the first that differs.
+    """
+    from fdiv.sealed import read_record
     from fdiv.secrets import without_secrets
     from fdiv.stamps import compare_stamps
     from fdiv.terminal import info
 
     mine = without_secrets({name: value for name, value in settings.items() if name not in _FREE})
-    mark = folder / "settings.json"
+    mark = folder / _MARK
     if mark.is_file():
         theirs = read_record(mark, "choose another --output")
         remedy = "choose another --output, or repeat the settings in its settings.json"
@@ -287,12 +312,7 @@ def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
                 )
         for line in compare_stamps(mine["made_with"], theirs.get("made_with"), f"what {folder} holds", remedy):
             info(line)
-    state = process_state()
-    state.wait_for_everyone()  # everybody has looked before anybody writes
-    if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_record(mark, mine)
-    state.wait_for_everyone()
+    return mine
 
 
 def _write(

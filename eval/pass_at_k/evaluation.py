@@ -13,6 +13,7 @@ from fdiv.catalog import REWARDS
 from fdiv.errors import DataError
 from fdiv.eval.pass_at_k.aggregate import compare_with_base, distinct_correct, parse_k, summarise
 from fdiv.eval.pass_at_k.data import EvalTask, LoadedTasks, load_tasks, tasks_of_rows
+from fdiv.eval.pass_at_k.decoding import DecodeOptions
 from fdiv.eval.pass_at_k.records import TaskCounts, Unscored, compare_made_with, counts_of_samples, read_counts
 from fdiv.eval.pass_at_k.sampling import SamplingSettings, completion_record, sampling_requests
 from fdiv.eval.pass_at_k.scoring import Scorer, make_scorer, score_completions
@@ -24,24 +25,40 @@ from fdiv.inference.processes import process_state
 from fdiv.inference.prompting import CHAT_TEMPLATE, PromptFormat
 from fdiv.models.fingerprints import tokenizer_fingerprint
 from fdiv.named import is_path, lookup
+from fdiv.rl.modes import resolve_mode
 from fdiv.rows.report import RowReport
 from fdiv.sealed import listed
 from fdiv.secrets import without_secrets
-from fdiv.training.config import RowOptions
 
 if TYPE_CHECKING:
     from fdiv.evaluation import EvalContext
 
-__all__ = ["PassKEvalConfig", "draw_with_transformers", "write_samples"]
+__all__ = ["PassKEvalConfig", "SamplingPass", "draw_with_transformers", "write_samples"]
 
-Draw = Callable[[list[Any], SamplingSettings, ItemCache], Mapping[str, Sequence[int]]]
-"""(requests, settings, cache) → token ids by key; temperature 0 is greedy."""
+Draw = Callable[[list[Any], SamplingSettings, ItemCache], Mapping[str, Any]]
+"""(requests, settings, cache) → by key the token ids, or a record with `ids`, or one as of `completion_record`;
+temperature 0 is greedy."""
 
 GREEDY = -1
 
 
+@dataclass(frozen=True)
+class SamplingPass:
+    """What is sampled in one go.
+
+    Args:
+        kind: `samples` or `greedy`, which names its cache. requests: one for each completion.
+        settings: of the sampling. digest: of everything the completions depend on but the kind.
+    """
+
+    kind: str
+    requests: list[Any]
+    settings: SamplingSettings
+    digest: str
+
+
 @dataclass
-class PassKEvalConfig(RowOptions):
+class PassKEvalConfig(DecodeOptions):
     """The `passk` evaluation.
 
     Values: `pass@K` (unbiased), `pass^K`, `g_pass@K_τ`, `mg_pass@K`, `mean@n`, `maj@n` (scorers `exact` and `math`),
@@ -80,6 +97,9 @@ class PassKEvalConfig(RowOptions):
         resamples: Bootstrap samples behind the standard errors.
         min_used_fraction: Smallest share of the tasks that must have a scored sample.
         label: Written before the names, as LABEL/pass@8, where a recipe has several passk evaluations.
+        mode: What makes two correct completions the same in `distinct_correct`: answer, expression, sql, text, or
+            module:function of a completion. None: that they are equal.
+        decode, stripped_prompt, contrast_gate, contrast_threshold, contrast_eta, contrast_cutoff: see `DecodeOptions`.
     """
 
     dataset: str = "test"
@@ -108,6 +128,7 @@ class PassKEvalConfig(RowOptions):
     unscored: Literal["reduce", "wrong", "leave_out"] = "reduce"
     resamples: int = 1000
     label: str | None = None
+    mode: str | None = None
 
     summary_metrics: ClassVar[tuple[str, ...]] = ()
 
@@ -139,6 +160,7 @@ class PassKEvalConfig(RowOptions):
             if not is_path(self.scorer):
                 lookup(REWARDS, self.scorer, "scorer", error=DataError)
             self._refuse_code(self.scorer)
+        self._mode = None if self.mode is None else resolve_mode(self.mode)
         names = ["greedy_accuracy", *(f"{name}@{k}" for name in ("pass", "keep_rate", "explore_rate") for k in self.k)]
         self.summary_metrics = tuple(self._named(name) for name in names)
         self._base: TaskCounts | None = None
@@ -172,6 +194,7 @@ class PassKEvalConfig(RowOptions):
         made_with = self.made_with(loaded, tokenizer, stop_ids, seed=context.seed, dtype=number_type)
         if process_state().is_main_process:
             write_samples(context.output_dir / name, rows, made_with)
+        context.keep_examples(self._named("passk"), _examples(loaded, rows))
         counts = dataclasses.replace(self.counts(rows, str(context.output_dir / name)), made_with=made_with)
         found = self.metrics(rows, counts, context.seed, str(context.output_dir / name))
         notes: list[str] = []
@@ -188,7 +211,7 @@ class PassKEvalConfig(RowOptions):
                     resamples=self.resamples, seed=context.seed,
                 )  # fmt: skip
         flat: dict[str, Any] = {"unscored_samples": float(sum(counts.unscored.values()))}
-        flat["distinct_correct"] = distinct_correct(rows)
+        flat["distinct_correct"] = distinct_correct(rows, self._mode)
         for metric, entry in found.items():
             flat |= {metric: entry["value"], f"{metric}_se": entry["se"]}
         said = {self._named("base_samples"): "; ".join(notes)} if notes else {}
@@ -238,7 +261,7 @@ class PassKEvalConfig(RowOptions):
 
     def settings(self, loaded: LoadedTasks, seed: int) -> SamplingSettings:
         """How completions are sampled."""
-        return SamplingSettings(self.temperature, self.top_p, self.max_new_tokens, loaded.stop, seed)
+        return SamplingSettings(self.temperature, self.top_p, self.max_new_tokens, loaded.stop, seed, self.contrast())
 
     def _prompts(self, loaded: LoadedTasks) -> tuple[PromptFormat, Encoding]:
         prompt = PromptFormat(
@@ -263,7 +286,8 @@ class PassKEvalConfig(RowOptions):
         plain = {} if chat else {"question_format": prompt.question_format}
         return {
             **encoding_stamp(tokenizer, encoding, chat=chat, **plain),
-            **dataclasses.asdict(self.settings(loaded, seed)),
+            **self.settings(loaded, seed).stamp(),
+            **self.decode_stamp(),
             "stop": list(loaded.stop),
             "scorer": without_secrets(loaded.scorer),
             "dtype": dtype,
@@ -296,24 +320,36 @@ class PassKEvalConfig(RowOptions):
         Returns:
             Rows of `samples.jsonl`, by task and sample; greedy completions have sample −1.
         """
-        settings = self.settings(loaded, seed)
-        prompt, encoding = self._prompts(loaded)
         scorer = self.make_scorer(loaded)
         try:
-            requests = sampling_requests(loaded.tasks, tokenizer, prompt, settings, self.n, encoding)
-            first = {request.key.rpartition("#")[0]: request for request in requests[:: self.n]}
-            prompts = [[task, list(request.prompt_ids)] for task, request in first.items()]
-            digest = fingerprint(identity, prompts, dataclasses.asdict(settings), sorted(stop_ids))
-            rank = process_state().process_index
-            drawn = dict(draw(requests, settings, ItemCache(cache_dir, "samples", digest, rank)))
-            if self.greedy:
-                greedy = [dataclasses.replace(r, key=f"{task}#greedy") for task, r in first.items()]
-                cold = dataclasses.replace(settings, temperature=0.0)
-                drawn |= draw(greedy, cold, ItemCache(cache_dir, "greedy", digest, rank))
-            texts = {key: completion_record(ids, tokenizer, stop_ids, settings.stop) for key, ids in drawn.items()}
-            return self._scored(loaded.tasks, texts, scorer, cache_dir, digest)
+            planned = self.passes(loaded, tokenizer, stop_ids, seed=seed, identity=identity)
+            drawn: dict[str, Any] = {}
+            for one in planned:
+                cache = ItemCache(cache_dir, one.kind, planned[0].digest, process_state().process_index)
+                drawn |= draw(one.requests, one.settings, cache)
+            stop = planned[0].settings.stop
+            texts = {key: _completion(found, tokenizer, stop_ids, stop) for key, found in drawn.items()}
+            return self._scored(loaded.tasks, texts, scorer, cache_dir, planned[0].digest)
         finally:
             scorer.close()
+
+    def passes(
+        self, loaded: LoadedTasks, tokenizer: Any, stop_ids: set[int], *, seed: int, identity: Any = ""
+    ) -> list[SamplingPass]:
+        """The sampling pass, and with `greedy` the greedy one; arguments as of `samples`."""
+        settings = self.settings(loaded, seed)
+        prompt, encoding = self._prompts(loaded)
+        requests = sampling_requests(loaded.tasks, tokenizer, prompt, settings, self.n, encoding, self.stripped_prompt)
+        first = {request.key.rpartition("#")[0]: request for request in requests[:: self.n]}
+        prompts = [[task, list(request.prompt_ids)] for task, request in first.items()]
+        if settings.contrast is not None:
+            prompts += [[task, list(request.stripped_ids)] for task, request in first.items()]
+        digest = fingerprint(identity, prompts, settings.stamp() | self.decode_stamp(), sorted(stop_ids))
+        planned = [SamplingPass("samples", requests, settings, digest)]
+        if self.greedy:
+            greedy = [dataclasses.replace(r, key=f"{task}#greedy") for task, r in first.items()]
+            planned.append(SamplingPass("greedy", greedy, dataclasses.replace(settings, temperature=0.0), digest))
+        return planned
 
     def _scored(
         self, tasks: Sequence[EvalTask], texts: Mapping[str, Mapping[str, Any]], scorer: Scorer,
@@ -354,6 +390,31 @@ class PassKEvalConfig(RowOptions):
         return found
 
 
+def _completion(found: Any, tokenizer: Any, stop_ids: set[int], stop: Sequence[str]) -> dict[str, Any]:
+    """What a back end gave as the record of a completion."""
+    if not isinstance(found, Mapping):
+        return completion_record(found, tokenizer, stop_ids, stop)
+    if "ids" in found:
+        return completion_record(found["ids"], tokenizer, stop_ids, stop)
+    return {name: found[name] for name in ("completion", "tokens", "finish_reason")}
+
+
+def _examples(loaded: LoadedTasks, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The first completion of every task, the greedy one where there is one, with its prompt."""
+    first = {row["task_id"]: row for row in reversed(rows)}
+    return [
+        {
+            "prompt": task.prompt
+            if isinstance(task.prompt, str)
+            else "\n".join(turn["content"] for turn in task.prompt),
+            "completion": first[task.task_id]["completion"],
+            "truth": str(task.answer),
+            "score": first[task.task_id]["correct"],
+        }
+        for task in loaded.tasks
+    ]
+
+
 def draw_with_transformers(model: Any, tokenizer: Any, batch_size: int) -> Draw:
     """Completions from a loaded model, on all processes."""
 
@@ -370,6 +431,7 @@ def draw_with_transformers(model: Any, tokenizer: Any, batch_size: int) -> Draw:
             top_p=1e-9 if greedy else settings.top_p,
             seed=settings.seed,
             batch_size=batch_size,
+            contrast=settings.contrast,
             cache=cache,
             title="greedy completions" if greedy else "sampling",
         )

@@ -54,7 +54,11 @@ def pass_hat_k(num_correct, num_samples, k: int | Sequence[int]) -> np.ndarray:
 
 
 def mean_at_n(num_correct, num_samples) -> np.ndarray:
-    """Share of correct samples c/n, `[N]`; the same number as pass@1."""
+    """Share of correct samples c/n, `[N]`; the same number as pass@1.
+
+    Args:
+        num_correct: c, `[N]`. num_samples: n, `[N]`, or one number.
+    """
     correct, samples = _counts(num_correct, num_samples)
     _check_k(samples, np.array([1]))
     return correct / samples
@@ -69,6 +73,9 @@ def g_pass_at_k(num_correct, num_samples, k: int, threshold: float) -> np.ndarra
     Args:
         num_correct, num_samples, k: as of `pass_at_k`, one k.
         threshold: τ, 0 < τ ≤ 1.
+
+    Raises:
+        ValueError: a threshold outside (0, 1]; what `pass_at_k` refuses.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold}: τ of G-Pass@k must lie in (0, 1]")
@@ -81,6 +88,12 @@ def mg_pass_at_k(num_correct, num_samples, k: int) -> np.ndarray:
 
     Twice the area under G-Pass@k over τ from ½ to 1. For odd k the sum has (k−1)/2 terms, so the best value is
     (k−1)/k, as in the paper's formula.
+
+    Args:
+        num_correct: c, `[N]`. num_samples: n, `[N]`, or one number. k: at least 2.
+
+    Raises:
+        ValueError: k below 2; what `pass_at_k` refuses.
     """
     if k < 2:
         raise ValueError(f"k={k}: mG-Pass@k needs k of at least 2")
@@ -152,6 +165,9 @@ def keep_and_explore(base_pass, pass_, *, resamples: int = 1000, seed: int = 0) 
         base_pass: b, pass@k of the base per problem, `[N]`.
         pass_: p, pass@k of the model on the same problems, `[N]`.
         resamples, seed: of the bootstrap over problems.
+
+    Raises:
+        ValueError: the two are not lists of one length.
     """
     base, own = np.asarray(base_pass, dtype=float), np.asarray(pass_, dtype=float)
     if base.shape != own.shape or base.ndim != 1:
@@ -194,8 +210,9 @@ def _per_pair(estimate, num_correct, num_samples, k: int | Sequence[int]) -> np.
     # One number for a pair makes `unique` fast; c ≤ n, so the pairs cannot meet.
     pairs, where = np.unique(samples * (samples.max() + 1) + correct, return_inverse=True)
     n, c = np.divmod(pairs, samples.max() + 1)
-    table = estimate(n, c, int(wanted.max()))
-    table = table if table.shape[1] == 1 else table[:, wanted - 1]
+    largest = int(wanted.max())
+    table = estimate(n, c, largest)  # of k = 1 … largest, or of one k
+    table = table[:, wanted - 1] if table.shape[1] == largest else table
     values = table.take(where, axis=0)
     return values if np.ndim(k) else values[:, 0]
 

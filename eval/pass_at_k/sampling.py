@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError
 from fdiv.eval.pass_at_k.data import EvalTask
+from fdiv.eval.pass_at_k.decoding import stripped_tasks
 from fdiv.inference.cache import ItemCache
+from fdiv.inference.contrastive import Contrast
 from fdiv.inference.encoding import Encoding
 from fdiv.inference.prompting import PromptFormat
+from fdiv.terminal import info
 
 if TYPE_CHECKING:
     from fdiv.inference.greedy import VLLMSource
@@ -40,6 +42,7 @@ class SamplingSettings:
         max_new_tokens: longest completion.
         stop: texts that end a completion; they and what follows are cut off.
         seed: with task and sample number, determines a completion.
+        contrast: contrastive decoding; None: standard.
     """
 
     temperature: float = 1.0
@@ -47,6 +50,13 @@ class SamplingSettings:
     max_new_tokens: int = 1024
     stop: tuple[str, ...] = ()
     seed: int = 0
+    contrast: Contrast | None = None
+
+    def stamp(self) -> dict[str, Any]:
+        """As plain values; `contrast`, where there is some, is for whoever knows the stripped prompts to add."""
+        values = asdict(self)
+        del values["contrast"]
+        return values
 
 
 def stream_of(task_id: str, sample: int) -> tuple[int, int]:
@@ -69,7 +79,7 @@ def encode_task(
     else:
         asked = task.prompt
     if isinstance(asked, str):  # continued as it stands: it has no turns
-        encoding = dataclasses.replace(encoding, system_prompt=None)
+        encoding = replace(encoding, system_prompt=None)
     ids = tuple(encoding.encode_prompt(tokenizer, asked))
     if not ids:
         raise DataError(f"task {task.task_id!r} has an empty prompt: a model continues at least one token")
@@ -83,16 +93,30 @@ def sampling_requests(
     settings: SamplingSettings,
     n: int,
     encoding: Encoding = DEFAULT_ENCODING,
+    stripped_prompt: str | None = None,
 ) -> list[SamplingRequest]:
-    """n requests per task; the key is `TASK#SAMPLE`."""
+    """n requests per task; the key is `TASK#SAMPLE`. With `settings.contrast` each has its stripped prompt."""
     from fdiv.inference.sampling import SamplingRequest
 
+    stripped: list[EvalTask | None] = [None] * len(tasks)
+    if settings.contrast is not None:
+        assert stripped_prompt is not None
+        found, same = stripped_tasks(tasks, stripped_prompt)
+        stripped = list(found)
+        if same:
+            info(f"stripped_prompt leaves {same} of {len(tasks)} prompts as they are: nothing is contrasted there")
     requests = []
-    for task in tasks:
+    for task, bare in zip(tasks, stripped, strict=True):
         ids = encode_task(task, tokenizer, prompt, encoding)
+        stripped_ids = () if bare is None else encode_task(bare, tokenizer, prompt, encoding)
         requests += [
             SamplingRequest(
-                f"{task.task_id}#{sample:06d}", ids, settings.max_new_tokens, stream=stream_of(task.task_id, sample)
+                f"{task.task_id}#{sample:06d}",
+                ids,
+                settings.max_new_tokens,
+                rows=1 if bare is None else 2,
+                stream=stream_of(task.task_id, sample),
+                stripped_ids=stripped_ids,
             )
             for sample in range(n)
         ]

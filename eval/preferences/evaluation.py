@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -118,6 +119,7 @@ class PreferencesEvalConfig(RowOptions):
         # What the reference says never changes in a run: measured at the first stage, used again at the second, where
         # a run with precomputed reference log-probs has no reference model any more.
         self._reference: dict[str, Any] = {}
+        self._cache_dir: Path | None = None
 
     def evaluate(
         self,
@@ -142,14 +144,17 @@ class PreferencesEvalConfig(RowOptions):
                 "are those of f_dpo or d2o: leave this evaluation out"
             )
         rows = self._rows(tokenizer, datasets, context)
+        alone = context.stage == "standalone" and "trainer" not in (context.extra or {})
+        self._cache_dir = Path(context.output_dir) / "cache" if alone else None
         prompts = _unique_prompts(rows)[: self.max_prompts]
         policy = {half: self._score(model, rows, half) for half in _HALVES}
         with reference_of(model, context.reference_model, at_start=context.stage == "before") as reference:
             if reference is not None and "scores" not in self._reference:
-                self._reference["scores"] = {half: self._score(reference, rows, half) for half in _HALVES}
+                self._reference["scores"] = {half: self._score(reference, rows, half, "reference") for half in _HALVES}
                 if self.num_samples:
-                    samples = self._sample(reference, tokenizer, prompts, context.seed, 1.0)
-                    self._reference["samples"] = samples, self._score_samples(reference, prompts, samples)[0]
+                    samples = self._sample(reference, tokenizer, prompts, context.seed, 1.0, "reference")
+                    log_prob = self._score_samples(reference, prompts, samples, "reference")[0]
+                    self._reference["samples"] = samples, log_prob
         scored = self._reference.get("scores")
         metrics = _pair_metrics(policy, scored, context.training_args, self.ece_bins)
         if self.num_samples:
@@ -190,7 +195,20 @@ class PreferencesEvalConfig(RowOptions):
         return cut
 
     # ---------------------------------------------------------------- passes over the data
-    def _texts(self, model: Any, texts: Sequence[tuple[Sequence[int], Sequence[int]]], token_level: bool, title: str):
+    def _digest(self, model: Any, role: str) -> str:
+        """What is kept depends on the weights, and on the role: a model may be its own reference, its adapter off."""
+        from fdiv.models.fingerprints import weights_fingerprint
+
+        return "" if self._cache_dir is None else f"{role} {weights_fingerprint(model)}"
+
+    def _texts(
+        self,
+        model: Any,
+        texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+        token_level: bool,
+        title: str,
+        role: str,
+    ):
         from accelerate.utils import extract_model_from_parallel
 
         from fdiv.inference.prompting import EncodedText
@@ -200,16 +218,33 @@ class PreferencesEvalConfig(RowOptions):
             ScoringRequest(f"{i:08d}", EncodedText((*prompt, *completion), len(prompt)), token_level)
             for i, (prompt, completion) in enumerate(texts)
         ]
+        model = extract_model_from_parallel(model)
         found = score_texts(
-            extract_model_from_parallel(model), requests, pad_id=0, batch_size=self.batch_size, title=title
+            model,
+            requests,
+            pad_id=0,
+            batch_size=self.batch_size,
+            title=title,
+            cache_dir=self._cache_dir,
+            model_digest=self._digest(model, role),
         )
         return [found[request.key] for request in requests]
 
-    def _score(self, model: Any, rows: list[dict[str, Any]], half: str) -> _Scores:
+    def _score(self, model: Any, rows: list[dict[str, Any]], half: str, role: str = "policy") -> _Scores:
         texts = [(row["prompt_ids"], row[f"{half}_ids"]) for row in rows]
-        return _as_scores(self._texts(model, texts, False, f"scoring {half} completions"))
+        return _as_scores(self._texts(model, texts, False, f"scoring {half} completions", role))
 
-    def _sample(self, model: Any, tokenizer: Any, prompts: list[_Prompt], seed: int, temperature: float):
+    def _sample(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompts: list[_Prompt],
+        seed: int,
+        temperature: float,
+        role: str = "policy",
+    ):
+        from fdiv.inference.cache import ItemCache, fingerprint
+        from fdiv.inference.processes import process_state
         from fdiv.inference.sampling import SamplingRequest, sample_completions
 
         requests = [
@@ -217,6 +252,9 @@ class PreferencesEvalConfig(RowOptions):
             for prompt in prompts
             for k in range(self.num_samples)
         ]
+        asked = [[list(prompt.ids), self.num_samples, self.max_new_tokens] for prompt in prompts]
+        number_type = str(next(model.parameters()).dtype)
+        digest = fingerprint(self._digest(model, role), asked, temperature, seed, number_type, tokenizer.eos_token_id)
         drawn = sample_completions(
             model,
             tokenizer,
@@ -224,13 +262,14 @@ class PreferencesEvalConfig(RowOptions):
             temperature=temperature,
             seed=seed,
             batch_size=self.batch_size,
+            cache=ItemCache(self._cache_dir, "samples", digest, process_state().process_index),
         )
         return [drawn[request.key] for request in requests]
 
-    def _score_samples(self, model: Any, prompts: list[_Prompt], samples: list[tuple[int, ...]]):
+    def _score_samples(self, model: Any, prompts: list[_Prompt], samples: list[tuple[int, ...]], role: str = "policy"):
         """Log-probs `[prompts, num_samples]` of samples, and the next-token entropy averaged over all their tokens."""
         repeated = [prompt.ids for prompt in prompts for _ in range(self.num_samples)]
-        records = self._texts(model, list(zip(repeated, samples, strict=True)), True, "scoring samples")
+        records = self._texts(model, list(zip(repeated, samples, strict=True)), True, "scoring samples", role)
         entropies = torch.tensor([-value for record in records for value in record["mean"]], dtype=torch.float64)
         return _as_scores(records).log_prob.view(len(prompts), self.num_samples), entropies.mean().item()
 
@@ -239,6 +278,14 @@ class PreferencesEvalConfig(RowOptions):
     ) -> dict[str, float | None]:
         own = self._sample(model, tokenizer, prompts, context.seed, self.temperature)
         own_log_prob, entropy = self._score_samples(model, prompts, own)
+        texts = [
+            {
+                "prompt": tokenizer.decode(prompt.ids, skip_special_tokens=True),
+                "completion": tokenizer.decode(own[index * self.num_samples], skip_special_tokens=True),
+            }
+            for index, prompt in enumerate(prompts)
+        ]
+        context.keep_examples("preferences", texts)
         metrics: dict[str, float | None] = {"entropy": entropy}
         if self.scorer is not None:
             metrics |= self._scored_samples(tokenizer, prompts, own)
@@ -248,7 +295,7 @@ class PreferencesEvalConfig(RowOptions):
         from_policy = None
         with reference_of(model, context.reference_model, at_start=context.stage == "before") as reference:
             if reference is not None:
-                from_policy = own_log_prob - self._score_samples(reference, prompts, own)[0]
+                from_policy = own_log_prob - self._score_samples(reference, prompts, own, "reference")[0]
         from_reference = None
         if "samples" in self._reference:
             samples, reference_log_prob = self._reference["samples"]

@@ -6,11 +6,12 @@ import numpy as np
 
 from fdiv.errors import DataError
 from fdiv.eval.benchmark.aggregation import Aggregates, check_retain_log, fresh
+from fdiv.eval.benchmark.attacked.values import put_attacks
 from fdiv.eval.benchmark.log import EvalLog
 from fdiv.eval.benchmark.presets import Preset
 from fdiv.eval.metrics import truth
 
-__all__ = ["SETS", "UTILITY_PARTS", "aggregate_tofu"]
+__all__ = ["ATTACKED", "SETS", "UTILITY_PARTS", "aggregate_tofu"]
 
 SETS = ("forget", "retain", "ra", "wf")
 """Row sets of a TOFU log: forget, retain, real authors, world facts."""
@@ -21,6 +22,12 @@ UTILITY_PARTS = tuple(
     for part in ("Q_A_Prob" if s == "retain" else "Q_A_Prob_normalised", "Q_A_ROUGE", "Truth_Ratio")
 )
 """The nine parts of model utility."""
+
+ATTACKED = (
+    *("forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_truth_ratio", "forget_quality"),
+    *("extraction_strength", "exact_memorization", "retain_Q_A_Prob"),
+)
+"""What is shown of an attack."""
 
 
 def _truth_name(row_set: str) -> str:
@@ -197,4 +204,5 @@ def aggregate_tofu(log: EvalLog, preset: Preset, retain: EvalLog | None = None) 
     _put_forget_quality(result, ratios, reference)
     result.privleak(reference)
     _put_retrained_distance(result, reference)
+    put_attacks(result, retain, lambda own, other: aggregate_tofu(own, preset, other), ATTACKED, ("retain_Q_A_Prob",))
     return result

@@ -3,21 +3,22 @@ loaded."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fdiv.errors import DataError
+from fdiv.eval.benchmark.sources import Rows, first_of, load_rows
+from fdiv.eval.layouts.layout import load_layout
 from fdiv.eval.tofu.rows import Row, checked_rows, forget_columns
-from fdiv.files import DATA_FORMATS, folded, read_csv_rows, read_json_lines
+from fdiv.files import DATA_FORMATS, folded
 from fdiv.inference.cache import fingerprint
-from fdiv.rows.loading import loaded
-from fdiv.rows.sources import Source, mark_source
 
-__all__ = ["HUB_DATASET", "TofuRows", "load_rows", "load_tofu_rows"]
+__all__ = ["HUB_DATASET", "TofuRows", "load_rows", "load_tofu_rows", "question_rows"]
 
 HUB_DATASET = "locuslab/TOFU"
+_SETS = {"forget": "forget", "retain": "retain", "ra": "real_authors", "wf": "world_facts", "holdout": "holdout"}
+"""Row set → its name in a layout."""
 
 
 @dataclass
@@ -37,96 +38,15 @@ class TofuRows:
         return fingerprint([forget_columns(row) for row in self.forget])
 
 
-class Rows(list[Row]):
-    """Rows with their origin, for messages."""
-
-    fdiv_source: Source
-
-
-def _read_file(path: Path, name: str) -> Rows:
-    if path.suffix == ".parquet":
-        from datasets import Dataset
-
-        rows = Rows(loaded(lambda: Dataset.from_parquet(str(path)), str(path), quiet=True).to_list())
-    else:
-        rows = Rows(read_csv_rows(path) if path.suffix == ".csv" else read_json_lines(path))
-    return mark_source(rows, Source(name, path))
-
-
-def load_rows(source: str, name: str, split: str = "train") -> Rows:
-    """Rows of one configuration of a dataset.
-
-    Args:
-        source: a local folder holding `NAME.json`, `.jsonl` (JSON lines or one JSON array), `.parquet` or `.csv`, or a
-            hub name.
-        name: the file's stem, or the configuration on the hub.
-        split: split on the hub.
-    Raises:
-        FileNotFoundError: the local folder has no such file, the hub dataset no such configuration (a DataError is
-            raised for an unreachable one).
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        for suffix in DATA_FORMATS:
-            if (folder / f"{name}{suffix}").exists():
-                return _read_file(folder / f"{name}{suffix}", name)
-        raise FileNotFoundError(f"{folder} has no {name}{_SUFFIXES}")
-    if folder.is_absolute() or source.startswith(".") or folder.suffix in DATA_FORMATS:
-        raise DataError(f"data {'file' if folder.suffix in DATA_FORMATS else 'folder'} {source} does not exist")
-    from datasets import load_dataset
-
-    try:
-        rows = Rows(load_dataset(source, name, split=split).to_list())
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if re.match("BuilderConfig .* not found", reason):
-            raise FileNotFoundError(f"{source} has no configuration {name}") from None
-        raise DataError(
-            f"{source} ({name}) cannot be had from the hub: {reason}; give a local folder with --data"
-        ) from None
-    return mark_source(rows, Source(f"{source} ({name})"))
-
-
-_SUFFIXES = f"{', '.join(list(DATA_FORMATS)[:-1])} or {list(DATA_FORMATS)[-1]}"
-
-
-def _first_of(source: str, names: Sequence[str]) -> tuple[str, Rows]:
-    """(name, rows) of the first of `names` that `source` has; a name may also be the path of a file.
-
-    Raises:
-        FileNotFoundError: it has none of them.
-    """
-    reasons = []
-    for name in names:
-        path = Path(name)
-        if path.suffix in DATA_FORMATS:
-            if not path.is_file():
-                raise DataError(f"data file {name} does not exist")
-            return path.stem, _read_file(path, path.stem)
-        try:
-            if Path(source).is_file():
-                raise FileNotFoundError(f"{source} is one file of forget rows and has no set {name}")
-            return name, load_rows(source, name)
-        except FileNotFoundError as error:
-            reasons.append(str(error))
-    raise FileNotFoundError(reasons[0] + (f", nor {' or '.join(names[1:])}" if names[1:] else ""))
-
-
 def _set_names(split: str, holdout: str | None, retain: str | None) -> dict[str, list[str]]:
     """Which names are looked for, by row set; the first that exists is read."""
-    other = split.replace("forget", "retain")
-    retains = (
-        ["retain_perturbed", f"{other}_perturbed", other, "retain"]
-        if other != split
-        else ["retain_perturbed", "retain"]
-    )
-    return {
-        "forget": [f"{split}_perturbed", split],
-        "retain": [retain] if retain else list(dict.fromkeys(retains)),
-        "ra": ["real_authors_perturbed", "real_authors"],
-        "wf": ["world_facts_perturbed", "world_facts"],
-        "holdout": [holdout or split.replace("forget", "holdout")],
-    }
+    own = {"split": split, "retain": split.replace("forget", "retain")}
+    own["holdout"] = holdout or split.replace("forget", "holdout")
+    sets = load_layout("tofu").filled(own).sets
+    names = {row_set: list(sets[name].names) for row_set, name in _SETS.items()}
+    # A split that is not called forget… has no retain set of its own.
+    others = list(dict.fromkeys(name for name in names["retain"] if name not in names["forget"]))
+    return names | {"retain": [retain] if retain else others}
 
 
 def _pairs(rows: Sequence[Row]) -> set[tuple[str, str]]:
@@ -162,17 +82,33 @@ def load_tofu_rows(
         split, names = Path(source).stem, _set_names(Path(source).stem, holdout, retain) | {"forget": [source]}
     else:
         names = _set_names(split, holdout, retain)
+
+    def read(row_set: str) -> tuple[str, Rows]:
+        if row_set == "holdout" and names["holdout"] == [split]:
+            raise FileNotFoundError(f"split {split} names no holdout set; give one with --holdout")
+        return first_of(source, names[row_set])
+
+    return question_rows(split, read, f"the forget set of split {split}{_files_of(source)}")
+
+
+def question_rows(split: str, read: Callable[[str], tuple[str, Rows]], forget: str = "the forget set") -> TofuRows:
+    """The row sets of a benchmark of questions, checked.
+
+    Args:
+        split: what they are called. read: (name, rows) of `forget`, `retain`, `ra`, `wf` or `holdout`;
+            FileNotFoundError with the reason where there are none. forget: what an error calls the forget set.
+
+    Raises:
+        DataError: see `load_tofu_rows`.
+    """
     sets: dict[str, list[Row]] = {}
     missing: dict[str, str] = {}
-    for row_set, wanted in names.items():
-        if row_set == "holdout" and wanted == [split]:
-            sets[row_set], missing[row_set] = [], f"split {split} names no holdout set; give one with --holdout"
-            continue
+    for row_set in _SETS:
         try:
-            name, rows = _first_of(source, wanted)
+            name, rows = read(row_set)
         except FileNotFoundError as error:
             if row_set == "forget":
-                raise DataError(f"{error}: the forget set of split {split}{_files_of(source)}") from None
+                raise DataError(f"{error}: {forget}") from None
             sets[row_set], missing[row_set] = [], str(error)
             continue
         sets[row_set], reasons = checked_rows(rows, name, row_set)

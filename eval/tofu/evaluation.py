@@ -6,21 +6,22 @@ values = evaluation.aggregate(evaluation.run(model)).values
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fdiv.errors import DataError
 from fdiv.eval.benchmark.aggregation import Aggregates
-from fdiv.eval.benchmark.evaluation import ModelEvaluation, Records
-from fdiv.eval.benchmark.log import EvalLog, write_eval_log
+from fdiv.eval.benchmark.evaluation import ModelEvaluation, Records, evaluate_in_memory
+from fdiv.eval.benchmark.log import EvalLog
 from fdiv.eval.benchmark.rows import set_reports
 from fdiv.eval.benchmark.settings import EvaluationSettings
 from fdiv.eval.tofu.aggregate import aggregate_tofu
 from fdiv.eval.tofu.data import HUB_DATASET, TofuRows, load_tofu_rows
 from fdiv.eval.tofu.plan import TofuPlan, build_metrics, plan_tofu
+from fdiv.eval.tofu.rows import as_read, checked_rows
 from fdiv.evaluation import EvalContext
-from fdiv.inference.processes import process_state
 from fdiv.models.loading import context_length
 from fdiv.named import lookup
 from fdiv.rows.report import RowReport
@@ -66,6 +67,10 @@ class TofuEvalConfig(EvaluationSettings):
         elif not self.split:
             raise DataError("split is empty: name a forget set of the data")
 
+    def rows(self) -> TofuRows:
+        """The rows of all sets, checked."""
+        return load_tofu_rows(self.split, self.data, self.holdout, self.retain_data)
+
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, datasets: Any, context: EvalContext
     ) -> dict[str, Any]:
@@ -76,20 +81,17 @@ class TofuEvalConfig(EvaluationSettings):
         `datasets` is not used: TOFU's rows come from `data`. A reference model in the context serves the Reference
         attack when no `reference_model` is named.
         """
-        run = TofuEvaluation(self, tokenizer)
-        for report in run.row_reports(model):
-            context.report_rows(report, self.min_used_fraction)
-        run.retain_log()
-        result = run.aggregate(run.run(model, reference_model=run.load_reference() or context.reference_model))
-        if process_state().is_main_process:
-            write_eval_log(Path(context.output_dir) / f"tofu_{context.stage}" / "TOFU_EVAL.json", result.log)
-        return {**result.values, "notes": dict(result.notes)}
+        return evaluate_in_memory(TofuEvaluation, self, model, tokenizer, context)
 
 
 class TofuEvaluation(ModelEvaluation):
     """A TOFU evaluation; see `ModelEvaluation`."""
 
     benchmark = "tofu"
+    attacked_metrics = (
+        *("forget_Q_A_Prob", "forget_Q_A_PARA_Prob", "forget_Q_A_PERT_Prob", "forget_Q_A_ROUGE"),
+        *("extraction_strength", "exact_memorization", "retain_Q_A_Prob"),
+    )
     fluency = ("forget_Q_A_ROUGE", "forget_Q_A_gibberish", 32)
     config: TofuEvalConfig
     plan: TofuPlan
@@ -97,7 +99,7 @@ class TofuEvaluation(ModelEvaluation):
 
     def _prepare(self) -> None:
         config = self.config
-        self.rows = load_tofu_rows(config.split, config.data, config.holdout, config.retain_data)
+        self.rows = config.rows()
         self.missing = self.rows.missing
         self.plan = plan_tofu(self.rows, self.tokenizer, config.prompt(), self.preset, config.max_items)
         self.retain_metric = self.plan.forget_metric
@@ -117,6 +119,32 @@ class TofuEvaluation(ModelEvaluation):
     ) -> dict[str, dict[str, Any]]:
         """The metric tree of per-item values from the passes' results."""
         return build_metrics(self.plan, records, generations, reference, gradnorms)
+
+    def attack_rows(self) -> list[dict[str, Any]]:
+        """The forget rows."""
+        return [as_read(row) for row in self.rows.forget]
+
+    def attack_context(self) -> dict[str, Any]:
+        """The prompt format; the retain rows as neighbours, where there are any."""
+        neighbours = {"neighbours": [as_read(row) for row in self.rows.retain]} if self.rows.retain else {}
+        return {"prompt": self.config.prompt(), **neighbours}
+
+    def attack_row(self, key: str) -> int | None:
+        """The number in a key of the forget rows."""
+        return int(key.split("/")[1]) if key.startswith("forget_") else None
+
+    def under_attack(self, rows: Sequence[Mapping[str, Any]], chosen: Sequence[int], weights: bool) -> TofuEvaluation:
+        """With the attacked forget rows, and as many retain rows, scored alone, where the weights were attacked."""
+        view, source = copy.copy(self), "forget rows under attack"
+        forget, _ = checked_rows([dict(row) for row in rows], source, "forget")
+        retain = self.rows.retain if weights else []
+        view.rows = replace(self.rows, forget=forget, retain=retain, ra=[], wf=[], holdout=[])
+        view.plan = plan_tofu(view.rows, self.tokenizer, self.config.prompt(), self.preset, len(chosen), chosen)
+        view.plan.scoring = [
+            r for r in view.plan.scoring if not r.key.startswith(("retain_Q_A_PARA", "retain_Q_A_PE"))
+        ]
+        view.plan.generation = [r for r in view.plan.generation if r.key.startswith("forget_")]
+        return view
 
     def aggregate(self, log: EvalLog) -> Aggregates:
         """Aggregates of a log of this evaluation against its retain log."""

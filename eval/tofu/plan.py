@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fdiv.eval.benchmark.evaluation import selected_rows
 from fdiv.eval.benchmark.items import attack_rows, memorization_rows, probability_row
 from fdiv.eval.benchmark.log import EvalLog
 from fdiv.eval.benchmark.presets import Preset
+from fdiv.eval.benchmark.rows import selected_rows
 from fdiv.eval.metrics.text_overlap import rouge_scores
 from fdiv.eval.tofu.data import TofuRows
 from fdiv.eval.tofu.rows import Row, encode_row
+from fdiv.eval.unlearning.attacks.rows import left_to_say
 from fdiv.inference.greedy import GenerationRequest
 from fdiv.inference.prompting import PromptFormat
 from fdiv.inference.scoring import ScoringRequest
@@ -78,11 +79,12 @@ def plan_tofu(
     prompt: PromptFormat,
     preset: Preset,
     max_items: int | None = None,
+    chosen: Sequence[int] | None = None,
 ) -> TofuPlan:
     """Encode everything the metrics need, each text once.
 
     `max_items` keeps that many evenly spaced rows of every set, a cheap look at a model during training; indices stay
-    those of the full set.
+    those of the full set. `chosen`: the forget rows that count instead.
     """
     plan = TofuPlan(preset, rows)
 
@@ -98,7 +100,8 @@ def plan_tofu(
     for name in ("forget", "retain", "ra", "wf"):
         row_set = getattr(rows, name)
         limit = preset.max_rows if name in ("forget", "retain") else None
-        for i in selected_rows(len(row_set), limit, max_items):
+        every = name != "forget" or chosen is None
+        for i in selected_rows(len(row_set), limit, max_items) if every else chosen or ():
             row = row_set[i]
             # The greedy answer goes on from where the labels of the true one begin.
             prompt_ids = score(f"{name}_Q_A_Prob/{i}", row, row["answer"], token_level=name == "forget")
@@ -108,9 +111,10 @@ def plan_tofu(
                 score(f"{name}_Q_A_PERT_Prob/{i}/{k}", row, wrong)
             key = f"{name}_Q_A_ROUGE/{i}"
             bound = preset.answer_tokens - (len(prompt_ids) if preset.answer_bound == "total" else 0)
-            expected = len(tokenizer(row["answer"], add_special_tokens=False)["input_ids"])
+            left = left_to_say(row["answer"], row.get("given"))
+            expected = len(tokenizer(left, add_special_tokens=False)["input_ids"])
             plan.generation.append(GenerationRequest(key, prompt_ids, max(0, bound), expected))
-            plan.questions[key], plan.truths[key] = row["question"], row["answer"].strip()
+            plan.questions[key], plan.truths[key] = row["question"], left.strip()
     for i in selected_rows(len(rows.holdout), preset.max_rows, max_items):
         score(f"holdout/{i}", rows.holdout[i], rows.holdout[i]["answer"], token_level=True)
     return plan

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError
+from fdiv.eval.unlearning.attacks.rows import encode
 from fdiv.inference.prompting import EncodedText, PromptFormat
 from fdiv.rows.checks import Check, answer_fault, check_one_format, check_rows, prompt_fault, text_fault, texts_fault
 from fdiv.rows.sources import Source, source_of
-from fdiv.training.data_checks import row_variables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Row", "checked_rows", "encode_row", "forget_columns"]
+__all__ = ["Row", "as_read", "checked_rows", "encode_row", "forget_columns"]
 
 Row = dict[str, Any]
 _PAIRS = (("prompt", "completion"), ("question", "answer"))
@@ -123,11 +123,15 @@ def _spaced(text: Any, answer: str) -> Any:
 
 def encode_row(row: Row, answer: str, prompt: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> EncodedText:
     """The row's prompt with `answer`, encoded as the trainers encode rows of its columns."""
-    variables = row_variables(row)
-    if row["asked"] == "format":
-        return prompt.encode(tokenizer, row["question"], answer, **variables)
-    given = [{"role": "assistant", "content": answer}] if row["asked"] == "messages" else answer
-    return prompt.encoding.encode(tokenizer, row["prompt"], given, **variables)
+    return encode(row, tokenizer, prompt, answer)
+
+
+def as_read(row: Row) -> Row:
+    """The row under the columns it was read from, as attacks take it."""
+    own = {column: value for column, value in row.items() if column != "asked"}
+    if row["asked"] != "format":
+        own = {column: value for column, value in own.items() if column not in _PAIRS[1]}
+    return own
 
 
 def forget_columns(row: Row) -> list[Any]:

@@ -118,7 +118,12 @@ def _hints(config: type) -> dict[str, tuple[type, ...]]:
 
 
 def fault(value: Any, kinds: tuple[type, ...], declared: Declaration) -> str | None:
-    """What `value` must be and is not; None where it is right."""
+    """What `value` must be and is not; None where it is right.
+
+    Args:
+        value: of the option, as given. kinds: the types its annotation allows.
+        declared: its bounds, choices and whether it may be null.
+    """
     if value is None and NoneType in kinds:
         return None if declared.null else f"a number {declared.allowed}"
     if not isinstance(value, bool) and value in declared.also:

@@ -11,6 +11,7 @@ _POSITIVE = declare(above=0, most=1e6)
 
 SHARED: dict[str, Declaration] = {
     "seed": declare(least=0, most=2**32 - 1, why="NumPy takes no other seed"),
+    "attack_seed": declare(least=0, most=2**32 - 1),
     "learning_rate": _POSITIVE,
     "epochs": _POSITIVE,
     "temperature": declare(least=0, most=1e6),

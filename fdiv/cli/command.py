@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import NoReturn
 
 import fdiv
@@ -25,6 +25,7 @@ from fdiv.files import place_fault
 from fdiv.interrupts import stoppable
 from fdiv.models.dtypes import add_dtype
 from fdiv.secrets import learn_environment, learn_words, redacted
+from fdiv.versions import untested_message
 
 __all__ = ["main"]
 
@@ -43,6 +44,11 @@ _MODELS = """\
 A fetched model is an ordinary model folder (config, safetensors, tokenizer, licence): ~/.cache/fdiv/models/NAME, or
 below the folder that the environment variable FDIV_MODELS names. Recipes name it, `model_name_or_path: NAME`, and so
 does `fdiv eval KIND --model NAME`. To empty the cache, remove the folder. `fdiv models` alone lists the names.
+"""
+_REPLAY = """\
+The run goes on from its last checkpoint before the first step that held one of the rows, without them: the result is
+that of the same run with `exclude_rows: FILE` from the beginning, bit for bit on a CPU. Where it would not be, the
+command says why and trains nothing. docs/replay.md says what the batch log tells, and to whom.
 """
 _DEBUG_HELP = "show the traceback of an error instead of one line"
 
@@ -94,11 +100,16 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--collect", action="store_true", help="draw table and plots again from results.json, and stop")
 
     evaluate = verbs.add_parser("eval", help="evaluate a model: " + ", ".join(EVAL_COMMANDS))
+    evaluate.usage = "fdiv eval KIND [--accelerate NAME_OR_FILE [--num_processes N]] [--debug] [--KEY VALUE ...]"
     evaluate.add_argument("kind", metavar="KIND", help=", ".join(EVAL_COMMANDS) + ", or module:attribute")
     evaluate.add_argument("arguments", nargs=argparse.REMAINDER, help="see `fdiv eval KIND --help`")
 
     # Its flags are those of its settings class, which `fdiv --help` need not import.
     verbs.add_parser("presample", help="sample the reference, split the prompts, cache rehearsal rows", add_help=False)
+
+    verbs.add_parser("teach", help="keep a teacher's top k of every token, for training without it", add_help=False)
+    # The same: some of them are an evaluation's.
+    verbs.add_parser("unlearn", help="make a model forget rows of yours, and report what is left", add_help=False)
 
     report = verbs.add_parser("report", help="write one HTML page and plots from run or sweep directories")
     report.add_argument("directories", nargs="+", metavar="DIR", help="the output_dir of a run or of a sweep")
@@ -118,6 +129,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_dtype(merge)
     merge.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
+
+    again = verbs.add_parser("replay", help="a finished run again without some of its rows, exactly", epilog=_REPLAY)
+    again.add_argument("run", metavar="RUN", help="the output_dir of a finished run with batch_log: true")
+    again.add_argument("--without", required=True, metavar="FILE", help="the rows to leave out, lines of the data")
+    again.add_argument("--output", metavar="DIR", help="where the new run goes; else RUN-replay")
+    again.add_argument("--dry_run", "--dry-run", action="store_true", help="print what would be done and stop")
+    again.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
 
     models = verbs.add_parser("models", help="list and fetch pretrained models that need no hub", epilog=_MODELS)
     actions = models.add_subparsers(dest="action", metavar="ACTION", parser_class=_Parser)
@@ -152,7 +170,11 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 for a failed run, 2 for a wrong recipe or command line."""
+    """Run one command and return its exit code: 0, 1 for a failed run, 2 for a wrong recipe or command line.
+
+    Args:
+        argv: the words after `fdiv`; those of the process when None.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     args = argparse.Namespace()
     try:
@@ -188,7 +210,7 @@ def _command(words: list[str], args: argparse.Namespace) -> int:
         terminal.error(f"the recipe comes first: fdiv {words[0]} RECIPE {words[1]} …")
         return 2
     _, rest = build_parser().parse_known_args(words, args)
-    if rest and args.verb not in ("run", "sweep", "presample"):
+    if rest and args.verb not in ("run", "sweep", "presample", "teach", "unlearn"):
         terminal.error(f"unrecognized arguments: {' '.join(rest)} (see `fdiv {args.verb} --help`)")
         return 2
     # TRL's own defaults use the deprecated spelling; whoever reads the terminal can do nothing about it.
@@ -196,6 +218,9 @@ def _command(words: list[str], args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     # When it is imported on a CPU with AVX512-BF16 it misses a kernel that has no gradient and is not used.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    untested = untested_message()
+    if untested:
+        terminal.info(f"fdiv: {untested}")
     return _VERBS[args.verb](args, rest, words)
 
 
@@ -220,6 +245,8 @@ _GO_ON = {
     "eval": "run the same command again; a kind that keeps its items goes on from them",
     "presample": "run the same command again; it goes on from the finished samples",
     "sweep": "run the same command again; finished cells are kept",
+    "teach": "run the same command again; it goes on at the first file that is missing",
+    "unlearn": "run the same command again with --resume",
 }
 
 
@@ -256,21 +283,17 @@ def _sweep(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
 
 
 def _eval(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from fdiv.cli.eval_verb import add_process_arguments, evaluate
+
     command = EVAL_COMMANDS.find(args.kind, "fdiv eval", error=RecipeError)
     parser = _Parser(prog=f"fdiv eval {args.kind}", description=inspect.getdoc(command))
     command.add_arguments(parser)
+    add_process_arguments(parser)
     parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
     kind_args = parser.parse_args(args.arguments)
     _check_numbers(kind_args, DataError)
     args.debug = kind_args.debug
-    if not vars(kind_args).get("output"):
-        return command.run(kind_args)
-    from pathlib import Path
-
-    from fdiv.lock import output_lock
-
-    with output_lock(Path(kind_args.output)):
-        return command.run(kind_args)
+    return evaluate(command, kind_args, words)
 
 
 def _check_numbers(args: argparse.Namespace, error: type[FdivError]) -> None:
@@ -288,13 +311,36 @@ def _check_numbers(args: argparse.Namespace, error: type[FdivError]) -> None:
 def _presample(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     from fdiv.rl.presample import command
 
-    parser = _Parser(prog="fdiv presample", description=inspect.getdoc(command))
+    return _own_flags("presample", command, args, words)
+
+
+def _teach(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from fdiv.distillation.teach import command
+
+    return _own_flags("teach", command, args, words)
+
+
+def _own_flags(verb: str, command: ModuleType, args: argparse.Namespace, words: list[str]) -> int:
+    """Run a verb whose flags are those of its settings class."""
+    parser = _Parser(prog=f"fdiv {verb}", description=inspect.getdoc(command))
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
     own_args = parser.parse_args(words[1:])
     _check_numbers(own_args, RecipeError)
     args.debug = own_args.debug
     return command.run(own_args)
+
+
+def _unlearn(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from fdiv.cli import unlearn_verb
+
+    parser = _Parser(prog="fdiv unlearn", description=inspect.getdoc(unlearn_verb), epilog=unlearn_verb.EPILOG)
+    unlearn_verb.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
+    own_args, overrides = parser.parse_known_args(words[1:])
+    _check_numbers(own_args, RecipeError)
+    args.debug = own_args.debug
+    return unlearn_verb.unlearn(own_args, overrides, words)
 
 
 def _report(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
@@ -311,6 +357,12 @@ def _merge(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
     from fdiv.cli.verbs import merge
 
     return merge(args)
+
+
+def _replay(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
+    from fdiv.cli.replay_verb import replay
+
+    return replay(args, words)
 
 
 def _models(args: argparse.Namespace, rest: list[str], words: list[str]) -> int:
@@ -342,8 +394,11 @@ _VERBS = {
     "sweep": _sweep,
     "eval": _eval,
     "presample": _presample,
+    "teach": _teach,
+    "unlearn": _unlearn,
     "report": _report,
     "merge": _merge,
+    "replay": _replay,
     "models": _models,
     "methods": _methods,
     "divergences": _divergences,

@@ -37,10 +37,10 @@ def methods() -> int:
 def divergences(spec: str | None) -> int:
     """The registry as a table, or one entry in full."""
     if spec is not None:
-        from fdiv.divergences import get_divergence
+        from fdiv.divergences import get_distance
 
         try:
-            return _one_divergence(get_divergence(_with_example(parse_value(spec))))
+            return _one_divergence(get_distance(_with_example(parse_value(spec))))
         except (ValueError, TypeError) as error:
             raise RecipeError(str(error)) from error
     weights = [f"t·f'' at {t:g}" for t in _RATIOS]
@@ -49,6 +49,7 @@ def divergences(spec: str | None) -> int:
         f"Limits that depend on a parameter are those at {_EXAMPLE}. `fdiv divergences NAME` shows one in full, with "
         "the methods that refuse it and why; `fdiv methods` says for every method which it takes.",
         "t·f''(t) is the weight of a sample with density ratio t = policy/reference: which samples f listens to.",
+        "cauchy_schwarz and gated have no f: they compare whole next-token distributions (f_distill, to_teacher).",
     ]
     rows = _written("divergences")
     print_table("Divergences D_f(policy ‖ reference)", columns, rows, notes, text_columns=(0, 1, 5 + len(_RATIOS)))
@@ -62,8 +63,8 @@ def _written(table: str) -> list[list[str]]:
 
 def computed_tables() -> dict[str, list[list[str]]]:
     """The rows of `fdiv methods` and `fdiv divergences`, from the classes; `make tables` writes them down."""
-    from fdiv.divergences import get_divergence, list_divergences
-    from fdiv.divergences.registry import aliases_of, parameters_of
+    from fdiv.divergences import get_distance, get_divergence, list_distances, list_divergences
+    from fdiv.divergences.registry import EXAMPLES, aliases_of, distance_parameters, parameters_of
 
     entries = {
         name: get_divergence({"name": name, **dict.fromkeys(parameters_of(name), _EXAMPLE)})
@@ -74,29 +75,39 @@ def computed_tables() -> dict[str, list[list[str]]]:
         method = METHODS.find(name)
         refused = [other for other, entry in entries.items() if _refusal(method, entry)]
         valid = "–" if method.check_divergence is None else "all" if not refused else f"all but {', '.join(refused)}"
+        without_f = [other for other in list_distances() if not _refusal(method, get_distance(EXAMPLES[other]))]
+        if method.check_divergence is not None and without_f:
+            valid += f", and {', '.join(without_f)}"
         rows["methods"].append([name, method.title, method.paper, valid])
     for name, entry in entries.items():
         limits = (_curvature(entry), entry.derivative_at_zero, entry.slope_at_infinity)
         weights = [_density_weight(entry, t) for t in _RATIOS]
         shown = [_limit_or_dash(limit) for limit in (*limits, *weights)]
         rows["divergences"].append([name, ", ".join(parameters_of(name)), *shown, ", ".join(aliases_of(name))])
+    for name in list_distances():
+        dashes = ["–"] * (3 + len(_RATIOS))
+        rows["divergences"].append([name, ", ".join(distance_parameters(name)), *dashes, ""])
     return rows
 
 
 def _with_example(spec: Any) -> Any:
-    """A bare name with parameters gets the example value, so that it can be shown."""
+    """A bare name with parameters gets example values, so that it can be shown."""
     from fdiv.divergences import list_divergences
-    from fdiv.divergences.registry import parameters_of
+    from fdiv.divergences.registry import EXAMPLES, parameters_of
 
+    if isinstance(spec, str) and spec in EXAMPLES:
+        return EXAMPLES[spec]
     if isinstance(spec, str) and spec in list_divergences():
         return {"name": spec, **dict.fromkeys(parameters_of(spec), _EXAMPLE)}
     return spec
 
 
 def _one_divergence(entry: Any) -> int:
-    from fdiv.divergences import list_divergences
+    from fdiv.divergences import Divergence, list_divergences
     from fdiv.divergences.registry import aliases_of
 
+    if not isinstance(entry, Divergence):
+        return _show(entry, [("f(t)", "– (a value for whole distributions)"), ("valid for", _valid_for(entry))])
     at_zero, curvature = entry.at_zero, _curvature(entry)
     rows = [
         ("f''(1)", "– (total variation has a corner there)" if curvature is None else _limit(curvature)),
@@ -109,6 +120,11 @@ def _one_divergence(entry: Any) -> int:
     ]
     if entry.name in list_divergences():
         rows.append(("aliases", ", ".join(aliases_of(entry.name)) or "–"))
+    return _show(entry, rows)
+
+
+def _show(entry: Any, rows: list[tuple[str, str]]) -> int:
+    """The table of one member, with the methods that refuse it, and its docstring."""
     for name in METHODS:
         reason = _refusal(METHODS.find(name), entry)
         if reason:

@@ -18,7 +18,7 @@ from fdiv.run.plan import RunPlan
 from fdiv.terminal import binary_size, error, info, is_main_process, print_table
 from fdiv.training.merge import merge_adapter, trained_rounding
 
-__all__ = ["merge", "run", "sweep"]
+__all__ = ["memory_plan", "merge", "run", "sweep"]
 
 
 def run(args: argparse.Namespace, overrides: list[str], words: list[str]) -> int:
@@ -72,11 +72,11 @@ def _dry_run(
     if is_main_process():
         sys.stdout.write(resolved_yaml(plan.recipe))
         sys.stdout.flush()
-        _memory_plan(plan, accelerate, num_processes)
+        memory_plan(plan, accelerate, num_processes)
     return 0
 
 
-def _memory_plan(run: RunPlan, accelerate: str | None, num_processes: int | None) -> None:
+def memory_plan(run: RunPlan, accelerate: str | None, num_processes: int | None) -> None:
     """The memory plan as a table on stderr, or one line that says why there is none."""
     from fdiv.memory.placement import read_placement
     from fdiv.memory.plan import plan_memory

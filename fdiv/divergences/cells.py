@@ -80,3 +80,9 @@ def _capped_growth(log_mass: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
     low = torch.exp(log_mass + exponent.clamp(max=DEFAULT_MAX_EXPONENT))
     excess = (exponent - DEFAULT_MAX_EXPONENT).relu_()
     return low * (1.0 + torch.log1p(excess)), low / (1.0 + excess)
+
+
+def log_sum_exp(values: Tensor) -> Tensor:
+    """logsumexp over the last axis whose gradient is 0, not NaN, for a row of −inf."""
+    empty = torch.isneginf(values).all(-1)
+    return values.masked_fill(empty.unsqueeze(-1), 0.0).logsumexp(-1).masked_fill(empty, -math.inf)

@@ -1,4 +1,5 @@
-"""The registry: names, aliases and refusals, and `get_divergence`, the one way a name becomes a `Divergence`."""
+"""The registry: names, aliases and refusals; `get_divergence`, the one way a name becomes a `Divergence`, and
+`get_distance`, which also gives the members without an f."""
 
 from __future__ import annotations
 
@@ -7,12 +8,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fdiv.divergences.base import Divergence
+from fdiv.divergences.distances import CauchySchwarz, Distance, Gated
 from fdiv.divergences.entries import ENTRIES
+from fdiv.divergences.gates import Gate, get_gate
 from fdiv.divergences.powers import Alpha
 from fdiv.named import build_own, is_path, nearest, own_object
 
 #: What `get_divergence` accepts.
 DivergenceSpec = str | Mapping[str, Any] | Divergence
+
+#: What `get_distance` accepts.
+DistanceSpec = DivergenceSpec | Distance
 
 _factories: dict[str, Callable[..., Divergence]] = {}
 _aliases: dict[str, str] = {}
@@ -74,7 +80,7 @@ def register_divergence(
             raise ValueError(f"{new!r} is not a valid divergence name: use lower case letters, digits and underscores")
         if new in _AMBIGUOUS:
             raise ValueError(f"{new!r} is ambiguous and stays refused: choose a name that says the argument order")
-        if new in _factories or new in _aliases:
+        if new in _factories or new in _aliases or new in _DISTANCES:
             raise ValueError(f"a divergence called {new!r} is already registered: choose another name")
     _factories[name] = factory
     _aliases.update(dict.fromkeys(aliases, name))
@@ -94,18 +100,72 @@ def get_divergence(spec: DivergenceSpec) -> Divergence:
     """
     if isinstance(spec, Divergence):
         return spec
-    if isinstance(spec, str):
-        return _build(spec, {})
-    if isinstance(spec, Mapping):
-        parameters = dict(spec)
-        name = parameters.pop("name", None)
-        if not isinstance(name, str):
-            raise ValueError(
-                f"a divergence mapping needs a `name`, got {dict(spec)!r}: e.g. {{name: alpha, alpha: 0.3}}"
-            )
+    if isinstance(spec, Distance):
+        raise ValueError(_no_f(spec.label))
+    name, parameters = _name_and_parameters(spec)
+    if _normalise(name) in _DISTANCES:
+        raise ValueError(_no_f(_normalise(name)))
+    return _build(name, parameters)
+
+
+def get_distance(spec: DistanceSpec) -> Divergence | Distance:
+    """As `get_divergence`, where a value for whole distributions is enough: also `cauchy_schwarz`, `{name: gated,
+    forward: …, reverse: …, gate: …}`, and a `Distance` (returned as is).
+
+    Raises:
+        ValueError, TypeError: as `get_divergence`; for `gated` also as `get_gate`.
+    """
+    if isinstance(spec, Divergence | Distance):
+        return spec
+    name, parameters = _name_and_parameters(spec)
+    if is_path(name):
+        found = own_object(name, "divergence", _OWN, lambda found: isinstance(found, Distance) or _is_own(found))
+        return build_own(found, parameters, f"divergence {name!r}", _OWN, Divergence | Distance)
+    factory = _DISTANCES.get(_normalise(name))
+    if factory is None:
         return _build(name, parameters)
-    raise TypeError(
-        f"a divergence is given by its name, a mapping or a Divergence, got {type(spec).__name__}: {spec!r}"
+    _check_parameters(name, factory, parameters, str(EXAMPLES[_normalise(name)]).replace("'", ""))
+    return factory(**parameters)
+
+
+def list_distances() -> list[str]:
+    """The names that `get_distance` takes and `get_divergence` does not, sorted."""
+    return sorted(_DISTANCES)
+
+
+def distance_parameters(name: str) -> list[str]:
+    """The parameters that a name of `list_distances` needs, in order."""
+    return list(inspect.signature(_DISTANCES[name]).parameters)
+
+
+def gated(forward: DistanceSpec, reverse: DistanceSpec, gate: Mapping[str, Any] | Gate) -> Gated:
+    """γ·D_forward + (1 − γ)·D_reverse, γ by a gate per token: see `fdiv.divergences.distances.Gated`.
+
+    Args:
+        forward, reverse: any members: f-divergences, other distances. gate: a spec of `get_gate`, such as
+            `{"name": "teacher_entropy", "threshold": 1.0}`.
+    """
+    return Gated(get_distance(forward), get_distance(reverse), get_gate(gate))
+
+
+def _name_and_parameters(spec: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(spec, str):
+        return spec, {}
+    if not isinstance(spec, Mapping):
+        raise TypeError(
+            f"a divergence is given by its name, a mapping or a Divergence, got {type(spec).__name__}: {spec!r}"
+        )
+    parameters = dict(spec)
+    name = parameters.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"a divergence mapping needs a `name`, got {dict(spec)!r}: e.g. {{name: alpha, alpha: 0.3}}")
+    return name, parameters
+
+
+def _no_f(name: str) -> str:
+    return (
+        f"{name} is no f-divergence: it has no f(t), only a value for whole next-token distributions (method "
+        "f_distill, evaluation to_teacher), and an f is needed here. `fdiv divergences` lists those with one"
     )
 
 
@@ -121,7 +181,7 @@ def parameters_of(name: str) -> list[str]:
 
 def _build(name: str, parameters: dict[str, Any]) -> Divergence:
     if is_path(name):
-        found = own_object(name, "divergence", _OWN, lambda found: isinstance(found, Divergence) or _is_factory(found))
+        found = own_object(name, "divergence", _OWN, _is_own)
         return build_own(found, parameters, f"divergence {name!r}", _OWN, Divergence)
     key = _normalise(name)
     if key in _AMBIGUOUS:
@@ -131,6 +191,13 @@ def _build(name: str, parameters: dict[str, Any]) -> Divergence:
     factory = _factories.get(key) or _CONVENTIONS.get(key)
     if factory is None:
         raise ValueError(f"unknown divergence {name!r}{_did_you_mean(key)}; known: {', '.join(list_divergences())}")
+    wanted = inspect.signature(factory).parameters
+    example = ", ".join([f"name: {key}", *(f"{parameter}: 0.3" for parameter in wanted)])
+    _check_parameters(name, factory, parameters, f"{{{example}}}")
+    return factory(**parameters)
+
+
+def _check_parameters(name: str, factory: Callable[..., Any], parameters: dict[str, Any], example: str) -> None:
     wanted = list(inspect.signature(factory).parameters)
     for parameter in parameters:
         if parameter not in wanted:
@@ -138,20 +205,21 @@ def _build(name: str, parameters: dict[str, Any]) -> Divergence:
             raise ValueError(f"divergence {name!r} has no parameter {parameter!r}: {takes}")
     missing = [parameter for parameter in wanted if parameter not in parameters]
     if missing:
-        example = ", ".join([f"name: {key}", *(f"{parameter}: 0.3" for parameter in wanted)])
-        raise ValueError(f"divergence {name!r} needs the parameter {missing[0]!r}: write {{{example}}}")
-    return factory(**parameters)
+        raise ValueError(f"divergence {name!r} needs the parameter {missing[0]!r}: write {example}")
 
 
 _OWN = "a Divergence, or a function of its parameters that returns one"
 
 
-def _is_factory(found: Any) -> bool:
-    return callable(found) and not (inspect.isclass(found) and not issubclass(found, Divergence))
+def _is_own(found: Any) -> bool:
+    """Whether a user's object is a `Divergence`, or may make one."""
+    if inspect.isclass(found):
+        return issubclass(found, Divergence | Distance)
+    return isinstance(found, Divergence) or callable(found)
 
 
 def _did_you_mean(key: str) -> str:
-    near = nearest(key, [*_factories, *_aliases, *_CONVENTIONS], count=3)
+    near = nearest(key, [*_factories, *_aliases, *_CONVENTIONS, *_DISTANCES], count=3)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
@@ -172,6 +240,18 @@ def _alpha_counted_from_forward_kl(alpha: float) -> Divergence:
 _CONVENTIONS: dict[str, Callable[..., Divergence]] = {
     "alpha_trl": _alpha_counted_from_forward_kl,
     "alpha_dpg": _alpha_counted_from_forward_kl,
+}
+
+#: Members without an f, for `get_distance` alone; and how each is written.
+_DISTANCES: dict[str, Callable[..., Distance]] = {"cauchy_schwarz": CauchySchwarz, "gated": gated}
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "cauchy_schwarz": {"name": "cauchy_schwarz"},
+    "gated": {
+        "name": "gated",
+        "forward": "forward_kl",
+        "reverse": "reverse_kl",
+        "gate": {"name": "entropy_gap", "width": 1.0},
+    },
 }
 
 for _name, _entry in ENTRIES.items():

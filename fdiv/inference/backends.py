@@ -10,7 +10,6 @@ import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,16 +96,8 @@ class ServerSource:
         self.served = self._served(model, served_model)
 
     def _served(self, model: str, name: str | None) -> str:
-        offered = self.server.models()
-        for entry in offered:
-            same_place = Path(model).exists() and Path(str(entry.get("root"))).resolve() == Path(model).resolve()
-            if entry["id"] == name or (name is None and (model in (entry["id"], entry.get("root")) or same_place)):
-                return entry["id"]
-        names = ", ".join(str(entry["id"]) for entry in offered)
-        raise RolloutError(
-            f"{self.server.base_url} serves {names}, not {name or model}: start the server with the reference, or "
-            "say with server_model which of them is the reference"
-        )
+        remedy = "start the server with the reference, or say with server_model which of them is the reference"
+        return self.server.find(name or model, remedy)["id"]
 
     def draw(self, requests: Sequence[SamplingRequest], cache: ItemCache, title: str) -> Drawn:
         """Token ids of one completion per request, by key; call it on all processes."""

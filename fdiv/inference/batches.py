@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from fdiv.errors import DataError
 from fdiv.inference.cache import ItemCache
-from fdiv.inference.processes import process_state
+from fdiv.inference.processes import SharedCount, process_state
+from fdiv.terminal import info
 
-__all__ = ["collective_forward", "run_batches"]
+__all__ = ["collective_forward", "cut_batches", "run_batches"]
 
 
 class _Unit(Protocol):
@@ -26,6 +28,8 @@ class _Unit(Protocol):
     def rows(self) -> int: ...
 
 
+_LOOK = 0.2  # seconds between two looks at how far the others have come
+
 U = TypeVar("U", bound=_Unit)
 
 
@@ -36,7 +40,7 @@ def collective_forward() -> bool:
     return is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
-def _cut(units: Sequence[U], batch_size: int) -> list[list[U]]:
+def cut_batches(units: Sequence[U], batch_size: int) -> list[list[U]]:
     """Batches of at most `batch_size` rows (a larger unit stands alone), group by group, longest first."""
     batches: list[list[U]] = []
     rows = 0
@@ -69,7 +73,7 @@ def run_batches(
         compute: one batch in, one result per key out, each with its `key`.
         batch_size: rows of a batch.
         cache: where finished items are looked up and stored.
-        title: shown beside the progress bar of the main process.
+        title: shown beside the progress bar, which is the main process's and counts the batches of all.
         progress: False: no bar.
     """
     from accelerate.utils import gather_object
@@ -81,18 +85,28 @@ def run_batches(
     if len(set(keys)) != len(keys):
         raise ValueError(f"{title}: request keys are not unique")
     state = process_state()
-    pending = [b for b in _cut(units, batch_size) if any(key not in cache.items for unit in b for key in unit.keys)]
+    pending = [
+        b for b in cut_batches(units, batch_size) if any(key not in cache.items for unit in b for key in unit.keys)
+    ]
     state.wait_for_everyone()  # everybody has read the cache before anybody appends
     own = pending[state.process_index :: state.num_processes]
     steps = -(-len(pending) // state.num_processes) if collective_forward() else len(own)
+    count = SharedCount()
+    if 0 < len(pending) < state.num_processes and progress:
+        idle = state.num_processes - len(pending)
+        said = f"{len(pending)} {'batches' if len(pending) > 1 else 'batch'} for {state.num_processes} processes"
+        info(f"{title}: {said}, so {idle} of them wait; batches of fewer rows are shared by more")
     with Progress(disable=not progress or not state.is_main_process, transient=True) as bar:
-        task = bar.add_task(title, total=steps)
+        task = bar.add_task(title, total=len(pending))
         for step in range(steps):
             if step < len(own):
                 cache.add(compute(own[step]))
+                bar.update(task, completed=count.add(1))
             else:
                 compute(pending[-1])  # keeps sharded forwards in step; the result is another process's
-            bar.advance(task)
+        while count.shared and (done := count.add(0)) < len(pending):  # a signal is heard here, in a collective not
+            bar.update(task, completed=done)
+            time.sleep(_LOOK)
     if state.num_processes > 1:
         mine = [cache.items[key] for batch in own for unit in batch for key in unit.keys]
         for item in gather_object(mine):

@@ -11,13 +11,28 @@ from typing import Any
 from fdiv.sealed import NO_DIGEST, SealedLines, sealed_line
 from fdiv.terminal import info
 
-__all__ = ["ItemCache", "fingerprint"]
+__all__ = ["ItemCache", "fingerprint", "kept_keys"]
+
+_REMEDY = "delete the file to evaluate its items again"
 
 
 def fingerprint(*parts: Any) -> str:
     """Hex digest of JSON-serialisable parts: the same parts, the same digest, in every process and run."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def kept_keys(folder: Path | None, kind: str, digest: str) -> set[str]:
+    """Keys of the items that an `ItemCache` of these arguments would find; nothing is written.
+
+    Raises:
+        DataError: a line of a file is damaged; the line is named.
+    """
+    if folder is None:
+        return set()
+    files = sorted((Path(folder) / f"{kind}-{digest}").glob("rank*.jsonl"))
+    found = [SealedLines.read(file, _REMEDY) for file in files]
+    return {item["key"] for lines in found if lines.checked for item in lines.items}
 
 
 class ItemCache:
@@ -50,7 +65,7 @@ class ItemCache:
 
     def _read(self, file: Path) -> None:
         """Take the items of a file; of our own, cut off what cannot be used, so that whole lines follow whole ones."""
-        lines = SealedLines.read(file, "delete the file to evaluate its items again")
+        lines = SealedLines.read(file, _REMEDY)
         if not lines.checked:
             info(f"{file}: {NO_DIGEST}; its {len(lines.items)} items are evaluated again")
         elif lines.torn:

@@ -151,6 +151,13 @@ def generate_texts(
         By key: `generation` (text up to the end token, special tokens removed) and `tokens` (their number).
     Raises:
         DataError: a prompt and its bound exceed the model's context.
+
+    Args:
+        model: on the device it runs on. tokenizer: decodes, and pads.
+        requests: prompts with their bounds; keys differ. batch_size: prompts of a batch, at most.
+        cache_dir: finished batches are kept there and looked up; None: nowhere.
+        model_digest: what the answers depend on besides the prompts.
+        title: of the progress bar, which is shown where `progress`.
     """
     from accelerate.utils import extract_model_from_parallel
     from transformers import GenerationConfig

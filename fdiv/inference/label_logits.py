@@ -1,14 +1,16 @@
 """Logits at the label positions of a batch of texts, with as little computation as the model allows.
 
 Answers to one question share its prompt: the prompt is run once, and its keys and values are repeated for the
-answers. Models whose cache does not allow that get the plain forward.
+answers. Models whose cache does not allow that get the plain forward. Either way the LM head multiplies the positions
+that predict a label, and no prompt or padding.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -86,11 +88,47 @@ def plain_label_logits(
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     if "logits_to_keep" in accepted:
-        logits = model(**inputs, logits_to_keep=torch.arange(first, last, device=device)).logits
+        inputs["logits_to_keep"] = torch.arange(first, last, device=device)
     else:
-        logits = model(**inputs).logits[:, first:last]
-    row_index, column_index = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
-    return LabelLogits(logits[row_index, column_index - 1 - first], ids.to(device)[row_index, column_index], counts)
+        first, last = 0, width
+    wanted = torch.zeros(len(texts), last - first, dtype=torch.bool)
+    row_index, column_index = torch.tensor(rows), torch.tensor(columns)
+    wanted[row_index, column_index - 1 - first] = True
+    return LabelLogits(_logits_at(model, inputs, wanted), ids[row_index, column_index].to(device), counts)
+
+
+def _logits_at(model: Any, inputs: dict[str, Any], wanted: Tensor) -> Tensor:
+    """Logits [N, V] of a forward at the N positions that are True in `wanted` [B, T], row by row."""
+    index = wanted.flatten().nonzero().squeeze(-1).to(next(model.parameters()).device)
+    with _head_at(model, wanted.shape, index):
+        logits = model(**inputs).logits
+    if logits.shape[:2] == (1, len(index)):
+        return logits[0]
+    return logits.flatten(0, 1).index_select(0, index)
+
+
+@contextmanager
+def _head_at(model: Any, shape: torch.Size, index: Tensor) -> Iterator[None]:
+    """Inside, the LM head of `model` gets the hidden states [1, N, D] at `index` of the positions [B, T] = `shape`.
+
+    A head that is called otherwise, or not at all, is left unchanged: the logits are then those of all positions.
+    """
+    head = getattr(_base(model), "get_output_embeddings", lambda: None)()
+    if head is None or not hasattr(head, "register_forward_pre_hook"):
+        yield
+        return
+
+    def select(_module: Any, inputs: tuple[Any, ...]) -> Any:
+        hidden = inputs[0] if len(inputs) == 1 else None
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != shape:
+            return None
+        return (hidden.flatten(0, 1).index_select(0, index.to(hidden.device))[None],)
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class SharedPrompts:
@@ -132,13 +170,12 @@ class SharedPrompts:
         limit = getattr(_base(self._model).config, "max_position_embeddings", None)
         if limit is not None:
             positions = positions.clamp(max=limit - 1)  # padding may run past the table of learned positions
-        logits = self._model(
-            input_ids=ids.to(self._device),
-            attention_mask=torch.cat([self._mask[owner], mask], dim=1).to(self._device),
-            position_ids=positions.to(self._device),
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
+        inputs = {
+            "input_ids": ids.to(self._device),
+            "attention_mask": torch.cat([self._mask[owner], mask], dim=1).to(self._device),
+            "position_ids": positions.to(self._device),
+        }
         wanted = torch.arange(ids.shape[1]) < torch.tensor(counts)[:, None]
         labels = torch.tensor([token for text in texts for token in text.input_ids[text.prompt_length :]])
-        return LabelLogits(logits[wanted.to(self._device)], labels.to(self._device), counts)
+        logits = _logits_at(self._model, {**inputs, "past_key_values": cache, "use_cache": True}, wanted)
+        return LabelLogits(logits, labels.to(self._device), counts)

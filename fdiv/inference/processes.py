@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-__all__ = ["alone", "process_state"]
+__all__ = ["SharedCount", "alone", "join_processes", "process_state"]
 
 _ALONE: list[SimpleNamespace] = []
+_PATIENCE = datetime.timedelta(days=7)
+_counts = itertools.count()  # every process counts the same passes in the same order
 
 
 def process_state() -> PartialState:
@@ -26,10 +30,52 @@ def process_state() -> PartialState:
     """
     if _ALONE:
         return _ALONE[-1]
+    return _state()
+
+
+def _state(**options: Any) -> PartialState:
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return PartialState(cpu=True) if several and not torch.accelerator.is_available() else PartialState()
+    on_cpu = several and (parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    return PartialState(cpu=True, **options) if on_cpu else PartialState(**options)
+
+
+def join_processes() -> None:
+    """Join the processes of a launcher for an evaluation, before anything else does.
+
+    They may wait for each other for a week instead of torch's half an hour: shares of unequal work (long completions,
+    slow tests of programs) end at unequal times, and the launcher ends all of them where one fails.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _state(timeout=_PATIENCE)
+
+
+class SharedCount:
+    """A number that all processes add to and each can read, without a collective call: how far a pass has come.
+
+    Make one on every process, in the same order. With one process, or where torch.distributed has no store, it counts
+    this process alone.
+    """
+
+    def __init__(self) -> None:
+        self._store: Any = None
+        self._own = 0
+        if process_state().num_processes > 1:
+            self._key = f"fdiv/count/{next(_counts)}"
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                self._store = torch.distributed.distributed_c10d._get_default_store()
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes are counted too."""
+        return self._store is not None
+
+    def add(self, number: int) -> int:
+        """Add `number`, 0 to read; the sum over all processes."""
+        self._own += number
+        return self._own if self._store is None else int(self._store.add(self._key, number))
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from torch import Tensor
 from fdiv.errors import DataError
 from fdiv.inference.batches import run_batches
 from fdiv.inference.cache import ItemCache
+from fdiv.inference.contrastive import Contrast, ContrastProcessor
 from fdiv.inference.greedy import GenerationRequest, stop_token_ids
-from fdiv.inference.padding import safe_batch_size
+from fdiv.inference.padding import depends_on_padding, safe_batch_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,10 +27,11 @@ __all__ = ["SamplingRequest", "sample_completions"]
 class SamplingRequest(GenerationRequest):
     """One completion to draw: a prompt, the bound on the completion, and the numbers that pick its random stream.
 
-    Equal streams draw equal uniforms.
+    Equal streams draw equal uniforms. `stripped_ids` is the prompt that contrastive decoding compares with.
     """
 
     stream: tuple[int, ...] = ()
+    stripped_ids: tuple[int, ...] = ()
 
 
 class _InverseCDF:
@@ -69,6 +71,7 @@ def sample_completions(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 16,
+    contrast: Contrast | None = None,
     cache: ItemCache | None = None,
     title: str = "sampling",
     progress: bool = True,
@@ -85,6 +88,8 @@ def sample_completions(
         seed: with `stream`, determines the random numbers of a request.
         batch_size: prompts per call; no influence on the draws but for floating-point rounding. 1 for models whose
             scores depend on it (`fdiv.inference.padding`).
+        contrast: decode against the requests' `stripped_ids`, which doubles the rows; temperature and nucleus come
+            after. None: standard decoding.
         cache: where finished completions are looked up and stored; None: nowhere.
         title, progress: the progress bar.
 
@@ -92,7 +97,8 @@ def sample_completions(
         By key: the token ids of the completion, end token included where it was sampled.
 
     Raises:
-        DataError: `temperature` ≤ 0, `top_p` outside (0, 1], or a prompt and its bound exceed the model's context.
+        DataError: `temperature` ≤ 0, `top_p` outside (0, 1], a prompt and its bound exceed the model's context, or
+            `contrast` with a model whose scores depend on what stands beside a row.
     """
     from accelerate.utils import extract_model_from_parallel
     from transformers import GenerationConfig, LogitsProcessorList
@@ -104,8 +110,10 @@ def sample_completions(
     model = extract_model_from_parallel(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     limit = getattr(base.config, "max_position_embeddings", None)
+    if contrast is not None and (reason := depends_on_padding(model)) is not None:
+        raise DataError(f"contrastive decoding computes two prompts side by side, and {reason}: decode as standard")
     for request in requests:
-        prompt = len(request.prompt_ids)
+        prompt = max(len(request.prompt_ids), len(request.stripped_ids))
         if limit is not None and prompt + request.max_new_tokens > limit:
             raise DataError(
                 f"{request.key}: a prompt of {prompt} tokens and max_new_tokens={request.max_new_tokens} exceed the "
@@ -117,15 +125,21 @@ def sample_completions(
 
     @torch.no_grad()
     def compute(batch: list[SamplingRequest]) -> list[dict[str, Any]]:
-        width = max(len(request.prompt_ids) for request in batch)
         bound = max(request.max_new_tokens for request in batch)
-        ids = torch.full((len(batch), width), pad_id)
-        mask = torch.zeros_like(ids)
         uniforms = np.stack([np.random.default_rng((seed, *r.stream)).random(bound) for r in batch])
-        for row, request in enumerate(batch):
-            ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-            mask[row, width - len(request.prompt_ids) :] = 1
-        draw = _InverseCDF(torch.from_numpy(uniforms).to(device), width, temperature, top_p)
+        prompts = [request.prompt_ids for request in batch]
+        processors: list[Any] = []
+        if contrast is not None:  # the stripped prompts in a second half, which draws the same tokens
+            prompts += [request.stripped_ids for request in batch]
+            uniforms = np.concatenate([uniforms, uniforms])
+            processors = [ContrastProcessor(contrast)]
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), width), pad_id)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        processors.append(_InverseCDF(torch.from_numpy(uniforms).to(device), width, temperature, top_p))
         own_settings = base.generation_config
         # `generate` fills what is not set from the model's own generation config (penalties, forbidden tokens, …).
         base.generation_config = GenerationConfig(
@@ -135,11 +149,11 @@ def sample_completions(
             output = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                logits_processor=LogitsProcessorList([draw]),
+                logits_processor=LogitsProcessorList(processors),
             )
         finally:
             base.generation_config = own_settings
-        new = output[:, width:].tolist()
+        new = output[: len(batch), width:].tolist()
         return [
             {"key": request.key, "ids": _until_stop(row[: request.max_new_tokens], stop_ids)}
             for request, row in zip(batch, new, strict=True)

@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 __all__ = ["ScoringRequest", "TokenStatistics", "label_statistics", "score_texts", "scoring_digest"]
 
 _CHUNK_LOGITS = 2**24
+_CPU_CHUNK_LOGITS = 2**21  # 8 MiB stay in the cache of a core, and in the allocator's hands
+_CPU_TOKENS = 512  # of a forward on a CPU: matrices this high multiply as fast as higher ones, and stay in the cache
 _FORWARDS = 8  # forwards of one unit of work: enough answers to sort by length, few enough to save often
 _SHORTEST = 0.75  # the shortest row of a forward as a share of the longest: what is padded is computed too
+_CPU_SHORTEST = 0.9
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,14 @@ class TokenStatistics(NamedTuple):
     variance: Tensor
 
 
-def label_statistics(logits: Tensor, labels: Tensor, *, moments: bool = True) -> TokenStatistics:
+def label_statistics(logits: Tensor, labels: Tensor, *, moments: bool = True, hits: bool = True) -> TokenStatistics:
     """Reduce logits [N, V] at labels [N] in float32, chunk by chunk.
 
     mean = sum_v p_v log p_v (minus the entropy), variance = sum_v p_v (log p_v - mean)^2; both 0 unless `moments`.
+    `is_top1` is False unless `hits`.
     """
     parts = []
-    rows = max(1, _CHUNK_LOGITS // logits.shape[-1])
+    rows = max(1, (_CPU_CHUNK_LOGITS if logits.device.type == "cpu" else _CHUNK_LOGITS) // logits.shape[-1])
     for chunk, target in zip(logits.split(rows), labels.split(rows), strict=True):
         log_p = torch.log_softmax(chunk.float(), dim=-1)
         mean = variance = torch.zeros(len(target), device=log_p.device)
@@ -98,8 +102,8 @@ def label_statistics(logits: Tensor, labels: Tensor, *, moments: bool = True) ->
             mean = (p * finite).sum(-1)
             variance = (p * (finite - mean[:, None]).square()).sum(-1)
         picked = log_p.gather(-1, target[:, None]).squeeze(-1)
-        hits = chunk.argmax(-1) == target
-        parts.append(TokenStatistics(*(value.cpu() for value in (picked, hits, mean, variance))))
+        top = chunk.argmax(-1) == target if hits else torch.zeros_like(target, dtype=torch.bool)
+        parts.append(TokenStatistics(*(value.cpu() for value in (picked, top, mean, variance))))
     return TokenStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -115,7 +119,8 @@ def _score_batch(
     lengths = {r.key: r.text.label_count if share else len(r.text.input_ids) for r in requests}
     requests.sort(key=lambda request: (-lengths[request.key], request.key))
     records = []
-    for part in _forwards(requests, lengths, batch_size) if cut else [requests]:
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    for part in _forwards(requests, lengths, batch_size, on_cpu) if cut else [requests]:
         texts = [request.text for request in part]
         if prompts is not None:
             found = prompts.logits(texts)
@@ -126,13 +131,15 @@ def _score_batch(
 
 
 def _forwards(
-    requests: Sequence[ScoringRequest], lengths: dict[str, int], batch_size: int
+    requests: Sequence[ScoringRequest], lengths: dict[str, int], batch_size: int, on_cpu: bool
 ) -> list[list[ScoringRequest]]:
-    """Consecutive parts of a list sorted by length: at most `batch_size` rows of like length."""
+    """Consecutive parts of a list sorted by length: at most `batch_size` rows of like length; few tokens on a CPU."""
+    tokens, shortest = (_CPU_TOKENS, _CPU_SHORTEST) if on_cpu else (math.inf, _SHORTEST)
     parts: list[list[ScoringRequest]] = []
     for request in requests:
-        length = lengths[request.key]
-        if not parts or len(parts[-1]) == batch_size or length < _SHORTEST * lengths[parts[-1][0].key]:
+        longest = lengths[parts[-1][0].key] if parts else 0
+        full = not parts or len(parts[-1]) == batch_size or (len(parts[-1]) + 1) * longest > tokens
+        if full or lengths[request.key] < shortest * longest:
             parts.append([])
         parts[-1].append(request)
     return parts
@@ -141,7 +148,8 @@ def _forwards(
 def _records(requests: Sequence[ScoringRequest], found: LabelLogits) -> list[dict[str, Any]]:
     if not any(request.token_level for request in requests):
         # One reduction for all: the common case, and the fast one.
-        statistics = label_statistics(found.logits, found.labels, moments=False)
+        wanted = any(request.hits for request in requests)
+        statistics = label_statistics(found.logits, found.labels, moments=False, hits=wanted)
         columns = zip(statistics.log_prob.split(found.counts), statistics.is_top1.split(found.counts), strict=True)
         return [
             _record(request, values) | ({"is_top1": hits.int().tolist()} if request.hits else {})
@@ -150,7 +158,8 @@ def _records(requests: Sequence[ScoringRequest], found: LabelLogits) -> list[dic
     records = []
     pairs = zip(found.logits.split(found.counts), found.labels.split(found.counts), strict=True)
     for request, (logits, labels) in zip(requests, pairs, strict=True):
-        statistics = label_statistics(logits, labels, moments=request.token_level)
+        wanted = request.token_level or request.hits
+        statistics = label_statistics(logits, labels, moments=request.token_level, hits=wanted)
         record = _record(request, statistics.log_prob)
         if request.token_level:
             log_prob, hits, mean, variance = (value.tolist() for value in statistics)

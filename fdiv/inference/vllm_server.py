@@ -1,6 +1,6 @@
 r"""Rollouts from a vLLM server over plain HTTP, with weights passed through a directory.
 
-The server lives in an environment of its own (`make setup-vllm`); the trainer's needs no vLLM. Start it with
+The server may live in another environment or on another machine; the trainer's needs no vLLM. Start it with
 
     VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server \
         --model MODEL --logprobs-mode processed_logprobs
@@ -25,30 +25,72 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["VLLMServer", "VLLMServerRollouts", "merged_state_dict"]
+__all__ = ["NoAnswerError", "VLLMServer", "VLLMServerRollouts", "merged_state_dict"]
+
+
+class NoAnswerError(RolloutError):
+    """Nothing answers, or the server says that it cannot just now (5xx, 429): the same request may succeed later.
+
+    Attributes:
+        status: of the answer; None: there was none.
+        wait: seconds that the server asks to wait (Retry-After); None: it says nothing.
+    """
+
+    def __init__(self, message: str, status: int | None = None, wait: float | None = None) -> None:
+        super().__init__(message)
+        self.status, self.wait = status, wait
 
 
 class VLLMServer:
-    """A vLLM server with the OpenAI end points.
+    """A vLLM server, or another with the OpenAI end points.
 
     Args:
-        base_url: http(s)://host:port of the server.
+        base_url: http(s)://host:port of the server, with or without `/v1` behind it.
         timeout: seconds to wait for one answer.
         setting: the key or flag that gave `base_url`, for messages.
+        key: what the server wants to see as a bearer token; None: nothing.
 
     Raises:
         ValueError: `base_url` is no http(s) address.
         RolloutError: (when asked) no answer, or one that is an error or no JSON.
     """
 
-    def __init__(self, base_url: str, *, timeout: float = 600.0, setting: str = "rollout_server_url") -> None:
+    def __init__(
+        self, base_url: str, *, timeout: float = 600.0, setting: str = "rollout_server_url", key: str | None = None
+    ) -> None:
         if not base_url.startswith(("http://", "https://")):
             raise ValueError(f"{setting}={base_url!r}: it must start with http:// or https://")
-        self.base_url, self.timeout, self.setting = base_url.rstrip("/"), timeout, setting
+        self.base_url = base_url.rstrip("/").removesuffix("/v1").rstrip("/")
+        self.timeout, self.setting, self._key = timeout, setting, key
 
     def models(self) -> list[dict[str, Any]]:
         """What the server serves: mappings with `id` and, from vLLM, `root` (the path or name it was started with)."""
-        return self.get("/v1/models")["data"]
+        answer = self.get("/v1/models")
+        offered = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(offered, list) or not all(isinstance(entry, dict) and "id" in entry for entry in offered):
+            raise RolloutError(
+                f"{self.base_url}/v1/models answered no list of models: give the address of an OpenAI-compatible "
+                f"server in {self.setting}"
+            )
+        return offered
+
+    def find(self, model: str | None, remedy: str) -> dict[str, Any]:
+        """The entry of `models` that is `model`: by the name it is served under, or the path or name it was started
+        with. None: the only one.
+
+        Raises:
+            RolloutError: it is not there, with `remedy`.
+        """
+        offered = self.models()
+        if model is None and len(offered) == 1:
+            return offered[0]
+        for entry in offered if model is not None else ():
+            root = entry.get("root")
+            same_place = Path(str(model)).exists() and Path(str(root)).resolve() == Path(str(model)).resolve()
+            if model in (entry["id"], root) or same_place:
+                return entry
+        names = ", ".join(str(entry["id"]) for entry in offered)
+        raise RolloutError(f"{self.base_url} serves {names}, not {model or 'one model alone'}: {remedy}")
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """The JSON answer to a POST of `body`; None for an empty answer."""
@@ -63,19 +105,38 @@ class VLLMServer:
         return self._open(urllib.request.Request(self.base_url + path))
 
     def _open(self, request: urllib.request.Request) -> Any:
+        if self._key is not None:  # not sent to where a redirection points
+            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                 content = answer.read()
-            return json.loads(content) if content else None
+            return json.loads(content, object_pairs_hook=_unique) if content else None
         except urllib.error.HTTPError as error:
             detail = " ".join(error.read(1000).decode(errors="replace").split())[:200]
-            raise RolloutError(f"vLLM server: {request.full_url} answered {error.code}: {detail}") from error
+            said = f"vLLM server: {request.full_url} answered {error.code}: {detail}"
+            if error.code >= 500 or error.code in (408, 429):
+                wait = str(error.headers.get("Retry-After") or "")
+                raise NoAnswerError(said, error.code, float(wait) if wait.isdecimal() else None) from error
+            remedy = (
+                "; the environment variable FDIV_API_KEY holds the key of an API" if error.code in (401, 403) else ""
+            )
+            raise RolloutError(said + remedy) from error
         except (OSError, http.client.HTTPException) as error:  # refused, reset or cut off half-way, timed out
-            raise RolloutError(
+            raise NoAnswerError(
                 f"no vLLM server answers at {request.full_url} ({error}): start one, or correct {self.setting}"
             ) from error
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RolloutError(f"{request.full_url} answered something that is no JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a name that stands twice Python would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} stands twice in an object")
+    return found
 
 
 class VLLMServerRollouts(VLLMServer):

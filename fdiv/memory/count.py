@@ -18,7 +18,7 @@ from fdiv.files import one_line
 if TYPE_CHECKING:
     from fdiv.memory.step_shape import StepShape
 
-__all__ = ["ModelCount", "Weight", "count_model", "count_saved"]
+__all__ = ["ModelCount", "Weight", "cache_bytes", "count_model", "count_saved"]
 
 
 class Weight(NamedTuple):
@@ -130,7 +130,13 @@ def count_model(
         _place(model)
         weights, stored = _weights(model, bits)
         layers = config.get_text_config().num_hidden_layers
-        count = ModelCount(weights, stored, None, cache=_cache_bytes(config, shape, mixed or dtype), layers=layers)
+        count = ModelCount(
+            weights,
+            stored,
+            None,
+            cache=cache_bytes(config, shape.sampled_rows, shape.sampled_tokens, (mixed or dtype).itemsize),
+            layers=layers,
+        )
         log = logging.getLogger("torch._subclasses.fake_tensor")  # prints a traceback of what is reported here
         level = log.level
         log.setLevel(logging.CRITICAL)
@@ -257,9 +263,9 @@ def _weights(model: nn.Module, bits: int | None) -> tuple[list[Weight], int]:
     return weights, stored
 
 
-def _cache_bytes(config: Any, shape: StepShape, dtype: torch.dtype) -> int:
-    """Keys and values of `sampled_rows` completions at their full length."""
+def cache_bytes(config: Any, rows: int, tokens: int, itemsize: int) -> int:
+    """Keys and values of `rows` completions of `tokens` tokens, in numbers of `itemsize` bytes."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return shape.sampled_rows * shape.sampled_tokens * text.num_hidden_layers * 2 * heads * width * dtype.itemsize
+    return rows * tokens * text.num_hidden_layers * 2 * heads * width * itemsize

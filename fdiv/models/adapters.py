@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from fdiv.errors import DataError
 from fdiv.files import read_json
 from fdiv.models.fetch import find_model
+from fdiv.sealed import file_digest
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["adapter_folder", "base_and_adapter", "fit_vocabulary", "with_adapter"]
+__all__ = ["adapter_folder", "base_and_adapter", "check_base", "fit_vocabulary", "with_adapter"]
 
 _SETTINGS = "adapter_config.json"
 # What an adapter and its tokenizer are made of; nothing else of a hub repository is downloaded.
@@ -63,6 +64,48 @@ def base_and_adapter(model: str, adapter: str | None = None) -> tuple[str, str |
     return find_model(base) or base, str(folder)
 
 
+def check_base(adapter: str, model: str) -> None:
+    """Refuse an adapter that was trained on another base than `model`.
+
+    The two are one where the adapter names it, by path, hub name or the name of a packaged model, or where the folder
+    it names holds the same weights. A base that was moved is taken for the same where the last part of its path is.
+
+    Raises:
+        DataError: no adapter, one that does not name its base, or one of another base.
+    """
+    folder = adapter_folder(adapter)
+    if folder is None:
+        raise DataError(f"{adapter} is no adapter: a folder with {_SETTINGS}, or a name on the hub, is needed")
+    named = read_json(folder / _SETTINGS).get("base_model_name_or_path")
+    if not named:
+        raise DataError(f"the adapter {adapter} does not name its base: set base_model_name_or_path in {_SETTINGS}")
+    ours, theirs = _place(model), _place(named)
+    if ours == theirs or _same_weights(ours, theirs):
+        return
+    if not Path(theirs).is_dir() and Path(ours).name == Path(theirs).name:
+        return  # it stood elsewhere when the adapter was trained
+    raise DataError(
+        f"the adapter {adapter} was trained on {named}, not on {model}: name that base, or where it only moved, "
+        f"correct base_model_name_or_path in {folder / _SETTINGS}"
+    )
+
+
+def _place(name: str) -> str:
+    found = find_model(name) or name
+    return str(Path(found).resolve()) if Path(found).is_dir() else found
+
+
+def _same_weights(ours: str, theirs: str) -> bool:
+    """Whether two folders hold weights of the same bytes."""
+    files = [sorted(Path(place).glob("*.safetensors")) if Path(place).is_dir() else [] for place in (ours, theirs)]
+    if not files[0] or [file.name for file in files[0]] != [file.name for file in files[1]]:
+        return False
+    pairs = list(zip(*files, strict=True))
+    return all(a.stat().st_size == b.stat().st_size for a, b in pairs) and all(
+        file_digest(a) == file_digest(b) for a, b in pairs
+    )
+
+
 def fit_vocabulary(model: PreTrainedModel, adapter: str) -> None:
     """Give `model` as many rows as the adapter was trained with: tokens were added, or padding rows taken away.
 
@@ -101,8 +144,8 @@ def _matrices(model: PreTrainedModel) -> list[str]:
     return [name for name, module in model.named_modules() if any(module is one for one in own)]
 
 
-def with_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
-    """`model` with the adapter on it, after `fit_vocabulary`.
+def with_adapter(model: PreTrainedModel, adapter: str, trainable: bool = False) -> PeftModel:
+    """`model` with the adapter on it, after `fit_vocabulary`; `trainable`: to go on training it.
 
     Raises:
         DataError: no adapter can be read there, or it does not fit.
@@ -111,7 +154,7 @@ def with_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
 
     fit_vocabulary(model, adapter)
     try:
-        return PeftModel.from_pretrained(model, adapter)
+        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes
         raise DataError(f"no PEFT adapter can be loaded from {adapter}: {str(error).splitlines()[0]}") from None
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fdiv.errors import DataError
+from fdiv.files import home_path, one_line
 from fdiv.inference.processes import process_state
 from fdiv.models.adapters import base_and_adapter, with_adapter
 from fdiv.models.dtypes import dtype_name
@@ -26,6 +27,7 @@ __all__ = [
     "check_pad_token",
     "checked_tokenizer",
     "context_length",
+    "context_of",
     "keep_trainable_layout",
     "load_model",
     "load_second_model",
@@ -165,6 +167,26 @@ def context_length(model: nn.Module) -> int | None:
     while not hasattr(model, "config") and hasattr(model, "module"):  # DDP, DeepSpeed
         model = model.module
     return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+
+def context_of(model: str) -> int | None:
+    """`context_length` of a model by its path or hub name, read from its config without loading it; of an adapter that
+    of its base.
+
+    Raises:
+        DataError: the config cannot be read, or is that of an encoder-decoder model.
+    """
+    from transformers import AutoConfig
+
+    name = find_model(base_and_adapter(model)[0])
+    if (home_path(name).is_absolute() or name.startswith(".") or name.count("/") > 1) and not home_path(name).exists():
+        raise DataError(f"cannot load the model {model!r}: there is no such folder")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot load the model {model!r}: {one_line(error)}") from error
+    check_causal(config)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_fits(tokens: int, model: nn.Module, what: str, remedy: str) -> None:

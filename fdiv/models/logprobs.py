@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fdiv.models.label_positions import score_labels_only
 from fdiv.models.loading import check_fits, context_length, keep_trainable_layout
 
 if TYPE_CHECKING:
@@ -160,8 +161,9 @@ def check_fused_head(model: nn.Module) -> str | None:
 
     A head that fails, or is off by more than the rounding of its type, is replaced in place: the patched forward keeps
     its interface and computes the same values from the model's own logits (which then take memory). Said in one note
-    per run and architecture. Not checked, and kept: weights on the meta device, without values, or sharded (ZeRO-3,
-    FSDP), and a model whose own forward does not run where it lies (kernels for GPUs only).
+    per run and architecture. A head that is kept multiplies label positions only, on a CPU too (`score_labels_only`).
+    Not checked, and kept: weights on the meta device, without values, or sharded (ZeRO-3, FSDP), and a model whose own
+    forward does not run where it lies (kernels for GPUs only).
 
     Args:
         model: patched by `enable_fused_head` or by a TRL trainer, plain or wrapped.
@@ -177,6 +179,7 @@ def check_fused_head(model: nn.Module) -> str | None:
         _name_experts(base.config)
     if head is None or is_spread(base):
         return None
+    unpatch = score_labels_only(base, head.outputs)
     key = (type(base), type(base.get_output_embeddings()), base.config.to_json_string())
     if key not in _CHECKED:
         _CHECKED[key] = _fused_fault(base, head.temperature)
@@ -186,6 +189,7 @@ def check_fused_head(model: nn.Module) -> str | None:
                 "the model's own logits, which need more memory"
             )
     if _CHECKED[key] is not None:
+        unpatch()
         _add_plain_head(base, head)
     return _CHECKED[key]
 

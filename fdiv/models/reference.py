@@ -25,9 +25,18 @@ from fdiv.models.logprobs import TokenScores, enable_fused_head, token_scores
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["FrozenReference", "Reference", "frozen_copy", "placed", "reference_for_trl", "reference_of"]
+__all__ = [
+    "REFERENCE_ADAPTER",
+    "FrozenReference",
+    "Reference",
+    "frozen_copy",
+    "placed",
+    "reference_for_trl",
+    "reference_of",
+]
 
-_ADAPTER = "ref"  # the name TRL uses, so that its own tools find it
+REFERENCE_ADAPTER = "ref"
+"""Name of the frozen copy of an adapter: the one TRL uses, so that its own tools find it."""
 
 
 class Reference:
@@ -59,8 +68,8 @@ class Reference:
         self.trainer, self.model, self.adapter = trainer, model, None
         if model is None and is_peft_model(trainer.model):
             if copy_adapter:
-                self.adapter = _ADAPTER
-                trainer.model.add_adapter(_ADAPTER, trainer.model.peft_config[trainer.model.active_adapter])
+                self.adapter = REFERENCE_ADAPTER
+                trainer.model.add_adapter(REFERENCE_ADAPTER, trainer.model.peft_config[trainer.model.active_adapter])
                 self._copy_adapter()
             return
         if model is None:
@@ -91,26 +100,32 @@ class Reference:
         with self.active() as model:
             return token_scores(model, input_ids, attention_mask, completion_mask)
 
-    def refresh(self) -> None:
-        """Make the reference the current policy; call it on every process.
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ZeRO-3 or FSDP hold the weights in parts, so that they cannot be refreshed."""
+        plugin = self.trainer.args.deepspeed_plugin
+        return self.trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+    def refresh(self, share: float = 1.0) -> None:
+        """Make the reference the current policy, or move it by `share` of the way; call it on every process.
 
         Raises:
             DataError: weights sharded by ZeRO-3 or FSDP, or an adapter reference without a copy to write into.
         """
         trainer = self.trainer
-        if _is_sharded(trainer):
+        if self.is_sharded:
             raise DataError(
                 "a reference cannot be refreshed while weights are sharded (ZeRO-3, FSDP): use DDP or ZeRO-2"
             )
         if self.model is None:
             if self.adapter is None:
                 raise DataError("this reference is the base with the adapter off: make it with copy_adapter=True")
-            self._copy_adapter()
+            self._copy_adapter(share)
             return
         from trl.trainer.callbacks import SyncRefModelCallback
 
         unwrap = trainer.accelerator.unwrap_model
-        SyncRefModelCallback.sync_target_model(unwrap(trainer.model), unwrap(self.model), 1.0)
+        SyncRefModelCallback.sync_target_model(unwrap(trainer.model), unwrap(self.model), share)
 
     def save(self, directory: Path) -> None:
         """Write a refreshed copy of the weights; an adapter is in the trainer's own checkpoint already."""
@@ -133,7 +148,7 @@ class Reference:
         load_model(self.trainer.accelerator.unwrap_model(self.model), path)
 
     @torch.no_grad()
-    def _copy_adapter(self) -> None:
+    def _copy_adapter(self, share: float = 1.0) -> None:
         policy = self.trainer.accelerator.unwrap_model(self.trainer.model)
         active = policy.active_adapter
         parameters = dict(policy.named_parameters())
@@ -142,14 +157,9 @@ class Reference:
             parts = key.split(".")
             if active not in parts:
                 continue
-            copied = parameters[".".join(_ADAPTER if part == active else part for part in parts)]
-            copied.copy_(parameter)
+            copied = parameters[".".join(REFERENCE_ADAPTER if part == active else part for part in parts)]
+            copied.mul_(1.0 - share).add_(parameter, alpha=share) if share < 1.0 else copied.copy_(parameter)
             copied.requires_grad_(False)
-
-
-def _is_sharded(trainer: Any) -> bool:
-    plugin = trainer.args.deepspeed_plugin
-    return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
 
 def _second_model(trainer: Any) -> PreTrainedModel:
@@ -210,7 +220,7 @@ def reference_of(
     elif hasattr(policy, "peft_config"):
         from trl.trainer.utils import use_adapter
 
-        with use_adapter(policy, _ADAPTER if _ADAPTER in policy.peft_config else None):
+        with use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None):
             yield policy
     else:
         yield policy if at_start else None

@@ -4,7 +4,8 @@ For P = softmax(z) the student and Q the teacher, D_f(P‖Q) = ∑_v q_v f(t_v),
 
     ∂D_f/∂z_v = w_v − p_v ∑_u w_u,
 
-so that a row needs two numbers beside its normalisers. Rows are taken in blocks, as many as fit a budget of logits;
+so that a row needs two numbers beside its normalisers. A distance without an f (`fdiv.divergences.distances`) has its
+own few numbers a row. Rows are taken in blocks, as many as fit a budget of logits;
 the gradient is made from the blocks again (with a frozen head: in the same pass), so nothing of size [N, V] is kept.
 Values and gradients are those of `Divergence.exact` on the log-probabilities, the registry's overflow policy included.
 
@@ -15,26 +16,32 @@ raises an f-divergence, so it is a lower bound of the full one, and grows with k
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fdiv.divergences import Divergence, DivergenceSpec, get_divergence
-from fdiv.divergences.cells import Cells
+from fdiv.divergences import DistanceSpec, Divergence, DivergenceSpec, get_distance
+from fdiv.divergences.cells import Cells, log_sum_exp
+from fdiv.divergences.distances import Distance, Gated, as_distance
+from fdiv.divergences.saturation import as_float
 from fdiv.errors import DataError
 from fdiv.models.logprobs import causal_lm, evaluating, few_tokens, is_spread, with_position_ids
 
 __all__ = [
     "Head",
+    "TopK",
     "VocabularyScores",
     "check_head",
     "last_hidden_states",
     "logits_divergence",
     "model_head",
+    "score_topk",
     "score_vocabulary",
+    "top_tokens",
     "topk_divergence",
     "topk_vocabulary_divergence",
     "vocabulary_divergence",
@@ -46,7 +53,7 @@ _BLOCK, _BLOCK_ON_ACCELERATOR = 2**23, 2**26
 _TILE = 2**17
 #: Whether torch multiplies half precision out into float32 on a GPU.
 _WIDE_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
-#: How far above 1 the mass of a teacher's top k may be: what rounding its log-probabilities can do.
+#: How far above 1 the mass of a teacher's top k may be, beside what rounding its log-probabilities does to it.
 _MASS_ROUNDING = 1e-2
 
 
@@ -62,6 +69,12 @@ class Head(NamedTuple):
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+
+    def cut(self, tokens: int | None) -> Head:
+        """The head of the first `tokens` tokens; None: all."""
+        if tokens is None:
+            return self
+        return self._replace(weight=self.weight[:tokens], bias=None if self.bias is None else self.bias[:tokens])
 
 
 class TopK(NamedTuple):
@@ -81,7 +94,7 @@ def vocabulary_divergence(
     head_p: Tensor,
     hidden_q: Tensor,
     head_q: Tensor,
-    divergence: DivergenceSpec,
+    divergence: DistanceSpec,
     *,
     temperature: float = 1.0,
     bias_p: Tensor | None = None,
@@ -100,19 +113,20 @@ def vocabulary_divergence(
     Args:
         hidden_p: `[N, H]` last hidden states of the student. head_p: `[V, H]` its LM head.
         hidden_q: `[N, H']` those of the teacher. head_q: `[V, H']`.
-        divergence: any spec of `fdiv.divergences.get_divergence`.
+        divergence: any spec of `fdiv.divergences.get_distance`: an f-divergence, `cauchy_schwarz`, `gated`.
         temperature: T, of both.
         bias_p, bias_q: `[V]` biases of the heads. scale_p, scale_q: what the logits are multiplied by.
         softcap_p, softcap_q: z → softcap·tanh(z/softcap), after the scale.
 
     Raises:
         ValueError: shapes that do not fit, in particular vocabularies of two sizes; a temperature or soft cap that is
-            not above 0.
+            not above 0; a scale that is no number.
+        RuntimeError: a gradient of it is differentiated again.
     """
     student = Head(head_p, bias_p, scale_p, softcap_p)
     teacher = Head(head_q, bias_q, scale_q, softcap_q)
     _check_pair(hidden_p, student, hidden_q, teacher, temperature)
-    measure = _Whole(get_divergence(divergence), teacher, temperature)
+    measure = _Whole(divergence, teacher, temperature)
     return _Function.apply(hidden_p, head_p, bias_p, student, temperature, measure, hidden_q, head_q, bias_q)
 
 
@@ -120,16 +134,18 @@ class VocabularyScores(NamedTuple):
     """What `score_vocabulary` gives of each row, `[N]`; only `divergence` carries a gradient.
 
     Attributes:
-        divergence: D_f(P‖Q), nats.
+        divergence: D_f(P‖Q), or a distance without an f, nats.
         log_p, log_q: log-probability of the row's token under student and teacher, nats.
-        entropy_p, entropy_q: entropy of both distributions, nats.
+        entropy_p, entropy_q: entropy of both distributions, nats; None where a teacher does not say.
+        gate: γ, the weight of the forward member of a `gated` divergence; None of others.
     """
 
     divergence: Tensor
     log_p: Tensor
-    log_q: Tensor
+    log_q: Tensor | None
     entropy_p: Tensor
-    entropy_q: Tensor
+    entropy_q: Tensor | None
+    gate: Tensor | None = None
 
 
 def score_vocabulary(
@@ -138,37 +154,47 @@ def score_vocabulary(
     hidden_q: Tensor,
     head_q: Head,
     token_ids: Tensor,
-    divergence: DivergenceSpec,
+    divergence: DistanceSpec,
     *,
     temperature: float = 1.0,
+    uniform: bool = False,
 ) -> VocabularyScores:
     """`vocabulary_divergence` of two heads, and in the same pass what a trainer logs of the rows' `token_ids[N]`.
+
+    Args:
+        uniform: the caller's loss is a multiple of the sum of the rows. Then the gradients are made in the first pass
+            with a trained head too, which spares a fourth of the products; rows that weigh differently are an error
+            in the backward pass.
 
     Errors as there; a token outside the vocabulary is a ValueError, too.
     """
     _check_pair(hidden_p, head_p, hidden_q, head_q, temperature)
-    if token_ids.shape != hidden_p.shape[:1] or bool(((token_ids < 0) | (token_ids >= _rows_of(head_p.weight))).any()):
-        raise ValueError(f"token_ids must be one of {_rows_of(head_p.weight)} tokens for each of {len(hidden_p)} rows")
-    measure = _Whole(get_divergence(divergence), head_q, temperature, token_ids)
+    _check_tokens(token_ids, hidden_p, head_p)
+    measure = _Whole(divergence, head_q, temperature, token_ids)
+    measure.uniform = uniform and torch.is_grad_enabled()
     value = _Function.apply(
         hidden_p, head_p.weight, head_p.bias, head_p, temperature, measure, hidden_q, head_q.weight, head_q.bias
     )
-    return VocabularyScores(value, *measure.scores())
+    return VocabularyScores(value, *measure.scores(), measure.gate())
 
 
-def logits_divergence(logits_p: Tensor, logits_q: Tensor, divergence: DivergenceSpec) -> Tensor:
+def logits_divergence(logits_p: Tensor, logits_q: Tensor, divergence: DistanceSpec) -> Tensor:
     """`vocabulary_divergence` of logits `[N, V]` that are there already → `[N]`: what it takes beyond them is their
     gradient and blocks of rows. The gradient goes to `logits_p`.
 
     Raises:
         ValueError: shapes that do not fit.
     """
-    if logits_p.dim() != 2 or logits_p.shape != logits_q.shape:
+    if logits_p.dim() != 2 or logits_p.shape != logits_q.shape or logits_p.shape[1] == 0:
         raise ValueError(
             f"logits_p is {tuple(logits_p.shape)} and logits_q {tuple(logits_q.shape)}: both must be [rows, "
-            "vocabulary]"
+            "vocabulary], with a token at least"
         )
-    return _FromLogits.apply(logits_p, logits_q, _Whole(get_divergence(divergence), Head(logits_p), 1.0))
+    if not logits_p.is_floating_point() or not logits_q.is_floating_point():
+        raise ValueError(
+            f"logits_p is {logits_p.dtype} and logits_q {logits_q.dtype}: they must be floating-point numbers"
+        )
+    return _FromLogits.apply(logits_p, logits_q, _Whole(divergence, Head(logits_p), 1.0))
 
 
 def topk_vocabulary_divergence(
@@ -187,14 +213,83 @@ def topk_vocabulary_divergence(
 
     Arguments and errors as in `vocabulary_divergence` and `topk_divergence`. The teacher's log-probabilities must have
     been taken at the same temperature.
+
+    Args:
+        hidden_p: `[N, d]` of the student, with gradient. head_p: `[V, d]`, its LM head.
+        teacher: (log-probabilities, token ids), both `[N, k]`.
+        divergence: any spec of `get_divergence`. tail: whether one cell holds all other tokens.
+        temperature: T. bias_p: `[V]` or None. scale_p, softcap_p: what the student does to its logits.
     """
     student = Head(head_p, bias_p, scale_p, softcap_p)
     _check_head("p", hidden_p, student, temperature)
     top = _checked_top(teacher, hidden_p.shape[0], _rows_of(head_p), hidden_p.device)
-    measure = _Top(get_divergence(divergence), tail)
+    measure = _Top(_with_bound(divergence), tail)
     return _Function.apply(
         hidden_p, head_p, bias_p, student, temperature, measure, top.log_probs, top.ids, top.log_tail
     )
+
+
+def score_topk(
+    hidden_p: Tensor,
+    head_p: Head,
+    teacher: tuple[Tensor, ...],
+    token_ids: Tensor,
+    divergence: DivergenceSpec,
+    *,
+    temperature: float = 1.0,
+    uniform: bool = False,
+) -> VocabularyScores:
+    """`topk_vocabulary_divergence` with its tail, and what `score_vocabulary` gives of the student.
+
+    `log_q` and `entropy_q` are None: they are the teacher's to say. Arguments and errors as there.
+    """
+    _check_head("p", hidden_p, head_p, temperature)
+    _check_tokens(token_ids, hidden_p, head_p)
+    top = _checked_top(teacher, hidden_p.shape[0], _rows_of(head_p.weight), hidden_p.device)
+    measure = _Top(_with_bound(divergence), True, token_ids)
+    measure.uniform = uniform and torch.is_grad_enabled()
+    value = _Function.apply(hidden_p, head_p.weight, head_p.bias, head_p, temperature, measure, *top)
+    log_p, entropy_p = measure.scores()
+    return VocabularyScores(value, log_p, None, entropy_p, None)
+
+
+@torch.no_grad()
+def top_tokens(
+    hidden: Tensor, head: Head, k: int, token_ids: Tensor, *, temperature: float = 1.0
+) -> tuple[TopK, Tensor, Tensor]:
+    """The k most likely tokens of softmax(z/T) of each row, with the mass of all others, block by block.
+
+    Args:
+        hidden: `[N, H]` last hidden states. head: the LM head. k: tokens of each row.
+        token_ids: `[N]`. temperature: T.
+
+    Returns:
+        The tokens, the most likely first (`log_tail` −inf where k is the vocabulary); log-probability of `token_ids`
+        `[N]`; entropy `[N]` of the whole distribution. In float32 (float64 for float64), nats.
+
+    Raises:
+        ValueError: k below 1 or above the vocabulary; shapes that do not fit.
+    """
+    _check_head("q", hidden, head, temperature)
+    _check_tokens(token_ids, hidden, head)
+    vocabulary = _rows_of(head.weight)
+    if not 1 <= k <= vocabulary:
+        raise ValueError(f"k={k}: must be at least 1 and at most {vocabulary}, the tokens of the teacher")
+    parts: list[tuple[Tensor, ...]] = []
+    with _gathered(head.weight, head.bias), torch.autocast(hidden.device.type, enabled=False):
+        for rows in _blocks(len(hidden), vocabulary, hidden.device):
+            log_q, _ = _log_softmax(hidden[rows], head, temperature)
+            top = log_q.topk(k, dim=-1)
+            token = log_q.gather(-1, token_ids[rows].unsqueeze(-1))[:, 0]
+            entropy = _entropy(log_q, _has_holes(head.bias))
+            tail = _log_rest(log_q.scatter_(-1, top.indices, -math.inf))
+            parts.append((top.values, top.indices, tail, token, entropy))
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    if not parts:
+        none = hidden.new_zeros(0, dtype=exact)
+        return TopK(none.reshape(0, k), none.long().reshape(0, k), none), none, none
+    values, ids, log_tail, log_probs, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
+    return TopK(values, ids, log_tail), log_probs, entropies
 
 
 def topk_divergence(
@@ -206,7 +301,7 @@ def topk_divergence(
     the sum runs over the k cells alone, not renormalised, and nothing holds the student's other mass.
 
     Args:
-        log_p: `[N, V]` log-probabilities of the student; gradients flow to them.
+        log_p: `[N, V]` log-probabilities of the student; gradients flow to them. Half precision is raised to float32.
         teacher: (`log_probs[N, k]`, `ids[N, k]`), or with `log_tail[N]` as a third, the log of the teacher's other
             mass, where it is known better than as 1 − ∑. An id of −1 with log-probability −inf is no token: rows may
             have fewer than k.
@@ -214,14 +309,30 @@ def topk_divergence(
         tail: whether the cell of all other tokens counts.
 
     Raises:
-        ValueError: k = 0 or above V, ids outside the vocabulary or twice in a row, NaN, log-probabilities above 0 or
-            of more mass than 1.
+        ValueError: k = 0 or above V, ids outside the vocabulary or twice in a row, NaN, log-probabilities of more
+            mass than 1, or of less where they are those of all tokens.
     """
     if log_p.dim() != 2:
         raise ValueError(f"log_p is {tuple(log_p.shape)}: it must be [rows, vocabulary]")
     top = _checked_top(teacher, log_p.shape[0], log_p.shape[1], log_p.device)
-    cells_p, cells_q = _top_cells(log_p, top, tail)
-    return get_divergence(divergence).exact(cells_p, cells_q.to(cells_p.dtype))
+    cells_p, cells_q = _top_cells(as_float(log_p, "log_p"), top, tail)
+    return _with_bound(divergence).exact(cells_p, cells_q.to(cells_p.dtype))
+
+
+def _with_bound(divergence: DivergenceSpec) -> Divergence:
+    """The f-divergence of a spec.
+
+    Raises:
+        ValueError: also for a member without an f, whose value over joined cells bounds nothing.
+    """
+    member = get_distance(divergence)
+    if isinstance(member, Distance):
+        raise ValueError(
+            f"{member.label} cannot be taken over a teacher's top k and one cell for the rest: it is no f-divergence, "
+            "so that joining cells may raise it, and its value is no lower bound of the whole. Take a divergence with "
+            "an f, or a teacher whose whole distribution is known"
+        )
+    return member
 
 
 def model_head(model: Any) -> Head:
@@ -303,10 +414,10 @@ def _rows_of(weight: Tensor) -> int:
 
 def _check_head(side: str, hidden: Tensor, head: Head, temperature: float) -> None:
     shape = tuple(getattr(head.weight, "ds_shape", None) or head.weight.shape)
-    if hidden.dim() != 2 or len(shape) != 2 or hidden.shape[1] != shape[1]:
+    if hidden.dim() != 2 or len(shape) != 2 or hidden.shape[1] != shape[1] or shape[0] == 0:
         raise ValueError(
             f"hidden_{side} is {tuple(hidden.shape)} and head_{side} {shape}: they must be [rows, width] and "
-            "[vocabulary, width]"
+            "[vocabulary, width], with a token at least"
         )
     if not hidden.is_floating_point() or not head.weight.is_floating_point():
         raise ValueError(f"hidden_{side} and head_{side} must hold floating-point numbers")
@@ -314,8 +425,29 @@ def _check_head(side: str, hidden: Tensor, head: Head, temperature: float) -> No
     if bias is not None and bias != shape[:1]:
         raise ValueError(f"bias_{side} is {bias}: it must be [vocabulary], here {shape[:1]}")
     for name, value in (("temperature", temperature), (f"softcap_{side}", head.softcap)):
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and not (_is_number(value) and value > 0):
             raise ValueError(f"{name}={value!r}: must be a number above 0")
+    if not _is_number(head.scale):
+        raise ValueError(f"scale_{side}={head.scale!r}: must be a finite number, what the logits are multiplied by")
+
+
+def _is_number(value: Any) -> bool:
+    """A finite number, also as a tensor of one element or numpy's; no bool."""
+    if isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _check_tokens(token_ids: Tensor, hidden: Tensor, head: Head) -> None:
+    size = _rows_of(head.weight)
+    if token_ids.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"token_ids is {tuple(token_ids.shape)}: it must be one of {size} tokens for each of {len(hidden)} rows"
+        )
+    _refuse_rows((token_ids < 0) | (token_ids >= size), f"token_ids must be one of {size} tokens")
 
 
 def _check_pair(hidden_p: Tensor, student: Head, hidden_q: Tensor, teacher: Head, temperature: float) -> None:
@@ -357,7 +489,10 @@ def _log_softmax(hidden: Tensor, head: Head, temperature: float) -> tuple[Tensor
     """log softmax of the logits of a block of rows `[n, V]`, and log Z `[n]`, in float32 or float64."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
     scale = head.scale / (temperature if head.softcap is None else head.softcap)
-    block = _multiply(hidden * scale, head.weight, exact)
+    if hidden.dtype == exact:
+        block = _multiply(hidden * scale, head.weight, exact)
+    else:  # half precision would round the scaled states
+        block = _multiply(hidden, head.weight, exact).mul_(scale)
     if head.bias is not None:
         block += head.bias.to(exact) * scale
     if head.softcap is not None:
@@ -365,17 +500,42 @@ def _log_softmax(hidden: Tensor, head: Head, temperature: float) -> tuple[Tensor
         block.tanh_().mul_(head.softcap / temperature)
         if banned is not None:
             block.masked_fill_(banned, -math.inf)
-    log_z = _log_z(block)
-    return block.sub_(log_z), log_z.squeeze(-1)
+    log_z = _normalise_(block)
+    return block, log_z
 
 
-def _log_z(block: Tensor) -> Tensor:
-    """log ∑ e^z of every row `[n, 1]`."""
+def _normalise_(block: Tensor) -> Tensor:
+    """Put log softmax in place of the logits of every row; log ∑ e^z `[n]`.
+
+    The largest logit is taken off first: log Z of logits of 1e4 has no digits left for a difference of 1e-3.
+    """
     top = block.amax(-1, keepdim=True)
     total = torch.zeros_like(top)
     for tile in _tiles(block):
+        total += block[:, tile].sub_(top).exp().sum(-1, keepdim=True)
+    log_total = total.log_()
+    block.sub_(log_total)
+    return (top + log_total).squeeze(-1)
+
+
+def _log_rest(block: Tensor) -> Tensor:
+    """log ∑ e^x of every row `[n]` of log-masses of which some are −inf; −inf where all are."""
+    top = block.amax(-1, keepdim=True)
+    empty = torch.isneginf(top)
+    top.masked_fill_(empty, 0.0)
+    total = torch.zeros_like(top)
+    for tile in _tiles(block):
         total += (block[:, tile] - top).exp_().sum(-1, keepdim=True)
-    return top + total.log_()
+    return (top + total.log_()).squeeze(-1)
+
+
+def _entropy(log_p: Tensor, holes: bool = False) -> Tensor:
+    """−∑ p log p of every row `[n]`; with holes −inf counts 0."""
+    entropy = log_p.new_zeros(len(log_p))
+    for tile in _tiles(log_p):
+        terms = log_p[:, tile].exp().mul_(log_p[:, tile])
+        entropy -= (terms.nan_to_num_(0.0) if holes else terms).sum(-1)
+    return entropy
 
 
 def _multiply(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -403,14 +563,20 @@ def _multiply_back(block: Tensor, weight: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- what is summed over cells
 class _Whole:
-    """D_f over all tokens: per row D and A = ∑w, and the gradient w − p·A; with `token_ids`, scores of these too."""
+    """A divergence over all tokens: its value, the numbers per row that its gradient needs, and the gradient; with
+    `token_ids`, scores of these too."""
+
+    uniform = False
 
     def __init__(
-        self, divergence: Divergence, head: Head, temperature: float, token_ids: Tensor | None = None
+        self, divergence: DistanceSpec, head: Head, temperature: float, token_ids: Tensor | None = None
     ) -> None:
-        self.divergence, self.head, self.temperature = divergence, head, temperature
+        self.distance = as_distance(get_distance(divergence))
+        self.numbers = self.distance.numbers
+        self.head, self.temperature = head, temperature
         self.token_ids, self.holes = token_ids, False
         self._scores: list[Tensor] = []
+        self._gates: list[Tensor] = []
         self._rows = slice(0)
 
     def scores(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -421,15 +587,17 @@ class _Whole:
         log_p, log_q, entropy_p, entropy_q = torch.cat(self._scores, dim=1)
         return log_p, log_q, entropy_p, entropy_q
 
+    def gate(self) -> Tensor | None:
+        """γ of the rows seen so far, of a gated divergence."""
+        if not isinstance(self.distance, Gated):
+            return None
+        return torch.cat(self._gates) if self._gates else torch.zeros(0)
+
     def _note(self, log_p: Tensor, log_q: Tensor) -> None:
         if self.token_ids is None:
             return
         ids = self.token_ids[self._rows].unsqueeze(-1)
-        entropies = [log_p.new_zeros(len(log_p)) for _ in range(2)]
-        for tile in _tiles(log_p):
-            for entropy, logs in zip(entropies, (log_p, log_q), strict=True):
-                terms = logs[:, tile].exp().mul_(logs[:, tile])
-                entropy -= (terms.nan_to_num_(0.0) if self.holes else terms).sum(-1)
+        entropies = [_entropy(logs, self.holes) for logs in (log_p, log_q)]
         self._scores.append(torch.stack([log_p.gather(1, ids)[:, 0], log_q.gather(1, ids)[:, 0], *entropies]))
 
     def weights(self, teacher: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -443,39 +611,37 @@ class _Whole:
         return _log_softmax(hidden[rows], head, self.temperature)[0]
 
     def sums(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """D `[n]` and A `[n]` of a block."""
+        """D `[n]` and the numbers `[n, numbers]` of a block."""
         self._note(log_p, log_q)
-        value, total = log_p.new_zeros(log_p.shape[0]), log_p.new_zeros(log_p.shape[0])
-        for tile in _tiles(log_p):
-            mass, weight = self._both(log_p[:, tile], log_q[:, tile])
-            value += mass.sum(-1)
-            total += weight.sum(-1)
-        return value, total
+        value, numbers = self.distance.rows(log_p, log_q, list(_tiles(log_p)), self.holes)
+        if isinstance(self.distance, Gated):
+            self._gates.append(numbers[:, 0])
+        return value, numbers
 
-    def gradient_(self, log_p: Tensor, log_q: Tensor, total: Tensor) -> None:
+    def gradient_(self, log_p: Tensor, log_q: Tensor, numbers: Tensor) -> None:
         """Put ∂D/∂z in place of `log_p`."""
         for tile in _tiles(log_p):
             columns = log_p[:, tile]
-            cells = Cells(columns, log_q[:, tile])
-            if self.holes:
-                weight = self.divergence.mass_derivative(cells.log_p, cells.log_q)
-            else:
-                weight = self.divergence._mass_derivative(cells)
-            columns.copy_(weight - cells.p * total.unsqueeze(-1))
-
-    def _both(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        if self.holes:
-            return self.divergence.mass(log_p, log_q), self.divergence.mass_derivative(log_p, log_q)
-        cells = Cells(log_p, log_q)
-        return self.divergence._mass(cells), self.divergence._mass_derivative(cells)
+            columns.copy_(self.distance.slopes(Cells(columns, log_q[:, tile]), numbers, self.holes))
 
 
 class _Top:
-    """D_f over k tokens and the rest: per row D, ∑w, and w of each cell."""
+    """D_f over k tokens and the rest: per row D, ∑w, and w of each cell; with `token_ids`, scores of these too."""
 
-    def __init__(self, divergence: Divergence, tail: bool) -> None:
-        self.divergence, self.tail = divergence, tail
+    uniform = False
+    numbers = 1
+
+    def __init__(self, divergence: Divergence, tail: bool, token_ids: Tensor | None = None) -> None:
+        self.divergence, self.tail, self.token_ids = divergence, tail, token_ids
         self.holes = True
+        self._scores: list[Tensor] = []
+        self._rows = slice(0)
+        self._cells: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def scores(self) -> tuple[Tensor, Tensor]:
+        """log P of the tokens and the student's entropy, of the rows seen so far."""
+        log_p, entropy = torch.cat(self._scores, dim=1) if self._scores else torch.zeros(2, 0)
+        return log_p, entropy
 
     def weights(self, teacher: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         return ()
@@ -483,27 +649,40 @@ class _Top:
     def rows(self, teacher: tuple[Tensor | None, ...], rows: slice) -> TopK:
         log_probs, ids, log_tail = teacher
         assert log_probs is not None and ids is not None
+        self._rows, self._cells = rows, None
         return TopK(log_probs[rows], ids[rows], None if log_tail is None else log_tail[rows])
 
     def sums(self, log_p: Tensor, top: TopK) -> tuple[Tensor, Tensor]:
-        cells_p, cells_q = _top_cells(log_p, top, self.tail)
-        weight = self.divergence.mass_derivative(cells_p, cells_q.to(cells_p.dtype))
-        return self.divergence.exact(cells_p, cells_q.to(cells_p.dtype)), weight.sum(-1)
+        if self.token_ids is not None:
+            ids = self.token_ids[self._rows].unsqueeze(-1)
+            holes = bool(torch.isneginf(log_p.amin()))
+            self._scores.append(torch.stack([log_p.gather(1, ids)[:, 0], _entropy(log_p, holes)]))
+        cells_p, cells_q, weight = self._weighed(log_p, top)
+        return self.divergence.exact(cells_p, cells_q), weight.sum(-1, keepdim=True)
 
-    def gradient_(self, log_p: Tensor, top: TopK, total: Tensor) -> None:
-        """w_c − p_c·A at the k tokens; elsewhere the cell's w, shared out by p, less p·A."""
-        cells_p, cells_q = _top_cells(log_p, top, self.tail)
-        weight = self.divergence.mass_derivative(cells_p, cells_q.to(cells_p.dtype))
-        shared = torch.zeros_like(total)
-        if self.tail:
-            shared = torch.where(torch.isneginf(cells_p[:, -1]), 0.0, weight[:, -1] / cells_p[:, -1].exp())
+    def gradient_(self, log_p: Tensor, top: TopK, numbers: Tensor) -> None:
+        """w_c − p_c·A at the k tokens; elsewhere the last cell's w − p·A, shared out by p."""
+        total = numbers[:, 0]
+        cells_p, _, weight = self._weighed(log_p, top)
         k = top.ids.shape[1]
         at_top = weight[:, :k] - cells_p[:, :k].exp() * total.unsqueeze(-1)
+        shift, factor = torch.zeros_like(total), -total
+        if self.tail:
+            rest = cells_p[:, -1]
+            empty = torch.isneginf(rest)
+            shift = rest.masked_fill(empty, 0.0)
+            factor = (weight[:, -1] - rest.exp() * total).masked_fill(empty, 0.0)
         for tile in _tiles(log_p):
-            log_p[:, tile].exp_().mul_((shared - total).unsqueeze(-1))
-        present = top.ids >= 0
-        rows = torch.arange(len(log_p), device=log_p.device).unsqueeze(-1).expand_as(top.ids)
-        log_p[rows[present], top.ids[present]] = at_top[present]
+            log_p[:, tile].sub_(shift.unsqueeze(-1)).exp_().mul_(factor.unsqueeze(-1))
+        _put_(log_p, top.ids, at_top)
+
+    def _weighed(self, log_p: Tensor, top: TopK) -> tuple[Tensor, Tensor, Tensor]:
+        """The cells of student and teacher and their w; of the block at hand, made once."""
+        if self._cells is None:
+            cells_p, cells_q = _top_cells_(log_p, top, self.tail)
+            cells_q = cells_q.to(cells_p.dtype)
+            self._cells = cells_p, cells_q, self.divergence.mass_derivative(cells_p, cells_q)
+        return self._cells
 
 
 def _has_holes(bias: Tensor | None) -> bool:
@@ -513,30 +692,51 @@ def _has_holes(bias: Tensor | None) -> bool:
 def _top_cells(log_p: Tensor, top: TopK, tail: bool) -> tuple[Tensor, Tensor]:
     """log-masses `[N, k (+1)]` of the student and of the teacher; −inf where there is no token."""
     absent = top.ids < 0
-    ids = top.ids.masked_fill(absent, 0)
-    cells_p = log_p.gather(-1, ids).masked_fill(absent, -math.inf)
-    cells_q = top.log_probs.masked_fill(absent, -math.inf)
+    cells_p = log_p.gather(-1, top.ids.masked_fill(absent, 0)).masked_fill(absent, -math.inf)
     if not tail:
-        return cells_p, cells_q
+        return cells_p, top.log_probs.masked_fill(absent, -math.inf)
     # The student's rest as a sum: 1 − ∑ would lose its digits where the top k hold nearly everything.
     chosen = torch.zeros_like(log_p, dtype=torch.bool)
-    rows = torch.arange(len(log_p), device=log_p.device).unsqueeze(-1).expand_as(ids)
-    chosen[rows[~absent], ids[~absent]] = True
-    rest_p = _log_sum_exp(log_p.masked_fill(chosen, -math.inf))
-    if top.log_tail is not None:
-        rest_q = top.log_tail
-    else:
+    _put_(chosen, top.ids, torch.ones_like(absent))
+    rest_p = log_sum_exp(log_p.masked_fill(chosen, -math.inf))
+    return torch.cat([cells_p, rest_p.unsqueeze(-1)], -1), _teacher_cells(top, log_p.shape[-1])
+
+
+def _top_cells_(log_p: Tensor, top: TopK, tail: bool) -> tuple[Tensor, Tensor]:
+    """`_top_cells` without a gradient and without copies: `log_p` is written to and restored."""
+    absent = top.ids < 0
+    at_top = log_p.gather(-1, top.ids.masked_fill(absent, 0))
+    cells_p = at_top.masked_fill(absent, -math.inf)
+    if not tail:
+        return cells_p, top.log_probs.masked_fill(absent, -math.inf)
+    _put_(log_p, top.ids, torch.full_like(at_top, -math.inf))
+    rest_p = _log_rest(log_p)
+    _put_(log_p, top.ids, at_top)
+    return torch.cat([cells_p, rest_p.unsqueeze(-1)], -1), _teacher_cells(top, log_p.shape[-1])
+
+
+def _put_(block: Tensor, ids: Tensor, values: Tensor) -> None:
+    """block[n, ids[n, c]] = values[n, c], for ids that are tokens."""
+    if bool((ids >= 0).all()):
+        block.scatter_(-1, ids, values)
+        return
+    present = ids >= 0
+    rows = torch.arange(len(block), device=block.device).unsqueeze(-1).expand_as(ids)
+    block[rows[present], ids[present]] = values[present]
+
+
+def _teacher_cells(top: TopK, vocabulary: int) -> Tensor:
+    """log-masses `[N, k + 1]` of the teacher, the last that of all other tokens."""
+    absent = top.ids < 0
+    cells = top.log_probs.masked_fill(absent, -math.inf)
+    rest = top.log_tail
+    if rest is None:
         # Below the rounding of the log-probs nothing is known of the rest, and 0 would make some f infinite.
-        least = torch.finfo(cells_q.dtype).eps
-        rest_q = (1.0 - cells_q.double().exp().sum(-1)).clamp(min=least).log()
-        rest_q = rest_q.masked_fill(chosen.all(-1), -math.inf)
-    return torch.cat([cells_p, rest_p.unsqueeze(-1)], -1), torch.cat([cells_q, rest_q.unsqueeze(-1).to(cells_q)], -1)
-
-
-def _log_sum_exp(values: Tensor) -> Tensor:
-    """logsumexp over the last axis whose gradient is 0, not NaN, for a row of −inf."""
-    empty = torch.isneginf(values).all(-1)
-    return values.masked_fill(empty.unsqueeze(-1), 0.0).logsumexp(-1).masked_fill(empty, -math.inf)
+        least = torch.finfo(cells.dtype).eps
+        rest = (1.0 - cells.double().exp().sum(-1)).clamp(min=least).log()
+        rest = rest.masked_fill((~absent).sum(-1) == vocabulary, -math.inf)
+    exact = torch.promote_types(cells.dtype, torch.float32)
+    return torch.cat([cells.to(exact), rest.unsqueeze(-1).to(exact)], -1)
 
 
 def _checked_top(teacher: tuple[Tensor, ...], rows: int, vocabulary: int, device: torch.device) -> TopK:
@@ -553,6 +753,11 @@ def _checked_top(teacher: tuple[Tensor, ...], rows: int, vocabulary: int, device
     k = ids.shape[1]
     if not 1 <= k <= vocabulary:
         raise ValueError(f"the teacher gives k={k} tokens a row: it must be at least 1 and at most {vocabulary}")
+    if not log_probs.is_floating_point() or ids.is_floating_point():
+        raise ValueError(
+            f"the teacher's log_probs are {log_probs.dtype} and its ids {ids.dtype}: they must be floating-point and "
+            "whole numbers"
+        )
     if top.log_tail is not None and top.log_tail.shape != (rows,):
         raise ValueError(f"the teacher's log_tail is {tuple(top.log_tail.shape)}: it must be [{rows}]")
     _refuse_rows(torch.isnan(log_probs).any(-1), "the teacher's log_probs hold NaN")
@@ -562,9 +767,24 @@ def _checked_top(teacher: tuple[Tensor, ...], rows: int, vocabulary: int, device
     ordered = ids.sort(-1).values
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     _refuse_rows(twice.any(-1), "the teacher names a token twice")
-    mass = log_probs.masked_fill(ids < 0, -math.inf).double().exp().sum(-1)
-    _refuse_rows(mass > 1 + _MASS_ROUNDING, "the teacher's top tokens have more mass than 1: are these log-probs?")
+    _check_mass(log_probs, ids, top.log_tail, vocabulary)
     return top._replace(log_probs=log_probs, ids=ids.long())
+
+
+def _check_mass(log_probs: Tensor, ids: Tensor, log_tail: Tensor | None, vocabulary: int) -> None:
+    """Refuse rows with more mass than 1, and of the whole vocabulary those with less."""
+    logs = log_probs.masked_fill(ids < 0, -math.inf).double()
+    mass = logs.exp().sum(-1)
+    allowed = _MASS_ROUNDING + torch.finfo(log_probs.dtype).eps * _entropy(logs, holes=True)
+    _refuse_rows(mass > 1 + allowed, "the teacher's top tokens have more mass than 1: are these log-probs?")
+    if log_tail is not None:
+        mass = mass + log_tail.detach().double().exp()
+        _refuse_rows(mass > 1 + allowed, "the teacher's top tokens and log_tail have more mass than 1: are both logs?")
+    whole = (ids >= 0).sum(-1) == vocabulary
+    _refuse_rows(
+        whole & (mass < 1 - allowed),
+        f"the teacher gives all {vocabulary} tokens, and they have less mass than 1: are these log-probs?",
+    )
 
 
 def _refuse_rows(wrong: Tensor, what: str) -> None:
@@ -573,6 +793,43 @@ def _refuse_rows(wrong: Tensor, what: str) -> None:
 
 
 # ---------------------------------------------------------------- the function
+class _Refusal(torch.autograd.Function):
+    """Gradients as they are, which cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in tensors[inputs:])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "the gradient of a divergence over the vocabulary has no second derivative, for it is made from blocks of "
+            "logits: take `get_distance(…).exact` on the log-probabilities, which has all of them"
+        )
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A `backward` whose gradients refuse to be differentiated again.
+
+    torch's `once_differentiable` refuses only where the incoming gradient is itself differentiated. Elsewhere its
+    gradients are constants, and a penalty on them would have no effect.
+    """
+
+    @wraps(backward)
+    def refusing(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, upstream)
+        if not torch.is_grad_enabled():
+            return found
+        # What the gradients would depend on, as far as it was kept, and one tensor that is always there.
+        inputs = [part for part in ctx.saved_tensors if part is not None and part.requires_grad]
+        inputs.append(torch.zeros((), requires_grad=True))
+        refused = iter(_Refusal.apply(len(inputs), *inputs, *(part for part in found if part is not None)))
+        return tuple(None if part is None else next(refused) for part in found)
+
+    return refusing
+
+
 class _Function(torch.autograd.Function):
     """Row values of a measure, and its gradient from the blocks again, or at once where the head is frozen."""
 
@@ -587,12 +844,13 @@ class _Function(torch.autograd.Function):
         measure: Any,
         *teacher: Tensor | None,
     ) -> Tensor:
-        needs_hidden, *needs_head = ctx.needs_input_grad[:3]
-        at_once = needs_hidden and not any(needs_head)
+        needed = ctx.needs_input_grad[:3]
+        at_once = any(needed) and (measure.uniform or not any(needed[1:]))
         device = hidden.device
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        values, totals, log_z = (torch.zeros(len(hidden), dtype=dtype, device=device) for _ in range(3))
-        gradient = torch.zeros(hidden.shape, dtype=dtype, device=device) if at_once else None
+        values, log_z = (torch.zeros(len(hidden), dtype=dtype, device=device) for _ in range(2))
+        numbers = torch.zeros(len(hidden), measure.numbers, dtype=dtype, device=device)
+        gradients = _Gradients((hidden, weight, bias), needed if at_once else (False,) * 3, dtype)
         with _gathered(weight, bias, *measure.weights(teacher)), torch.autocast(device.type, enabled=False):
             head = head._replace(weight=weight, bias=bias)
             if isinstance(measure, _Whole):
@@ -600,59 +858,83 @@ class _Function(torch.autograd.Function):
             for rows in _blocks(len(hidden), weight.shape[0], device):
                 log_q = measure.rows(teacher, rows)
                 log_p, log_z[rows] = _log_softmax(hidden[rows], head, temperature)
-                values[rows], totals[rows] = measure.sums(log_p, log_q)
-                if gradient is not None:
-                    _gradient_to_logits_(log_p, log_z[rows], head, temperature, measure, log_q, totals[rows])
-                    gradient[rows] = _multiply_back(log_p, weight).mul_(head.scale / temperature)
+                values[rows], numbers[rows] = measure.sums(log_p, log_q)
+                if at_once:
+                    _gradient_to_logits_(log_p, log_z[rows], head, temperature, measure, log_q, numbers[rows])
+                    gradients.add(log_p.mul_(head.scale / temperature), rows, hidden, weight)
         ctx.measure, ctx.head, ctx.temperature = measure, head._replace(weight=hidden, bias=None), temperature
+        ctx.at_once, ctx.dtypes = at_once, [None if part is None else part.dtype for part in (hidden, weight, bias)]
         if at_once:
-            ctx.save_for_backward(gradient)
+            ctx.save_for_backward(*gradients.parts)
         else:
-            ctx.save_for_backward(hidden, weight, bias, totals, log_z, *teacher)
-        ctx.at_once, ctx.dtype = at_once, hidden.dtype
+            ctx.save_for_backward(hidden, weight, bias, numbers, log_z, *teacher)
         return values
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         rest = (None,) * (len(ctx.needs_input_grad) - 3)
         if ctx.at_once:
-            (gradient,) = ctx.saved_tensors
-            return ((gradient * upstream.unsqueeze(-1)).to(ctx.dtype), None, None, *rest)
-        hidden, weight, bias, totals, log_z, *teacher = ctx.saved_tensors
+            parts = _scaled(ctx.saved_tensors, upstream, ctx.measure.uniform)
+            return (*(None if g is None else g.to(kind) for g, kind in zip(parts, ctx.dtypes, strict=True)), *rest)
+        hidden, weight, bias, numbers, log_z, *teacher = ctx.saved_tensors
         measure, temperature, scale = ctx.measure, ctx.temperature, ctx.head.scale / ctx.temperature
         whole = _gathered(weight, bias, *measure.weights(tuple(teacher)))
         with whole, torch.autocast(hidden.device.type, enabled=False):
             head = ctx.head._replace(weight=weight, bias=bias)
-            to_hidden, to_weight, to_bias = (
-                torch.zeros(part.shape, dtype=totals.dtype, device=hidden.device) if needed else None
-                for part, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
-            )
+            gradients = _Gradients((hidden, weight, bias), ctx.needs_input_grad[:3], numbers.dtype)
             for rows in _blocks(len(hidden), weight.shape[0], hidden.device):
                 block, _ = _log_softmax(hidden[rows], head, temperature)
                 log_q = measure.rows(teacher, rows)
-                _gradient_to_logits_(block, log_z[rows], head, temperature, measure, log_q, totals[rows])
-                block.mul_((upstream[rows] * scale).unsqueeze(-1))
-                if to_hidden is not None:
-                    to_hidden[rows] = _multiply_back(block, weight)
-                if to_weight is not None:
-                    to_weight.addmm_(block.t(), hidden[rows].to(block.dtype))
-                if to_bias is not None:
-                    to_bias += block.sum(0)
-        found = (to_hidden, to_weight, to_bias)
-        kinds = (hidden, weight, bias)
-        return (*(None if g is None else g.to(part.dtype) for g, part in zip(found, kinds, strict=True)), *rest)
+                _gradient_to_logits_(block, log_z[rows], head, temperature, measure, log_q, numbers[rows])
+                gradients.add(block.mul_((upstream[rows] * scale).unsqueeze(-1)), rows, hidden, weight)
+        found = zip(gradients.parts, ctx.dtypes, strict=True)
+        return (*(None if g is None else g.to(kind) for g, kind in found), *rest)
+
+
+class _Gradients:
+    """Gradients to hidden states, head and bias, added up over blocks of rows; None where none is needed."""
+
+    def __init__(self, parts: tuple[Tensor | None, ...], needed: tuple[bool, ...], dtype: torch.dtype) -> None:
+        self.parts = [
+            torch.zeros(getattr(part, "ds_shape", None) or part.shape, dtype=dtype, device=part.device)
+            if part is not None and wanted
+            else None
+            for part, wanted in zip(parts, needed, strict=True)
+        ]
+
+    def add(self, block: Tensor, rows: slice, hidden: Tensor, weight: Tensor) -> None:
+        """The part of `rows`, from `block`, their gradient at hidden · weightᵀ."""
+        to_hidden, to_weight, to_bias = self.parts
+        if to_hidden is not None:
+            to_hidden[rows] = _multiply_back(block, weight)
+        if to_weight is not None:
+            to_weight.addmm_(block.t(), hidden[rows].to(block.dtype))
+        if to_bias is not None:
+            to_bias += block.sum(0)
+
+
+def _scaled(parts: tuple[Tensor | None, ...], upstream: Tensor, uniform: bool) -> list[Tensor | None]:
+    """Gradients of the sum of the rows times what the rows weigh: of hidden states alone, one weight a row."""
+    to_hidden, *to_head = parts
+    if uniform and len(upstream) and bool((upstream != upstream[0]).any()):
+        raise ValueError("uniform=True was promised, and the rows do not weigh the same in the loss: leave it out")
+    one = upstream[:1].sum()
+    return [
+        None if to_hidden is None else to_hidden * upstream.unsqueeze(-1),
+        *(None if part is None else part * one for part in to_head),
+    ]
 
 
 def _gradient_to_logits_(
-    log_p: Tensor, log_z: Tensor, head: Head, temperature: float, measure: Any, log_q: Any, totals: Tensor
+    log_p: Tensor, log_z: Tensor, head: Head, temperature: float, measure: Any, log_q: Any, numbers: Tensor
 ) -> None:
     """Put the gradient at T·z before the soft cap in place of `log_p`."""
     squash = None
     if head.softcap is not None:  # z = softcap/T·tanh(u), so dz/du ∝ 1 − tanh², read from log p + log Z = z
         squash = ((log_p + log_z.unsqueeze(-1)) * (temperature / head.softcap)).square_().neg_().add_(1.0)
         squash.masked_fill_(torch.isneginf(squash), 0.0)
-    measure.gradient_(log_p, log_q, totals)
+    measure.gradient_(log_p, log_q, numbers)
     if squash is not None:
         log_p.mul_(squash)
 
@@ -663,22 +945,23 @@ class _FromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_p: Tensor, logits_q: Tensor, measure: _Whole) -> Tensor:
         dtype = torch.promote_types(logits_p.dtype, torch.float32)
-        values, totals = (torch.zeros(len(logits_p), dtype=dtype, device=logits_p.device) for _ in range(2))
+        values = torch.zeros(len(logits_p), dtype=dtype, device=logits_p.device)
+        numbers = torch.zeros(len(logits_p), measure.numbers, dtype=dtype, device=logits_p.device)
         measure.holes = bool(torch.isneginf(logits_p).any() | torch.isneginf(logits_q).any())
         for rows in _blocks(logits_p.shape[0], logits_p.shape[1], logits_p.device):
-            values[rows], totals[rows] = measure.sums(*_log_probs(rows, dtype, logits_p, logits_q))
+            values[rows], numbers[rows] = measure.sums(*_log_probs(rows, dtype, logits_p, logits_q))
         ctx.measure, ctx.dtype = measure, dtype
-        ctx.save_for_backward(logits_p, logits_q, totals)
+        ctx.save_for_backward(logits_p, logits_q, numbers)
         return values
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        logits_p, logits_q, totals = ctx.saved_tensors
+        logits_p, logits_q, numbers = ctx.saved_tensors
         gradient = torch.empty_like(logits_p)
         for rows in _blocks(logits_p.shape[0], logits_p.shape[1], logits_p.device):
             log_p, log_q = _log_probs(rows, ctx.dtype, logits_p, logits_q)
-            ctx.measure.gradient_(log_p, log_q, totals[rows])
+            ctx.measure.gradient_(log_p, log_q, numbers[rows])
             gradient[rows] = log_p.mul_(upstream[rows].unsqueeze(-1)).to(gradient.dtype)
         return gradient, None, None
 
@@ -686,4 +969,6 @@ class _FromLogits(torch.autograd.Function):
 def _log_probs(rows: slice, dtype: torch.dtype, *logits: Tensor) -> list[Tensor]:
     """log softmax of some rows of each, in copies."""
     blocks = [part[rows].to(dtype, copy=True) for part in logits]
-    return [block.sub_(_log_z(block)) for block in blocks]
+    for block in blocks:
+        _normalise_(block)
+    return blocks

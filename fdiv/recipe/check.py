@@ -56,7 +56,7 @@ def block_section(title: str, name: str, config: type) -> Section:
         "name": Key("name", str, name, f"One of {', '.join(_BUILDERS[title])}; or module:attribute.", group=title)
     }
     if title == "eval":
-        extra["require"] = Key("require", dict, None, "Metric → improved | increased | decreased.", group=title)
+        extra["require"] = Key("require", dict | None, None, "Metric → improved | increased | decreased.", group=title)
         extra["summary"] = Key("summary", list[str] | None, None, "Metrics of the tables, in order.", group=title)
         extra["before"] = Key("before", bool, True, "Measure before training too.", group=title)
     return Section(title, {**extra, **section_of(config, title).keys})

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fdiv.errors import RecipeError
 
-__all__ = ["is_crossing", "value_when"]
+__all__ = ["is_crossing", "never_together", "value_when"]
 
-_FORM = re.compile(r"when (?P<metric>\S+?)\s*(?P<sign>>=|<=)\s*(?P<level>[-+]?[\d.]+(?:[eE][-+]?\d+)?)/(?P<wanted>.+)")
+_FORM = re.compile(
+    r"when (?P<metric>\S+?)\s*(?P<sign>>=|<=)\s*(?P<level>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)/(?P<wanted>.+)"
+)
 _REACHED = {">=": operator.ge, "<=": operator.le}
 
 
@@ -34,15 +36,33 @@ def value_when(name: str, history: Iterable[Mapping[str, Any]]) -> float | None:
     Raises:
         RecipeError: another form.
     """
+    match = _match(name)
+    reached, level = _REACHED[match["sign"]], float(match["level"])
+    return next((wanted for value, wanted in _pairs(match, history) if reached(value, level)), None)
+
+
+def never_together(name: str, history: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether no log entry holds both metrics of `name`, so that nothing can be said of the level: a name that is
+    written wrong, or one of the training's log beside one of the evaluation's.
+
+    Args and errors: as `value_when`.
+    """
+    return next(_pairs(_match(name), history), None) is None
+
+
+def _match(name: str) -> re.Match[str]:
     match = _FORM.fullmatch(name)
     if match is None:
         raise RecipeError(f"metric {name!r}: write `when pass@1>=0.5/pass@64`, a condition and what is shown there")
-    reached, level = _REACHED[match["sign"]], float(match["level"])
+    return match
+
+
+def _pairs(match: re.Match[str], history: Iterable[Mapping[str, Any]]) -> Iterator[tuple[float, float]]:
+    """Both metrics, of the entries that hold both."""
     for entry in history:
         value, wanted = (_logged(entry, match[group]) for group in ("metric", "wanted"))
-        if value is not None and wanted is not None and reached(value, level):
-            return wanted
-    return None
+        if value is not None and wanted is not None:
+            yield value, wanted
 
 
 def _logged(entry: Mapping[str, Any], name: str) -> float | None:

@@ -23,6 +23,7 @@ _ONCE = (
     "resume_from_checkpoint",
     "force_resume",
 )  # what was asked of one run is not asked of the next
+_IF_THERE = ("dataset_test_split",)  # stated, the split has to be there
 
 
 class _Dumper(yaml.SafeDumper):
@@ -70,6 +71,8 @@ def _line(recipe: Recipe, settled: Collection[str], name: str, default: Any) -> 
         return f"# {name}: set by prepare"
     if name in _ONCE:
         return _dump({name: default})
+    if name in _IF_THERE and name not in recipe.stated:
+        return f"# {name}: {default}, where the data have it"
     if name == "output_dir" and name not in recipe.stated:
         return _marked(name, str(recipe.output_dir), "the recipe's name")
     value = recipe.stated.get(name, recipe.machine.get(name, default))

@@ -45,6 +45,10 @@ class RunKeys:
     extends: str | None = field(
         default=None, metadata={"help": "A base recipe (file or packaged name) whose keys hold unless stated here."}
     )
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A trained adapter on the model, to go on training it; its own settings are kept."},
+    )
     pad_token: str | None = field(
         default=None, metadata={"help": "Padding token, for a tokenizer that has none. Must be in its vocabulary."}
     )
@@ -57,6 +61,16 @@ class RunKeys:
     force_resume: bool = field(
         default=False,
         metadata={"help": "Resume although divergence, data, batch or number of processes have changed."},
+    )
+    batch_log: bool = field(
+        default=False,
+        metadata={
+            "help": "Write batch_log.jsonl: keyed digests of the rows in every step, no text. `fdiv replay` needs it."
+        },
+    )
+    exclude_rows: str | None = field(
+        default=None,
+        metadata={"help": "File of rows of the data that are left out; their places in the batches stay empty."},
     )
     env: dict | None = field(
         default=None, metadata={"help": "Environment variables to set before anything is imported."}

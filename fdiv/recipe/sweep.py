@@ -16,8 +16,9 @@ sweep:
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -27,7 +28,7 @@ from fdiv.recipe.crossing import is_crossing, value_when
 from fdiv.recipe.overrides import KeyPath
 from fdiv.recipe.schema import Key, coerce, nearest_key, section_of
 
-__all__ = ["Arm", "Column", "Panel", "Screen", "SweepBlock", "parse_sweep"]
+__all__ = ["PLAIN", "Arm", "Column", "Panel", "Screen", "SweepBlock", "parse_sweep", "staged"]
 
 Where = Callable[[KeyPath], str]
 Better = Literal["higher", "lower", "zero"]
@@ -58,13 +59,18 @@ class Arm:
 class Screen:
     """`screen:`: try the values of one key with the first seed, and give the other seeds the best of them.
 
-    A tie goes to the smaller value. Without `split` and `settings` the first seed is not run again.
+    A tie goes to the smaller value. Without `split` and `settings` the first seed is not run again. Where no candidate
+    keeps what `at_least` asks for, the one is chosen that keeps the largest share of it.
     """
 
     key: str = field(metadata={"help": "The key to choose, such as learning_rate."})
     values: list[Any] = field(metadata={"help": "Its candidates."})
     metric: str = field(metadata={"help": "A number of result.json that decides, such as train/best_metric."})
     better: Literal["higher", "lower"] = field(default="higher", metadata={"help": "Which way the metric improves."})
+    at_least: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "Numbers of result.json and what a candidate must keep of each, such as {after/x: 0.8}."},
+    )
     split: str | None = field(
         default=None, metadata={"help": "`dataset_test_split` of the screening runs, such as validation."}
     )
@@ -98,11 +104,17 @@ class Column:
 @dataclass(frozen=True)
 class Panel:
     """A picture: `points` (a marker per row and seed), `means` (mean ± s.e., joined along `join`), `path` (from log to
-    log, a panel per screened value) or `curve` (`y` at every `k`)."""
+    log, a panel per screened value), `curve` (`y` at every `k`) or `heatmap` (`value` over two axes of the sweep)."""
 
-    y: str = field(metadata={"help": "Metric; for `curve` with {k}, such as pass@{k}."})
-    x: str | None = field(default=None, metadata={"help": "Metric; not for `curve`."})
-    kind: Literal["points", "means", "path", "curve"] = field(default="points", metadata={"help": "What is plotted."})
+    y: str = field(metadata={"help": "Metric; for `curve` with {k}, such as pass@{k}; for `heatmap` an axis."})
+    x: str | None = field(default=None, metadata={"help": "Metric; for `heatmap` an axis; not for `curve`."})
+    kind: Literal["points", "means", "path", "curve", "heatmap"] = field(
+        default="points", metadata={"help": "What is plotted."}
+    )
+    value: str | None = field(default=None, metadata={"help": "For `heatmap`: the metric of a cell."})
+    value_scale: Literal["linear", "log"] = field(
+        default="linear", metadata={"help": "For `heatmap`: of its colours."}
+    )
     join: str | None = field(
         default=None, metadata={"help": "For `means`: the key along which a line joins the rows."}
     )
@@ -133,17 +145,28 @@ class SweepBlock:
     metrics: Mapping[str, str] | None = None
     minutes: float | None = None
 
+    @property
+    def crossings(self) -> list[str]:
+        """Metrics of the form `when METRIC>=LEVEL/WANTED` in the table and the plots, each once."""
+        panels = [panel for panels in self.plots.values() for panel in panels]
+        names = (*self.table, *(name for panel in panels for name in (panel.x, panel.y, panel.value)))
+        return list(dict.fromkeys(name for name in names if name is not None and is_crossing(name)))
+
 
 STRUCTURE = {
     name: Key(name, kind, None, text, group="sweep")
     for name, kind, text in (
-        ("method", dict | list, "Rows: methods by name, or label → keys (`extends`: a recipe; `seed`: fewer seeds)."),
-        ("screen", dict, "Choose one key's value with the first seed: {key, values, metric}."),
-        ("models", dict, "Label → keys of a model that is measured and not trained."),
+        (
+            "method",
+            dict | list | None,
+            "Rows: methods by name, or label → keys (`extends`: a recipe; `seed`: fewer seeds).",
+        ),
+        ("screen", dict | None, "Choose one key's value with the first seed: {key, values, metric}."),
+        ("models", dict | None, "Label → keys of a model that is measured and not trained."),
         ("start", str | None, "Label of a row that shows the numbers before training."),
-        ("table", dict | list, "Metric → {title, better, format}: the columns; or a list of metrics."),
-        ("plots", dict, "File → a panel {kind, x, y, …} or a list of panels."),
-        ("metrics", dict, "Axes of the frontier plot: {reward: NAME, divergence: NAME}."),
+        ("table", dict | list | None, "Metric → {title, better, format}: the columns; or a list of metrics."),
+        ("plots", dict | None, "File → a panel {kind, x, y, …} or a list of panels."),
+        ("metrics", dict | None, "Axes of the frontier plot: {reward: NAME, divergence: NAME}."),
         ("minutes", float | None, "Start no further run after this many minutes."),
     )
 }
@@ -184,6 +207,7 @@ def parse_sweep(values: Mapping[str, Any], where: Where) -> SweepBlock:
         minutes=_minutes(values.get("minutes"), where),
     )
     _check_screen(block, where)
+    _check_heatmaps(block, where)
     return block
 
 
@@ -246,9 +270,18 @@ def _dotted(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def _table(value: Any, where: Where) -> dict[str, Column]:
     found = _columns(value, where)
-    for name in filter(is_crossing, found):
-        value_when(name, ())  # refuses another form
+    _check_crossings(found, ("sweep", "table"), where)
     return found
+
+
+def _check_crossings(names: Iterable[str | None], path: KeyPath, where: Where) -> None:
+    """Refuse a metric that begins like `when pass@1>=0.5/pass@64` and goes on in another form."""
+    for name in names:
+        if name is not None and is_crossing(name):
+            try:
+                value_when(name, ())
+            except RecipeError as error:
+                raise RecipeError(f"{where(path)}: {error}") from None
 
 
 def _columns(value: Any, where: Where) -> dict[str, Column]:
@@ -276,6 +309,7 @@ def _plots(value: Any, where: Where) -> dict[str, tuple[Panel, ...]]:
         panels = entry if isinstance(entry, list) else [entry]
         plots[file] = tuple(_build(Panel, panel, (*path, file), where) for panel in panels)
         for panel in plots[file]:
+            _check_crossings((panel.x, panel.y, panel.value), (*path, file), where)
             if panel.kind == "curve" and not (panel.k and "{k}" in panel.y):
                 raise RecipeError(f"{where((*path, file))}: a curve needs `k`, and {{k}} in `y`, such as pass@{{k}}")
             if panel.kind != "curve" and panel.x is None:
@@ -318,12 +352,52 @@ def _check_screen(block: SweepBlock, where: Where) -> None:
         raise RecipeError(f"{where((*path, 'values'))}: `sweep.screen.values` must be numbers or names")
     if screen.key in ("seed", "method", *block.axes):
         raise RecipeError(f"{where((*path, 'key'))}: {screen.key!r} is an axis of the sweep; screen another key")
-    reported = {name if "/" in name else f"after/{name}" for name in block.table}
-    if screen.metric.startswith("after/") and screen.metric in reported and not screen.split:
-        raise RecipeError(
-            f"{where((*path, 'metric'))}: {screen.metric!r} is reported in the table, so choosing by it chooses on "
-            "the test; give `split: validation`, or another metric"
-        )
+    reported = {staged(name) for name in block.table}
+    for key, metrics in (("metric", [screen.metric]), ("at_least", screen.at_least or {})):
+        for metric in metrics:
+            if metric.startswith("after/") and metric in reported and not screen.split:
+                raise RecipeError(
+                    f"{where((*path, key))}: {metric!r} is reported in the table, so choosing by it chooses on the "
+                    "test; give `split: validation`, or another metric"
+                )
+    for metric, least in (screen.at_least or {}).items():
+        number = isinstance(least, (int, float)) and not isinstance(least, bool)
+        if not number or not 0 < least < math.inf:
+            raise RecipeError(
+                f"{where((*path, 'at_least'))}: `sweep.screen.at_least` of {metric} must be a number above 0, "
+                f"got {shown(least)}"
+            )
+
+
+# Numbers of a run that belong to neither stage.
+PLAIN = ("train_seconds", "wall_seconds", "steps", "peak_mib", "cpu_seconds")
+_STAGES = ("before/", "after/", "train/", "late/", "when ")
+
+
+def staged(metric: str) -> str:
+    """The name of a metric in `result.json`: `pass@1` is `after/pass@1`, also where it has a slash."""
+    return metric if metric.startswith(_STAGES) or metric in PLAIN else f"after/{metric}"
+
+
+def _check_heatmaps(block: SweepBlock, where: Where) -> None:
+    """A heat map has one number for each pair of values of its two axes."""
+    axes = [*(["method"] if block.arms else []), *(name for name in block.axes if name != "seed")]
+    for file, panel in ((file, panel) for file, panels in block.plots.items() for panel in panels):
+        if panel.kind != "heatmap":
+            continue
+        place = where(("sweep", "plots", file))
+        if panel.value is None:
+            raise RecipeError(f"{place}: a heatmap needs `value`, the metric of a cell")
+        missing = [name for name in (panel.x, panel.y) if name not in axes]
+        if missing or panel.x == panel.y:
+            wrong = missing[0] if missing else panel.x
+            raise RecipeError(
+                f"{place}: `x` and `y` of a heatmap must be two axes of the sweep ({', '.join(axes)}), "
+                f"got {shown(wrong)}"
+            )
+        others = [name for name in axes if name not in (panel.x, panel.y)]
+        if others:
+            raise RecipeError(f"{place}: a heatmap of {panel.x} and {panel.y} has no place for the axis {others[0]!r}")
 
 
 def _mapping(value: Any, path: KeyPath, where: Where) -> Mapping[str, Any]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
-from fdiv.report.metrics import marked, plain_name
+from fdiv.report.metrics import hover, marked, meanings, plain_name
 from fdiv.report.records import RunRecord
-from fdiv.report.style import COLOURS, TITLE, figure_grid, tidy
+from fdiv.report.style import COLOURS, Panel, Plot, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Curve", "panels", "training_curves"]
+__all__ = ["Curve", "constant_curves", "curve_plot", "panels", "training_curves"]
 
 _SKIPPED = ("step", "epoch", "num_tokens", "num_input_tokens_seen", "total_flos", "learning_rate")
 _SKIPPED_PARTS = ("runtime", "per_second", "train_loss")
@@ -35,6 +36,7 @@ class Curve:
     low: list[float] = field(default_factory=list)
     high: list[float] = field(default_factory=list)
     evaluation: bool = False
+    metric: str = ""
 
 
 def panels(runs: Sequence[RunRecord]) -> dict[str, list[Curve]]:
@@ -49,7 +51,7 @@ def panels(runs: Sequence[RunRecord]) -> dict[str, list[Curve]]:
             curve = _curve(members, name)
             if curve is None:
                 continue
-            curve.evaluation = name.startswith("eval_")
+            curve.evaluation, curve.metric = name.startswith("eval_"), name
             if len(settings) == 1:
                 curve.label = label
             else:
@@ -123,54 +125,88 @@ def _series(run: RunRecord, name: str) -> dict[float, float]:
     }
 
 
+def constant_curves(found: Mapping[str, Sequence[Curve]]) -> tuple[dict[str, list[Curve]], dict[str, list[Curve]]]:
+    """(panels that show something, what is left out of them): curves of one value only.
+
+    A curve stays that is compared with a moving one of the same metric (settings side by side), or was logged once
+    beside one that moves.
+    """
+    moving: dict[str, list[Curve]] = {}
+    constant: dict[str, list[Curve]] = {}
+    for title, curves in found.items():
+        names = {curve.metric for curve in curves if _moves(curve)}
+        kept = [curve for curve in curves if curve.metric in names or (names and len(curve.steps) == 1)]
+        left = [curve for curve in curves if curve not in kept]
+        if kept:
+            moving[title] = kept
+        if left:
+            constant[title] = left
+    return moving, constant
+
+
+def _moves(curve: Curve) -> bool:
+    """Whether two of its values, or of the bounds of its band, differ by more than rounding."""
+    lines = [line for line in (curve.values, curve.low, curve.high) if line]
+    return any(max(line) - min(line) > 1e-9 * max(map(abs, line)) for line in lines)
+
+
 def training_curves(runs: Sequence[RunRecord]) -> Figure | None:
-    """All panels as one figure; None when nothing was logged."""
-    found = panels(runs)
+    """All panels as one figure; None when nothing was logged that moves."""
+    plot = curve_plot(runs)
+    return None if plot is None else plot.figure()
+
+
+def curve_plot(runs: Sequence[RunRecord]) -> Plot | None:
+    """A panel for every metric, or group of metrics, that moves; None when nothing does."""
+    found, _ = constant_curves(panels(runs))
     if not found:
         return None
-    figure, axes = figure_grid(len(found), columns=3)
     colours = _colours(found)
-    several = len({run.setting for run in runs}) > 1
     methods = {run.result.get("method") for run in runs}
     method = methods.pop() if len(methods) == 1 else None
     logged = {plain_name(name).removesuffix("_p50") for run in runs for entry in run.history for name in entry}
-    for axis, (title, curves) in zip(axes, found.items(), strict=True):
-        _draw(axis, title, curves, colours, legend=not several)
-        if title in logged:  # one metric, and no group of them
-            axis.set_title(marked(title, method), **TITLE)
-    if several:  # every panel has the same lines: one legend above them all
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=8, frameon=False)
-    return figure
+    made = []
+    for place, (title, curves) in enumerate(found.items()):
+        single = title in logged  # one metric, and no group of them
+        shown = marked(title, method) if single else title
+        if title == "divergence" and len({_base(curve) for curve in curves}) == 1:
+            shown = f"{title}/{curves[0].label}"
+        lines = [hover(title, method)] if single else meanings((curve.metric for curve in curves), method)
+        draw = partial(_draw, place=place, title=shown, curves=curves, colours=colours)
+        made.append(Panel(shown, draw, "; ".join(lines)))
+    return Plot(made, columns=3, legend=colours)
 
 
-def _colours(found: dict[str, list[Curve]]) -> dict[str, str]:
-    """The same label has the same colour in every panel."""
-    labels = dict.fromkeys(curve.label.removesuffix(" (eval)") for curves in found.values() for curve in curves)
-    shared = {label for label in labels if sum(_holds(curves, label) for curves in found.values()) > 1}
-    order = [label for label in labels if label in shared]
-    return {label: COLOURS[index % len(COLOURS)] for index, label in enumerate(order)}
+def _colours(found: Mapping[str, Sequence[Curve]]) -> dict[str, str]:
+    """The labels that stand in several panels, each of one colour in all."""
+    labels = dict.fromkeys(_base(curve) for curves in found.values() for curve in curves)
+    several = [curves for curves in found.values() if len({_base(curve) for curve in curves}) > 1]
+    shared = [label for label in labels if sum(any(_base(c) == label for c in curves) for curves in several) > 1]
+    return {label: COLOURS[index % len(COLOURS)] for index, label in enumerate(shared)}
 
 
-def _holds(curves: Sequence[Curve], label: str) -> bool:
-    return any(curve.label.removesuffix(" (eval)") == label for curve in curves)
+def _base(curve: Curve) -> str:
+    return curve.label.removesuffix(" (eval)")
 
 
-def _draw(axis: Axes, title: str, curves: Sequence[Curve], colours: dict[str, str], legend: bool) -> None:
+def _draw(axis: Axes, place: int, title: str, curves: Sequence[Curve], colours: Mapping[str, str]) -> None:
     spare = [colour for colour in COLOURS if colour not in colours.values()] or list(COLOURS)
     own: dict[str, str] = {}
-    if len({curve.label.removesuffix(" (eval)") for curve in curves}) == 1:
-        title = f"{title}/{curves[0].label}" if title == "divergence" else title
-        colours, spare = {}, [COLOURS[0]]
-    for curve in curves:
-        base = curve.label.removesuffix(" (eval)")
-        colour = colours.get(base) or own.setdefault(base, spare[len(own) % len(spare)])
+    alone = len({_base(curve) for curve in curves}) == 1 and _base(curves[0]) not in colours
+    for number, curve in enumerate(curves):
+        base = _base(curve)
+        colour = COLOURS[0] if alone else colours.get(base) or own.setdefault(base, spare[len(own) % len(spare)])
         style = {"linestyle": "--", "marker": "o", "markersize": 3} if curve.evaluation else {}
         if len(curve.steps) == 1 and not style:
             style = {"marker": "o", "markersize": 3}
-        axis.plot(curve.steps, curve.values, color=colour, label=curve.label, linewidth=1.4, **style)
+        # The page hides what its legend switches off by the beginning of these names.
+        gid = f"s{list(colours).index(base)}-{place}-{number}" if base in colours else None
+        label = curve.label if gid is None else f"_{curve.label}"  # the shared legend has it
+        axis.plot(curve.steps, curve.values, color=colour, label=label, linewidth=1.4, gid=gid, **style)
         if curve.low:
-            axis.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+            band = gid and f"{gid}-band"
+            axis.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0, gid=band)
     if title.endswith("fraction"):
         axis.set_ylim(0, max(0.05, 1.1 * max(max(curve.values) for curve in curves)))
-    tidy(axis, title, "optimizer step", legend=legend and len(curves) > 1)
+    others = any(_base(curve) not in colours for curve in curves)
+    tidy(axis, title, "optimizer step", legend=len(curves) > 1 and others)

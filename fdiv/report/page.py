@@ -1,45 +1,25 @@
-"""The HTML page: self-contained (styles and images inline, no scripts), readable on paper too."""
+"""The report: one HTML file that needs nothing else, readable on a phone, in the dark and on paper."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from fdiv.files import write_text
-from fdiv.report.comparison import before_after_run, before_after_sweep, frontier
-from fdiv.report.curves import training_curves
-from fdiv.report.metrics import hover, marked
+from fdiv.report import sheet
+from fdiv.report.canvas import Canvas
+from fdiv.report.comparison import before_after_run, before_after_sweep, frontier, frontier_plot
+from fdiv.report.metrics import better, hover, marked
 from fdiv.report.metrics.glossary import Better
-from fdiv.report.pass_at_k_curves import pass_at_k_curves
+from fdiv.report.pass_at_k_curves import pass_at_k_plot
 from fdiv.report.records import RunRecord, SweepRecord, encoding_notes, read_records, read_results
+from fdiv.report.table import best_cells, best_of, method_of
+from fdiv.report.words import run_summary, runs_summary, settings_summary, sweep_summary
 from fdiv.rows.report import faults_of
 from fdiv.terminal import divergence_label, number
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 __all__ = ["write_frontier", "write_report"]
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: #1f2937; background: #fff;
-       max-width: 1100px; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem;
-     border-bottom: 1px solid #e5e7eb; padding-bottom: .2rem; } h3 { font-size: 1rem; margin-top: 1.4rem; }
-p.sub { color: #6b7280; margin-top: 0; } img { max-width: 100%; height: auto; }
-table { border-collapse: collapse; font-size: .88rem; margin: .6rem 0; display: block; overflow-x: auto; }
-th, td { padding: .28rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right;
-         font-variant-numeric: tabular-nums; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } [title] { cursor: help; }
-thead th { border-bottom: 2px solid #9ca3af; }
-code, pre { font: 12.5px/1.45 ui-monospace, Menlo, Consolas, monospace; }
-pre { background: #f6f7f9; padding: .8rem; overflow-x: auto; border-radius: 4px; }
-summary { cursor: pointer; color: #374151; } .note { color: #92400e; font-size: .88rem; }
-.failed { color: #b91c1c; }
-"""
 
 
 def write_report(directories: Sequence[Path], output: Path, title: str | None = None) -> Path:
@@ -54,25 +34,24 @@ def write_report(directories: Sequence[Path], output: Path, title: str | None = 
         FdivError: a directory that holds neither.
     """
     runs, sweeps = read_records([Path(directory) for directory in directories])
-    page = _Page(output)
+    page = Canvas(output)
     names = [sweep.results["recipe"] for sweep in sweeps] + [run.result.get("recipe", run.name) for run in runs]
     title = title or ", ".join(dict.fromkeys(names))
     for index, sweep in enumerate(sweeps):
-        page.sweep(sweep, f"sweep{index}_" if len(sweeps) > 1 else "")
+        _sweep(page, sweep, f"sweep{index}_" if len(sweeps) > 1 else "")
     if runs:
-        page.runs(runs)
+        _runs(page, runs)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(
-        output,
-        f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n<body>\n'
-        f"<h1>{html.escape(title)}</h1>\n" + "\n".join(page.parts) + "\n</body>\n</html>\n",
-    )
+    write_text(output, sheet.document(title, page.parts, page.sections))
     return output
 
 
 def write_frontier(root: Path) -> Path | None:
-    """Write `frontier.png` of a sweep's directory; None when its results name no axes."""
+    """Write `frontier.png` of a sweep's directory; None when its results name no axes.
+
+    Args:
+        root: with the `results.json` of the sweep.
+    """
     figure = frontier(read_results(root / "results.json"))
     if figure is None:
         return None
@@ -80,128 +59,168 @@ def write_frontier(root: Path) -> Path | None:
     return root / "frontier.png"
 
 
-class _Page:
-    """The parts of the page in order, and the folder of its plots."""
+def _sweep(page: Canvas, sweep: SweepRecord, prefix: str) -> None:
+    """Everything about one sweep."""
+    results = sweep.results
+    seeds = ", ".join(map(str, results["seeds"])) or "the recipe's"
+    page.add(sheet.paragraph(f"{len(results['cells'])} runs, seeds {seeds}", "sub"))
+    page.section("Results")
+    columns = _sweep_table(page, results)
+    for cell in results["cells"]:
+        if cell["status"] != "finished":
+            page.add(sheet.paragraph(f"{cell['name']}: {cell.get('error', cell['status'])}", "failed"))
+    notes = [pair for cell in results["cells"] for pair in cell.get("values", {}).get("notes", {}).items()]
+    page.notes(dict.fromkeys(notes))
+    page.words(sweep_summary(results), settings_summary(results, columns))
+    plot = frontier_plot(results)
+    if plot is not None:
+        page.section("Frontier")
+        small = frontier_plot(results, width=5.2, height=3.9)
+        page.plot(plot, f"{prefix}frontier", "The two axes of the sweep, one point per setting", small)
+    bars, solved = before_after_sweep(results), pass_at_k_plot(sweep.runs)
+    if bars or solved:
+        page.section("Before and after")
+        page.plot(bars, f"{prefix}before_after", "Summary metrics by setting")
+        page.plot(solved, f"{prefix}pass_at_k", "Pass@k before training and after it")
+    page.curves(sweep.runs, "Mean over seeds; bands are ± one standard error over seeds.", prefix)
+    page.examples(list({run.setting: run for run in reversed(sweep.runs)}.values())[::-1])
+    page.provenance(results["command"], _versions(results), sweep.runs[0].recipe if sweep.runs else "")
 
-    def __init__(self, output: Path):
-        self.parts: list[str] = []
-        self.plots = output.parent / "plots"
 
-    def add(self, text: str) -> None:
-        self.parts.append(text)
+def _sweep_table(page: Canvas, results: Mapping[str, Any]) -> dict[str, Better | None]:
+    """The table of a sweep, the best of each metric marked; returns what it shows and which way is better."""
+    from fdiv.recipe.sweep import Column
+    from fdiv.report.table import measured, rows_table, table
 
-    def plot(self, figure: Figure | None, name: str, description: str) -> None:
-        """The figure inline, and as a file."""
-        if figure is None:
-            return
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        self.plots.mkdir(parents=True, exist_ok=True)
-        (self.plots / f"{name}.png").write_bytes(buffer.getvalue())
-        data = base64.b64encode(buffer.getvalue()).decode("ascii")
-        self.add(f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">')
+    method = method_of(results)
+    own = {name: Column(**column) for name, column in results.get("table", {}).items()}
+    directions = {name: own[name].better or better(name, method) for name in own}
+    directions = directions or {name: better(name, method) for name in results["columns"]}
+    best = best_cells(results["aggregate"], directions)
+    if own:
+        keep_all = (results.get("screen") or {}).get("keep") == "all"
+        header, rows = rows_table(results, own, results["screen"]["key"] if keep_all else None)
+        titles = {name: (column.title, column.better) for name, column in own.items()}
+        first, left = len(measured(results)), len(header) - len(own)
+        labels = [group["label"] for group in results["aggregate"]]
+        cells = {(first + labels.index(label), left + list(own).index(name)) for label, name in best}
+        caption = "Mean ± standard error over seeds."
+    else:
+        header, rows = table(results["aggregate"], results["columns"], wide=False, method=method)
+        titles = {}
+        names = {marked(name, method): name for name in directions}
+        cells = {
+            (place, column)
+            for place, row in enumerate(rows)
+            for column, heading in enumerate(header)
+            if {(row[0], names.get(heading)), (heading, names.get(row[0]))} & best
+        }
+        caption = "before → after training, mean ± standard error over seeds."
+    page.add(sheet.table(header, rows, _hovers(directions, method, titles), cells))
+    key = "↑ higher is better, ↓ lower; ★ the best; what a name means: on hover."
+    page.add(sheet.paragraph(f"{caption} {key}", "sub"))
+    return directions
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], hovers: Mapping[str, str]) -> None:
-        """A table; the first column is text. A heading or a first cell in `hovers` shows that text on hover."""
 
-        def cell(kind: str, text: str) -> str:
-            title = f' title="{html.escape(hovers[text])}"' if hovers.get(text) else ""
-            return f"<{kind}{title}>{html.escape(text)}</{kind}>"
+def _runs(page: Canvas, runs: Sequence[RunRecord]) -> None:
+    """Everything about single runs; several are compared first, and follow one by one at the end."""
+    finished = {run.name: run.result for run in runs if run.finished}
+    several = len(runs) > 1
+    if several and len(finished) > 1:
+        page.section("Comparison")
+        _comparison(page, finished)
+    if not several:
+        _run(page, runs[0], "before_after")
+    page.notes(encoding_notes(list(runs)))
+    summaries = [run_summary(result, name) for name, result in finished.items()]
+    page.words(summaries, runs_summary(finished) if len(finished) > 1 else ())
+    page.plot(pass_at_k_plot(runs), "pass_at_k", "Pass@k before training and after it")
+    page.curves(runs, "" if several else "Bands: standard errors, and 5–95 % quantiles of log-ratios.")
+    page.examples(runs)
+    for run in runs if several else ():
+        _run(page, run, f"before_after_{run.name}")
+    for run in runs:
+        page.provenance(run.environment.get("command", ""), _versions(run.environment), run.recipe, run.name)
 
-        head = "".join(cell("th", text) for text in header)
-        body = ""
-        for first, *others in rows:
-            body += f"<tr>{cell('td', first)}{''.join(f'<td>{html.escape(text)}</td>' for text in others)}</tr>\n"
-        self.add(f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>")
 
-    def notes(self, notes: Iterable[tuple[str, str]]) -> None:
-        """Why values are missing: (metric, reason)."""
-        for name, reason in notes:
-            self.add(f'<p class="note">{html.escape(name)}: {html.escape(reason)}</p>')
+def _run(page: Canvas, run: RunRecord, plot: str) -> None:
+    """What one run measured, and what kept it from measuring more."""
+    result = run.result
+    page.section(run.name)
+    page.add(sheet.paragraph(_headline(run), "sub"))
+    _run_table(page, result)
+    page.notes(result.get("notes", {}).items())
+    page.notes(faults_of(result.get("rows", {})))
+    for line in result.get("unmet_requirements", ()):
+        page.add(sheet.paragraph(f"required, but {line}", "failed"))
+    page.plot(before_after_run(run), plot, "Metrics before and after training")
 
-    def details(self, summary: str, text: str) -> None:
-        """Text folded away."""
-        if text:
-            self.add(f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>")
 
-    def sweep(self, sweep: SweepRecord, prefix: str) -> None:
-        """Everything about one sweep."""
-        from fdiv.recipe.sweep import Column
-        from fdiv.report.table import method_of, rows_table, table
+def _comparison(page: Canvas, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Every metric after training, a column for each run; the summary metrics first."""
+    methods = {result["method"] for result in results.values()}
+    method = methods.pop() if len(methods) == 1 else None
+    first = [name for result in results.values() for name in result.get("summary_metrics", ())]
+    rows = []
+    for name in _measured(results.values(), first, ("after",)):
+        values = [result.get(f"after/{name}") for result in results.values()]
+        errors = [result.get(f"after/{name}_se") for result in results.values()]
+        best = {column + 1 for column in best_of(values, better(name, method))}
+        rows.append(_Row(name, [_value(*pair) for pair in zip(values, errors, strict=True)], best))
+    _metric_table(page, ("after training", *results), rows, first, method)
+    page.add(sheet.paragraph("± standard error over rows, where it was measured. ★ the best.", "sub"))
 
-        results = sweep.results
-        method = method_of(results)
-        seeds = ", ".join(map(str, results["seeds"])) or "the recipe's"
-        self.add(f'<p class="sub">{len(results["cells"])} runs, seeds {html.escape(seeds)}</p>')
-        self.add("<h2>Results</h2>")
-        columns = {name: Column(**column) for name, column in results.get("table", {}).items()}
-        if columns:
-            keep_all = (results.get("screen") or {}).get("keep") == "all"
-            found = rows_table(results, columns, results["screen"]["key"] if keep_all else None)
-            titles = {name: (column.title, column.better) for name, column in columns.items()}
-            self.table(*found, _hovers(columns, method, titles))
-            self.add('<p class="sub">Mean ± standard error over seeds.</p>')
-        else:
-            found = table(results["aggregate"], results["columns"], wide=False, method=method)
-            self.table(*found, _hovers(results["columns"], method))
-            self.add('<p class="sub">before → after training, mean ± standard error over seeds.</p>')
-        for cell in results["cells"]:
-            if cell["status"] != "finished":
-                reason = html.escape(cell.get("error", cell["status"]))
-                self.add(f'<p class="failed">{html.escape(cell["name"])}: {reason}</p>')
-        notes = [pair for cell in results["cells"] for pair in cell.get("values", {}).get("notes", {}).items()]
-        self.notes(dict.fromkeys(notes))
-        figure = frontier(results)
-        if figure is not None:
-            self.add("<h2>Frontier</h2>")
-            self.plot(figure, f"{prefix}frontier", "The two axes of the sweep, one point per setting")
-        self.add("<h2>Before and after</h2>")
-        self.plot(before_after_sweep(results), f"{prefix}before_after", "Summary metrics by setting")
-        self.plot(pass_at_k_curves(sweep.runs), f"{prefix}pass_at_k", "Pass@k before training and after it")
-        if sweep.runs:
-            self.add("<h2>Training curves</h2>")
-            self.add('<p class="sub">Mean over seeds; bands are ± one standard error over seeds.</p>')
-            self.plot(training_curves(sweep.runs), f"{prefix}curves", "Training curves by setting")
-        self.provenance(results["command"], _versions(results), sweep.runs[0].recipe if sweep.runs else "")
 
-    def runs(self, runs: Sequence[RunRecord]) -> None:
-        """Everything about single runs: one table and one set of curves for all, the rest one by one."""
-        for run in runs:
-            self.add(f"<h2>{html.escape(run.name)}</h2>")
-            self.add(f'<p class="sub">{html.escape(_headline(run))}</p>')
-            self.run_table(run)
-            self.plot(before_after_run(run), _file("before_after", run, runs), "Metrics before and after training")
-        self.notes(encoding_notes(list(runs)))
-        self.plot(pass_at_k_curves(runs), "pass_at_k", "Pass@k before training and after it")
-        self.add("<h2>Training curves</h2>")
-        single = "Bands: standard errors, and 5–95 % quantiles of log-ratios." if len(runs) == 1 else ""
-        self.add(f'<p class="sub">{single}</p>')
-        self.plot(training_curves(runs), "curves", "Training curves")
-        for run in runs:
-            self.provenance(run.environment.get("command", ""), _versions(run.environment), run.recipe, run.name)
+def _run_table(page: Canvas, result: Mapping[str, Any]) -> None:
+    """Every metric that was evaluated, the summary ones first."""
+    first, method = result.get("summary_metrics", ()), result.get("method")
+    changes = {change.name: change for change in run_summary(result, "").changes}
+    rows = []
+    for name in _measured([result], first, ("before", "after")):
+        before, after = values = [result.get(f"{stage}/{name}") for stage in ("before", "after")]
+        errors = [result.get(f"{stage}/{name}_se") for stage in ("before", "after")]
+        change = "–" if before is None or after is None else f"{after - before:+.4g}"
+        cells = [*(_value(*pair) for pair in zip(values, errors, strict=True)), change]
+        beyond = name in changes and changes[name].verdict == "beyond"
+        kinds = {3: changes[name].direction or ""} if beyond else {}
+        rows.append(_Row(name, cells, {column + 1 for column in best_of(values, better(name, method))}, kinds))
+    _metric_table(page, ("metric", "before", "after", "change"), rows, first, method)
 
-    def run_table(self, run: RunRecord) -> None:
-        """Every metric that was evaluated, the summary ones first."""
-        result = run.result
-        measured = [name.partition("/")[2] for name in result if name.startswith(("before/", "after/"))]
-        names, method = dict.fromkeys([*result.get("summary_metrics", ()), *measured]), result.get("method")
-        rows = []
-        for name in names:
-            before, after = result.get(f"before/{name}"), result.get(f"after/{name}")
-            change = "–" if before is None or after is None else f"{after - before:+.4g}"
-            rows.append((marked(name, method), number(before), number(after), change))
-        if rows:
-            self.table(("metric", "before", "after", "change"), rows, _hovers(names, method))
-        self.notes(result.get("notes", {}).items())
-        self.notes(faults_of(result.get("rows", {})))
-        for line in result.get("unmet_requirements", ()):
-            self.add(f'<p class="failed">required, but {html.escape(line)}</p>')
 
-    def provenance(self, command: str, versions: str, recipe: str, name: str = "") -> None:
-        """How to get the same numbers again."""
-        self.add(f"<h2>Reproduce{' ' + html.escape(name) if name else ''}</h2>")
-        self.add(f"<pre>{html.escape(command)}</pre><p>{html.escape(versions)}</p>")
-        self.details("resolved recipe" if not name else f"resolved recipe of {name}", recipe)
+class _Row(NamedTuple):
+    """A metric: its cells, the columns of the best of them, and column → `better` or `worse`."""
+
+    name: str
+    cells: list[str]
+    best: set[int]
+    kinds: Mapping[int, str] = {}
+
+
+def _measured(results: Iterable[Mapping[str, Any]], first: Iterable[str], stages: Sequence[str]) -> list[str]:
+    """The metrics of some stages, `first` ones first; a standard error stands beside its metric."""
+    found = [key.partition("/")[::2] for result in results for key in result]
+    names = dict.fromkeys([*first, *(name for stage, name in found if stage in stages)])
+    return [name for name in names if not (name.endswith("_se") and name.removesuffix("_se") in names)]
+
+
+def _value(value: float | None, error: float | None) -> str:
+    return number(value) + (f" ± {number(error)}" if value is not None and error is not None else "")
+
+
+def _metric_table(
+    page: Canvas, header: Sequence[str], rows: Sequence[_Row], first: Sequence[str], method: str | None
+) -> None:
+    """A row per metric; those beyond the summary are folded away where there are many."""
+    shown = [row for row in rows if row.name in first] if len(rows) > 16 else list(rows)
+    shown = shown or list(rows)
+    tables = []
+    for part in (shown, [row for row in rows if row not in shown]):
+        best = {(place, column) for place, row in enumerate(part) for column in row.best}
+        kinds = {(place, column): kind for place, row in enumerate(part) for column, kind in row.kinds.items()}
+        lines = [(marked(row.name, method), *row.cells) for row in part]
+        hovers = _hovers((row.name for row in part), method)
+        tables.append(sheet.table(header, lines, hovers, best, kinds) if part else "")
+    page.add(tables[0], sheet.details(f"{len(rows) - len(shown)} more metrics", tables[1]))
 
 
 def _hovers(
@@ -209,10 +228,6 @@ def _hovers(
 ) -> dict[str, str]:
     """What a table calls each metric → its meaning, range and direction."""
     return {marked(name, method, *(titles or {}).get(name, (None, None))): hover(name, method) for name in names}
-
-
-def _file(name: str, run: RunRecord, runs: Sequence[RunRecord]) -> str:
-    return name if len(runs) == 1 else f"{name}_{run.name}"
 
 
 def _headline(run: RunRecord) -> str:

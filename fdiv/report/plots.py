@@ -1,4 +1,4 @@
-"""The plots that a `sweep:` block declares: points, means, paths from log to log, and curves over k."""
+"""The plots that a `sweep:` block declares: points, means, paths from log to log, curves over k, heat maps."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdiv.recipe.sweep import Panel
+from fdiv.recipe.sweep import Panel, staged
 from fdiv.report.metrics import marked
 from fdiv.report.style import COLOURS, GREY, tidy
-from fdiv.report.table import cell_label, measured, method_of, short, staged, values_of
+from fdiv.report.table import cell_label, measured, method_of, short, values_of
+from fdiv.terminal import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["write_plots"]
 
 _MARKERS = "osD^v<>Ph*X"  # eleven, beside nine colours: together they repeat after 99 rows
+_LEGEND_ROWS = 20  # as many fit beside a panel
 
 
 def write_plots(results: Mapping[str, Any], plots: Mapping[str, Sequence[Panel]], folder: Path) -> list[Path]:
@@ -51,7 +53,11 @@ def _figure(results: Mapping[str, Any], panels: Sequence[Panel]) -> Figure | Non
         return None
     found = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes]
     handles = {label: handle for pairs in found for handle, label in pairs}
-    figure.legend(handles.values(), handles, loc="outside right center", fontsize=7.5, frameon=False)
+    columns = -(-len(handles) // _LEGEND_ROWS)
+    figure.set_figwidth(figure.get_figwidth() + 1.6 * max(columns - 1, 0))
+    figure.legend(
+        handles.values(), handles, loc="outside right center", fontsize=7.5, frameon=False, ncols=max(columns, 1)
+    )
     return figure
 
 
@@ -183,6 +189,38 @@ def _curve(axis: Axes, results: Mapping[str, Any], panel: Panel, _: Any) -> bool
     return bool(shown)
 
 
+def _heatmap(axis: Axes, results: Mapping[str, Any], panel: Panel, _: Any) -> bool:
+    """Mean (± s.e.) of a metric for each pair of values of two axes; a cell that was not run is blank."""
+    from matplotlib.colors import LogNorm
+
+    metric = staged(panel.value or "")
+    groups = [group for group in results["aggregate"] if panel.x in group["settings"]]
+    if results.get("screen"):  # every value may have been run: the chosen one counts
+        chosen = [choice["settings"] for choice in results.get("chosen", ())]
+        groups = [group for group in groups if group["settings"] in chosen]
+    keys = [list(dict.fromkeys(short(group["settings"][key]) for group in groups)) for key in (panel.x, panel.y)]
+    cells = {tuple(short(g["settings"][key]) for key in (panel.x, panel.y)): g["metrics"].get(metric) for g in groups}
+    known = {place: cell for place, cell in cells.items() if cell and cell["mean"] is not None}
+    if not known:
+        return False
+    log = panel.value_scale == "log"
+    means = [[known.get((x, y), {}).get("mean", math.nan) for x in keys[0]] for y in keys[1]]
+    if log:
+        means = [[max(value, 1e-60) for value in row] for row in means]
+    image = axis.imshow(means, cmap="viridis", aspect="auto", norm=LogNorm() if log else None)
+    for (x, y), cell in known.items():
+        column, row = keys[0].index(x), keys[1].index(y)
+        text = number(cell["mean"]) + ("" if cell["se"] is None else f"\n± {number(cell['se'])}")
+        dark = image.norm(means[row][column]) < 0.55
+        axis.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    tidy(axis, panel.title or _label(results, panel.value or ""), panel.x_label or panel.x, panel.y_label or panel.y)
+    axis.grid(False)
+    axis.set_xticks(range(len(keys[0])), keys[0], rotation=30, ha="right", fontsize=7)
+    axis.set_yticks(range(len(keys[1])), keys[1], fontsize=7)
+    axis.figure.colorbar(image, ax=axis, shrink=0.85).ax.tick_params(labelsize=7)
+    return True
+
+
 def _finish(axis: Axes, results: Mapping[str, Any], panel: Panel) -> None:
     """Scales, labels, the dashed level."""
     x_label = panel.x_label or ("k" if panel.kind == "curve" else _label(results, panel.x or ""))
@@ -211,4 +249,5 @@ _DRAW: dict[str, Callable[[Axes, Mapping[str, Any], Panel, Any], bool]] = {
     "means": _means,
     "path": _path,
     "curve": _curve,
+    "heatmap": _heatmap,
 }

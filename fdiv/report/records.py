@@ -15,6 +15,7 @@ from fdiv.terminal import divergence_label, info
 
 __all__ = [
     "RERUN",
+    "RERUN_LISTED",
     "RunRecord",
     "SweepRecord",
     "encoding_notes",
@@ -26,7 +27,8 @@ __all__ = [
 
 RERUN = "run it again, or take `digest` out of the file where it was edited on purpose"
 """What to do about a damaged record."""
-_RERUN_LISTED = f"run it again, or remove {LISTING} where it was edited on purpose"
+RERUN_LISTED = f"run it again, or remove {LISTING} where it was edited on purpose"
+"""The same of a file whose digest stands beside it."""
 
 
 @dataclass
@@ -155,7 +157,7 @@ def _read_run(path: Path, name: str) -> RunRecord:
 
 
 def _read_recipe(path: Path) -> str:
-    check_listed(path, _RERUN_LISTED)
+    check_listed(path, RERUN_LISTED)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -168,7 +170,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: a line is no JSON object; the file of a finished run has changed.
     """
-    cut = check_listed(path, _RERUN_LISTED) is None and not read_bytes(path).endswith(b"\n")
+    cut = check_listed(path, RERUN_LISTED) is None and not read_bytes(path).endswith(b"\n")
     if cut and path.stat().st_size:
         info(f"{path}: its last line was cut off and is left out")
     entries = []

@@ -7,12 +7,15 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fdiv.recipe.sweep import Column
+from fdiv.recipe.sweep import PLAIN, Column, staged
 from fdiv.report.metrics import marked, meanings
+from fdiv.report.metrics.glossary import Better
 from fdiv.terminal import divergence_label, number, print_table
 
 __all__ = [
     "aggregate",
+    "best_cells",
+    "best_of",
     "cell_label",
     "entry",
     "markdown",
@@ -20,12 +23,8 @@ __all__ = [
     "rows_table",
     "run_table",
     "short",
-    "staged",
     "table",
 ]
-
-# Numbers of a run that belong to neither stage.
-_PLAIN = ("train_seconds", "wall_seconds", "steps", "peak_mib", "cpu_seconds")
 
 
 def cell_label(settings: Mapping[str, Any]) -> str:
@@ -36,11 +35,6 @@ def cell_label(settings: Mapping[str, Any]) -> str:
         if key != "seed"
     ]
     return ", ".join(parts) or "all"
-
-
-def staged(metric: str) -> str:
-    """The name of a metric in `result.json`: `pass@1` is `after/pass@1`."""
-    return metric if "/" in metric or metric in _PLAIN else f"after/{metric}"
 
 
 def aggregate(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -62,7 +56,7 @@ def aggregate(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             group["failed"] += 1
     for group in groups.values():
         values = group.pop("values")
-        names = dict.fromkeys(name for entry in values for name in entry if "/" in name or name in _PLAIN)
+        names = dict.fromkeys(name for entry in values for name in entry if "/" in name or name in PLAIN)
         group["metrics"] = {name: _mean([entry.get(name) for entry in values]) for name in names}
     return list(groups.values())
 
@@ -87,12 +81,32 @@ def table(
     return turned[0], turned[1:]
 
 
+def best_of(values: Sequence[float | None], towards: Better | None) -> set[int]:
+    """The places of the best values: the largest, smallest, or nearest to 0. Empty where all are equal, where fewer
+    than two are known, and without a better way."""
+    rank = {"higher": lambda v: -v, "lower": lambda v: v, "zero": abs, None: lambda v: 0.0}[towards]
+    known = {place: rank(v) for place, v in enumerate(values) if v is not None and math.isfinite(v)}
+    best = {place for place, value in known.items() if value == min(known.values())}
+    return best if len(best) < len(known) else set()
+
+
+def best_cells(groups: Sequence[Mapping[str, Any]], columns: Mapping[str, Better | None]) -> set[tuple[str, str]]:
+    """(setting, metric) of the best means after training: what a table of `groups` marks."""
+    found = set()
+    for name, towards in columns.items():
+        means = [group["metrics"].get(staged(name), {}).get("mean") for group in groups]
+        found |= {(groups[place]["label"], name) for place in best_of(means, towards)}
+    return found
+
+
 def entry(group: Mapping[str, Any], name: str) -> str:
-    """`0.500 → 0.812 ± 0.010` of one metric in one row."""
+    """`0.500 → 0.812 ± 0.010` of one metric in one row; `(2 of 3)` where not every seed has a value."""
     before, after = (group["metrics"].get(f"{stage}/{name}", {}) for stage in ("before", "after"))
     text = number(after.get("mean"))
     if after.get("se") is not None:
         text += f" ± {number(after['se'])}"
+    if 0 < after.get("n", 0) < group["n"]:
+        text += f" ({after['n']} of {group['n']})"
     return f"{number(before['mean'])} → {text}" if before.get("mean") is not None else text
 
 
@@ -179,7 +193,7 @@ def _is_chosen(group: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
 
 
 def _text(values: Sequence[float | None], column: Column) -> str:
-    """Mean ± standard error, the number alone when it is one."""
+    """Mean ± standard error, the number alone when it is one; how many seeds have a value where some have none."""
     present = [value for value in values if value is not None]
     if not present:
         return "–"
@@ -188,13 +202,17 @@ def _text(values: Sequence[float | None], column: Column) -> str:
     found = _mean(present)
     form = number if column.format is None else (lambda value: format(value, column.format))
     text = form(found["mean"])
-    return text if found["se"] is None else f"{text} ± {form(found['se'])}"
+    text = text if found["se"] is None else f"{text} ± {form(found['se'])}"
+    return text if len(present) == len(values) else f"{text} ({len(present)} of {len(values)})"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as Markdown."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+    """A table as Markdown; a bar in a cell (`KL(p||q)`) is escaped, or it would end the cell."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)]) + "\n"
 
 
 def run_table(result: Mapping[str, Any], output_dir: Any) -> None:

@@ -63,6 +63,21 @@ class Choice:
     scores: Mapping[str, float | None]
 
 
+def _number(folder: Path, key: str, metric: str) -> float | None:
+    """A number of a finished screening run."""
+    result = read_result(folder)
+    if metric not in result:
+        known = ", ".join(sorted(name for name in result if "/" in name))
+        raise FdivError(f"screen.{key}: {metric!r} is not in {folder}/result.json; it has: {known}")
+    return result[metric]
+
+
+def _share_kept(folder: Path, at_least: Mapping[str, float]) -> float:
+    """The smallest share of what is asked for, 1 where all of it is kept; 0 where a number has no value."""
+    numbers = {metric: _number(folder, "at_least", metric) for metric in at_least}
+    return min((1.0, *((numbers[metric] or 0.0) / least for metric, least in at_least.items())))
+
+
 @dataclass(frozen=True)
 class SweepPlan:
     """A sweep that has been checked: every cell's recipe was read and resolved.
@@ -172,13 +187,15 @@ class SweepPlan:
     def choice(self, row: Row) -> Choice | None:
         """What screening chose for a row; None until all its screening runs have finished or failed.
 
-        A failed run is no candidate, nor is one whose metric has no value. In a tie the smaller number wins.
+        A failed run is no candidate, nor is one whose metric has no value. In a tie the smaller number wins. Of the
+        candidates that keep all of `at_least` the best is chosen; where none does, the one that keeps most.
 
         Raises:
-            FdivError: the metric is not in a run's result.
+            FdivError: a metric is not in a run's result.
         """
         screen, judge = self._screen(), self._judge(row)
         scores: dict[Any, float] = {}
+        kept: dict[Any, float] = {}
         shown: dict[str, float | None] = {}
         for value in screen.values:
             folder = self.root / self.screen_cell(judge, value).name
@@ -187,18 +204,16 @@ class SweepPlan:
                     return None
                 shown[str(value)] = None
                 continue
-            result = read_result(folder)
-            if screen.metric not in result:
-                known = ", ".join(sorted(name for name in result if "/" in name))
-                raise FdivError(f"screen.metric: {screen.metric!r} is not in {folder}/result.json; it has: {known}")
-            shown[str(value)] = result[screen.metric]
-            if result[screen.metric] is not None:
-                scores[value] = result[screen.metric]
+            score = shown[str(value)] = _number(folder, "metric", screen.metric)
+            if score is not None:
+                scores[value] = score
+                kept[value] = _share_kept(folder, screen.at_least or {})
         if not scores:
             return None
         numbers = all(isinstance(value, (int, float)) for value in scores)
         sign = 1 if screen.better == "higher" else -1
-        best = max(sorted(scores) if numbers else scores, key=lambda value: sign * scores[value])
+        # All that keep enough have the share 1, so the metric decides among them.
+        best = max(sorted(scores) if numbers else scores, key=lambda value: (kept[value], sign * scores[value]))
         return Choice({**row.settings, screen.key: best}, screen.key, best, shown)
 
     def plan(self, cell: Cell) -> RunPlan:

@@ -24,6 +24,7 @@ from fdiv.recipe.model import Block, Configs, Recipe
 from fdiv.recipe.schema import Key, coerce
 from fdiv.recipe.sweep import SweepBlock
 from fdiv.report.metrics import GLOSSARY, describe
+from fdiv.run.batch_log import EXCLUDED
 
 __all__ = ["check_configs", "check_sweep_names", "wanted_splits"]
 
@@ -208,6 +209,21 @@ def _named_splits(path: Path) -> set[str] | None:
     return stems if stems and stems <= {"train", "test", "validation"} else None
 
 
+def _left_out(recipe: Recipe, configs: Configs) -> None:
+    """Whether the method can leave rows out, and where they are named."""
+    named = recipe.stated.get("exclude_rows")
+    if named is None:
+        return
+    reason = recipe.method.why_not_exact(configs.training)
+    if reason is None and configs.training.world_size > 1:
+        reason = f"{configs.training.world_size} processes share a batch, and one without rows would wait; use one"
+    if reason is not None:
+        raise OptionError(f"exclude_rows: {reason}", "exclude_rows")
+    written_by_the_run = home_path(named).name == EXCLUDED
+    if not (named.startswith("$") or written_by_the_run or home_path(named).is_file()):
+        raise OptionError(f"exclude_rows: no such file: {named}", "exclude_rows")
+
+
 _PARTS: tuple[tuple[str, Callable[[Recipe, Configs], None]], ...] = (
     ("use_peft", _adapter),
     ("attn_implementation", _attention),
@@ -217,6 +233,7 @@ _PARTS: tuple[tuple[str, Callable[[Recipe, Configs], None]], ...] = (
     ("generation_kwargs", _sampling),
     ("reward", _reward),
     ("dataset_train_split", _splits),
+    ("exclude_rows", _left_out),
 )
 
 

@@ -20,7 +20,7 @@ from fdiv.run.plan import RunPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["load_datasets", "load_tokenizer", "model_arguments", "named_dataset"]
+__all__ = ["load_datasets", "load_tokenizer", "model_arguments", "named_dataset", "starting_model"]
 
 
 def load_datasets(plan: RunPlan) -> dict[str, Any]:
@@ -147,6 +147,31 @@ def model_arguments(configs: Configs) -> dict[str, Any]:
         "dtype": None if model.dtype is None else dtype_name(model.dtype),
     }
     return {**arguments, **stated}
+
+
+def starting_model(plan: RunPlan) -> Any:
+    """What the trainer starts from: the model by name, or with `adapter_name_or_path` in memory, the adapter on it.
+
+    Raises:
+        DataError: no adapter there, one of another base, or one that cannot be trained.
+    """
+    from fdiv.models.adapters import check_base, with_adapter
+
+    name, adapter = find_model(plan.configs.model.model_name_or_path), plan.value("adapter_name_or_path")
+    if adapter is None:
+        return name
+    from trl import get_quantization_config
+    from trl.trainer.utils import create_model_from_path
+
+    check_base(adapter, name)
+    arguments = dict(plan.configs.training.model_init_kwargs or {})
+    quantization = get_quantization_config(plan.configs.model)
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
+    model = with_adapter(create_model_from_path(name, **arguments), adapter, trainable=True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise DataError(f"the adapter {adapter} has no weights that can be trained")
+    return model
 
 
 # Documented keyword arguments of `PreTrainedModel.from_pretrained` that its signature hides in **kwargs.

@@ -21,7 +21,7 @@ FINISHED = "result.json"
 AFTER_TRAINING = "measure it with `fdiv eval`, or train again with --overwrite_output_dir true"
 _WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
 _MARKS = ("recipe_resolved.yaml", "environment.json")
-_LISTED = ("metrics.jsonl", "recipe_resolved.yaml")
+_LISTED = ("metrics.jsonl", "recipe_resolved.yaml", "batch_log.jsonl")
 _OUTPUTS = (
     FINISHED,
     LISTING,
@@ -30,7 +30,12 @@ _OUTPUTS = (
     "eval_after.json",
     "README.md",
     "report.html",
+    "erasure.html",
+    "erasure.json",
     "error.txt",
+    "batch_log.jsonl",
+    "_batch_log.key",
+    "_excluded_rows.json",
 )
 
 

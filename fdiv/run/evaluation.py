@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,10 +67,7 @@ class Evaluations(TrainerCallback):
                     continue
                 found = dict(evaluation.evaluate(model, trainer.processing_class, self.datasets, self._context(stage)))
                 notes.update(found.pop("notes", {}))
-                for name, value in found.items():
-                    if name in metrics:
-                        name = f"{block.name}_{name}"
-                    metrics[name] = None if value is None else float(value)
+                add_metrics(metrics, found, block.name)
         model.train(was_training)
         self.results[stage] = metrics
         self.notes.update(notes)
@@ -90,6 +88,16 @@ class Evaluations(TrainerCallback):
             extra={"trainer": self.trainer},
             row_reports=self.row_reports,
         )
+
+
+def add_metrics(metrics: dict[str, float | None], found: Mapping[str, Any], evaluation: str) -> None:
+    """Add what an evaluation found; a name that is taken becomes `EVALUATION_NAME`, then `EVALUATION_2_NAME` …"""
+    taken = set(metrics)
+    for name, value in found.items():
+        names = itertools.chain(
+            (name, f"{evaluation}_{name}"), (f"{evaluation}_{count}_{name}" for count in itertools.count(2))
+        )
+        metrics[next(free for free in names if free not in taken)] = None if value is None else float(value)
 
 
 def unmet_requirements(

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +11,11 @@ from typing import Any
 
 from fdiv.errors import RecipeError
 from fdiv.evaluation import inherit
-from fdiv.files import one_line, plain
+from fdiv.files import one_line
 from fdiv.recipe.model import Block, Configs, Recipe
+from fdiv.recipe.prepared import build_once
 from fdiv.run.check import check_configs
 from fdiv.run.directory import RunDirectory
-from fdiv.sealed import read_record, write_record
-from fdiv.terminal import info
 
 __all__ = ["RunPlan", "check_blocks", "plan_run", "prepare"]
 
@@ -36,6 +32,7 @@ class RunPlan:
         evaluations: Each `eval:` block and its instance.
         settled: Top-level keys that the `prepare:` step decided; a stated key wins over them.
         variables: `${NAME}` that are no environment variables. `${prepare}` stands for itself until `prepare` has run.
+        replay: The `fdiv.run.replay.Replay` that this run is, or None.
     """
 
     recipe: Recipe
@@ -43,6 +40,7 @@ class RunPlan:
     evaluations: tuple[tuple[Block, Any], ...]
     settled: Mapping[str, Any]
     variables: Mapping[str, str]
+    replay: Any = None
 
     @property
     def output_dir(self) -> Path:
@@ -79,7 +77,11 @@ def plan_run(recipe: Recipe, variables: Mapping[str, str] = _NONE) -> RunPlan:
 
 
 def check_blocks(recipe: Recipe) -> None:
-    """Of release 0.1; `plan_run` checks blocks and configs. It goes with release 0.3."""
+    """Of release 0.1; `plan_run` checks blocks and configs. It goes with release 0.3.
+
+    Args:
+        recipe: the recipe to check.
+    """
     plan_run(recipe)
 
 
@@ -108,41 +110,19 @@ def prepare(plan: RunPlan, root: Path) -> RunPlan:
 
     Returns:
         The plan with the keys that the builder set, and with `${prepare}` known.
+
+    Args:
+        plan: the run. root: where builds are kept.
+
+    Raises:
+        RecipeError: the builder failed.
     """
     block = plan.recipe.prepare
     if block is None:
         return plan
-    builder = block.instance(plan.variables)
-    identity = json.dumps([block.name, plain(builder)], sort_keys=True)
-    folder = root / f"{block.name.replace(':', '.')}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    marker = folder / "recipe_keys.json"
-    if not marker.is_file():
-        if folder.exists():
-            shutil.rmtree(folder)  # a build that was cut off: the marker is written last
-        folder.mkdir(parents=True)
-        info(f"prepare: building {block.name} in {folder}")
-        try:
-            keys = builder.build(folder)
-        except (ValueError, FileNotFoundError) as error:
-            raise RecipeError(f"{block.where}: prepare ({block.name}): {one_line(error)}") from error
-        relative = {key: _relative(value, folder) for key, value in keys.items()}
-        write_record(marker, {"prepare": json.loads(identity), "keys": relative})
-    else:
-        info(f"prepare: {block.name} was built before: {folder}")
-    built = read_record(marker, f"remove {folder}, so that it is built again")
-    keys = {key: _absolute(value, folder) for key, value in built["keys"].items()}
-    return _resolved(plan.recipe, keys, {**plan.variables, "prepare": str(folder)})
-
-
-_HERE = "${prepare}"
-
-
-def _relative(value: Any, folder: Path) -> Any:
-    """A path inside the build without the place of the build, which may move."""
-    if isinstance(value, (str, Path)) and str(value).startswith(str(folder)):
-        return _HERE + str(value)[len(str(folder)) :]
-    return value
-
-
-def _absolute(value: Any, folder: Path) -> Any:
-    return str(folder) + value[len(_HERE) :] if isinstance(value, str) and value.startswith(_HERE) else value
+    try:
+        folder, keys = build_once(block.name, block.instance(plan.variables), root)
+    except (ValueError, FileNotFoundError) as error:
+        raise RecipeError(f"{block.where}: prepare ({block.name}): {one_line(error)}") from error
+    made = _resolved(plan.recipe, keys, {**plan.variables, "prepare": str(folder)})
+    return dataclasses.replace(made, replay=plan.replay)

@@ -24,11 +24,12 @@ from fdiv.files import one_line, plain, write_text
 from fdiv.inference.encoding import encoding_stamp
 from fdiv.interrupts import Sigterm, held_back, stoppable
 from fdiv.models.fetch import find_model
+from fdiv.models.reference import REFERENCE_ADAPTER
 from fdiv.provenance import command_line, environment
 from fdiv.recipe.dump import resolved_yaml
 from fdiv.recipe.model import Block, Recipe
 from fdiv.rows.report import RowReport, records_of
-from fdiv.run.data import load_datasets, load_tokenizer, model_arguments
+from fdiv.run.data import load_datasets, load_tokenizer, model_arguments, starting_model
 from fdiv.run.directory import AFTER_TRAINING, RunDirectory
 from fdiv.run.plan import RunPlan, plan_run, prepare
 from fdiv.sealed import write_record
@@ -56,7 +57,11 @@ def run_recipe(recipe: Recipe, command: str | None = None, prepared: Path | None
 
 
 def run_plan(plan: RunPlan, command: str | None = None, prepared: Path | None = None) -> dict[str, Any]:
-    """`run_recipe` of a recipe that has been resolved."""
+    """`run_recipe` of a recipe that has been resolved.
+
+    Args:
+        plan: the resolved run. command: the command line, for `environment.json`. prepared: as of `run_recipe`.
+    """
     progress = _Progress(plan.directory, bool(plan.value("resume_from_checkpoint")))
     with stoppable(progress.how_to_go_on):
         find_model(plan.configs.model.model_name_or_path)  # one that was not fetched ends the run here
@@ -186,22 +191,25 @@ def _trainer(plan: RunPlan, record: Mapping[str, Any]) -> tuple[Any, Any, Any]:
 
     from fdiv.run.callbacks import MetricsFile, ProgressBar, RecordFiles
     from fdiv.run.evaluation import Evaluations
+    from fdiv.run.rows import open_rows
 
     tokenizer = load_tokenizer(plan)
     plan = plan.with_keys(model_init_kwargs=model_arguments(plan.configs))
     configs, directory = plan.configs, plan.directory
     datasets = load_datasets(plan)
-    evaluations, bar = Evaluations(plan.evaluations, datasets, directory.path), ProgressBar()
-    trainer_class = plan.recipe.method
+    rows = open_rows(plan, datasets)
+    kept = datasets if rows is None else rows.kept(datasets)
+    evaluations, bar = Evaluations(plan.evaluations, kept, directory.path), ProgressBar()
+    trainer_class, model = plan.recipe.method, starting_model(plan)
     try:
         trainer = trainer_class(
-            model=find_model(configs.model.model_name_or_path),
+            model=model,
             args=configs.training,
             train_dataset=datasets["train"],
-            eval_dataset=datasets.get("test") if configs.training.eval_strategy != "no" else None,
+            eval_dataset=kept.get("test") if configs.training.eval_strategy != "no" else None,
             processing_class=tokenizer,
-            quantization_config=get_quantization_config(configs.model),
-            peft_config=get_peft_config(configs.model),
+            quantization_config=get_quantization_config(configs.model) if isinstance(model, str) else None,
+            peft_config=get_peft_config(configs.model) if isinstance(model, str) else None,
             callbacks=[
                 RecordFiles(directory, resolved_yaml(plan.recipe, plan.settled), record),
                 evaluations,
@@ -214,10 +222,25 @@ def _trainer(plan: RunPlan, record: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         raise FdivError(f"{plan.recipe.source}: {trainer_class.__name__}: {one_line(error)}") from error
     if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
         raise FdivError(f"{plan.recipe.source}: every weight is frozen, so nothing would be trained; free some")
+    if rows is not None:
+        _watch_rows(plan, rows, trainer, record)
     if trainer.pop_callback(ProgressCallback) is not None:  # absent where disable_tqdm is set
         trainer.add_callback(bar)
     evaluations.trainer = trainer
     return trainer, evaluations, bar
+
+
+def _watch_rows(plan: RunPlan, rows: Any, trainer: Any, record: Mapping[str, Any]) -> None:
+    """Tell the trainer which rows are left out, and keep a log of those in each step."""
+    from fdiv.run.rows import RowFiles
+    from fdiv.training.places import DATA_ENTRIES
+
+    trainer.places = rows.places(trainer)
+    files = RowFiles(plan, rows, trainer, record)
+    trainer.add_callback(files)
+    if plan.replay is not None:
+        plan.replay.begin(files.part["model"])
+        trainer.known_differences, trainer.exact_resume = DATA_ENTRIES, True
 
 
 def _save(plan: RunPlan, trainer: Any) -> None:
@@ -229,6 +252,8 @@ def _save(plan: RunPlan, trainer: Any) -> None:
         trainer.save_model(str(aside))
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
+            # The adapter as it was: a reference while training, and after unlearning what must not be passed on.
+            shutil.rmtree(aside / REFERENCE_ADAPTER, ignore_errors=True)
             for entry in sorted(aside.iterdir(), key=lambda entry: entry.suffix == ".safetensors"):  # weights last
                 target = plan.output_dir / entry.name
                 if target.is_dir():
@@ -325,6 +350,7 @@ def _measure(plan: RunPlan, command: str | None, prepared: Path | None) -> dict[
     from transformers import AutoModelForCausalLM
 
     from fdiv.evaluation import EvalContext
+    from fdiv.run.evaluation import add_metrics
 
     started = time.perf_counter()
     state = PartialState()
@@ -340,11 +366,11 @@ def _measure(plan: RunPlan, command: str | None, prepared: Path | None) -> dict[
     folder = directory.path / "eval" / "standalone"
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
-        for _, evaluation in plan.evaluations:
+        for block, evaluation in plan.evaluations:
             context = EvalContext(args, folder, seed=args.seed, stage="standalone", row_reports=reports)
             values = dict(evaluation.evaluate(model, tokenizer, datasets, context))
             notes |= values.pop("notes", {})
-            found |= {name: None if value is None else float(value) for name, value in values.items()}
+            add_metrics(found, values, block.name)
     result = {
         "recipe": plan.recipe.name, "method": None, "divergence": None, "beta": None, "seed": args.seed, "steps": 0,
         "unmet_requirements": [], "summary_metrics": _summary_metrics(plan.evaluations, found), "notes": notes,

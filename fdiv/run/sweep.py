@@ -19,7 +19,7 @@ from fdiv.errors import FdivError, TerminatedError
 from fdiv.files import one_line, plain, write_text
 from fdiv.lock import output_lock
 from fdiv.provenance import git_revision, package_versions
-from fdiv.recipe.crossing import is_crossing, value_when
+from fdiv.recipe.crossing import never_together, value_when
 from fdiv.recipe.document import read_document
 from fdiv.recipe.dump import resolved_yaml
 from fdiv.recipe.load import find_recipe, read_sweep
@@ -183,13 +183,15 @@ def _record(plan: SweepPlan, cell: Cell, failed: Mapping[str, str]) -> dict[str,
 
 
 def _crossings(block: SweepBlock, folder: Path) -> dict[str, float | None]:
-    """The columns of the form `when METRIC>=LEVEL/WANTED`, from the log of a run."""
-    names = [name for name in block.table if is_crossing(name)]
+    """The metrics of the form `when METRIC>=LEVEL/WANTED`, from the log of a run."""
     log = folder / "metrics.jsonl"
-    if not names or not log.is_file():
+    if not block.crossings or not log.is_file():
         return {}
     history = read_history(log)
-    return {name: value_when(name, history) for name in names}
+    for name in block.crossings:
+        if never_together(name, history):
+            info(f"{folder.name}: no log entry holds both metrics of {name!r}: it is empty for that reason")
+    return {name: value_when(name, history) for name in block.crossings}
 
 
 def _series(block: SweepBlock, log: Path) -> dict[str, list[float | None]]:

@@ -14,7 +14,7 @@ outside them (always: NaN and infinities) is refused when the config is made. Ru
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
@@ -59,7 +59,7 @@ def option(
     """A dataclass field for one key of a config.
 
     Args:
-        default: its value where none is given.
+        default: its value where none is given; a list is copied for every instance.
         help: what it is, in a line, without a full stop; the bounds are added.
         above, least, below, most: bounds on a number: > above, ≥ least, < below, ≤ most. NaN and infinities are
             refused without any.
@@ -69,6 +69,8 @@ def option(
     """
     declared = declare(help, above=above, least=least, below=below, most=most, choices=choices, why=why)
     metadata = {"help": declared} | ({"choices": list(choices)} if choices else {})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata, kw_only=keyword)
     return field(default=default, metadata=metadata, kw_only=keyword)
 
 
@@ -154,12 +156,15 @@ def divergence_option(default: str, what: str) -> Any:
     )
 
 
-def named_divergence(spec: Any, key: str) -> Divergence:
+def named_divergence(spec: Any, key: str, find: Callable[[Any], Any] = get_divergence) -> Any:
     """The divergence that a config names.
+
+    Args:
+        find: `get_divergence`, or `get_distance` where members without an f will do.
 
     Raises:
         ValueError: `spec` is None or an object (a config holds names, so that it can be written beside the result), or
-            `get_divergence` refuses it.
+            `find` refuses it.
     """
     if not isinstance(spec, (str, Mapping)):
         raise OptionError(
@@ -167,7 +172,7 @@ def named_divergence(spec: Any, key: str) -> Divergence:
             "register your own with `register_divergence` first",
             key=key,
         )
-    return get_divergence(spec)
+    return find(spec)
 
 
 @dataclass
@@ -197,6 +202,9 @@ def add_min_used_fraction(parser: Any) -> None:
 class DivergenceOptions(RowOptions):
     """`divergence` and `normalized`, with one meaning in every method that has them."""
 
+    #: What a name of this method is looked up with; `get_distance` where members without an f will do.
+    find_divergence = staticmethod(get_divergence)  # without a type, so that it is no field
+
     # `| None` is what makes HfArgumentParser pass the command line's string on unparsed; None itself is refused.
     divergence: dict[str, Any] | str | None = divergence_option("reverse_kl", "The f of D_f(policy‖reference)")
     normalized: bool = option(
@@ -218,7 +226,7 @@ class DivergenceOptions(RowOptions):
             ValueError: none that is registered, one that the method cannot use, or one without f″(1) (total
                 variation) with `normalized`.
         """
-        divergence = self.check_divergence(named_divergence(self.divergence, "divergence"))
+        divergence = self.check_divergence(named_divergence(self.divergence, "divergence", self.find_divergence))
         return divergence.normalized() if self.normalized else divergence
 
 

@@ -232,11 +232,12 @@ def encode_preferences(
     max_length: int | None,
     name: str,
     num_proc: int | None = None,
+    kept: list[int] | None = None,
 ) -> Any:
     """A dataset, or a stream, with `prompt_ids`, `chosen_ids`, `rejected_ids`: both answers follow one prompt.
 
     Columns `chat_template_kwargs` and `tools` of a row are passed to the chat template. Rows whose prompt fills
-    `max_length` are dropped.
+    `max_length` are dropped; of a dataset the numbers of the others are appended to `kept`.
     """
     from trl.data_utils import extract_prompt
 
@@ -245,6 +246,8 @@ def encode_preferences(
     if "prompt" not in next(iter(dataset)):
         dataset = dataset.map(extract_prompt, **shown)
     dataset = dataset.map(_encode_pair, fn_kwargs={"tokenizer": tokenizer, "encoding": encoding}, **shown)
+    if kept is not None and whole:
+        kept += [n for n, ids in enumerate(dataset["prompt_ids"]) if max_length is None or len(ids) < max_length]
     if max_length is None:
         return dataset
     shown = {**shown, "desc": f"Dropping prompts of the {name} dataset that fill max_length"} if whole else {}

@@ -1,7 +1,8 @@
 """Evaluation while training: any `eval:` block at every `eval_strategy`, with random numbers of its own.
 
 `metric_for_best_model`, `load_best_model_at_end` and `early_stopping_patience` work on its numbers (`eval_pass@8`,
-say), for they are returned from `Trainer.evaluate` like those of the trainer's own evaluation.
+say), for they are returned from `Trainer.evaluate` like those of the trainer's own evaluation; and on what the
+training logs (`group/pass@8`, `entropy`), by the last value before the evaluation.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fdiv.bounds import check_fields
 from fdiv.bounds.blocks import SHARED
@@ -63,13 +64,15 @@ class EvaluationOptions:
         None, "Stop when metric_for_best_model has not improved in this many evaluations", least=1
     )
 
+    stop_at: float | None = option(None, "Stop at the first evaluation whose metric_for_best_model reaches this")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.early_stopping_patience is not None and not self.metric_for_best_model:
-            raise ValueError(
-                f"early_stopping_patience={self.early_stopping_patience} needs metric_for_best_model, which says what "
-                "has to improve"
-            )
+        for name in ("early_stopping_patience", "stop_at"):
+            if getattr(self, name) is not None and not self.metric_for_best_model:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs metric_for_best_model, which says what has to improve"
+                )
         if self.epoch_evaluation is None:
             return
         if not isinstance(self.epoch_evaluation, Mapping):
@@ -129,6 +132,28 @@ def evaluated(trainer: Any, evaluation: Any, datasets: Mapping[str, Any] | None 
         model.train(training)
 
 
+class _StopAt(TrainerCallback):
+    """Ends the training at the first evaluation, after a step was made, whose metric has reached `value`; one that is
+    gone on with after that is at its end."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        done = [entry for entry in state.log_history if 0 < entry.get("step", 0) <= state.global_step]
+        if any(self._reached(args, entry) for entry in done):
+            control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        if state.global_step > 0 and self._reached(args, metrics or {}):
+            control.should_training_stop = True
+
+    def _reached(self, args: Any, metrics: Mapping[str, Any]) -> bool:
+        name = args.metric_for_best_model
+        found = metrics.get(name if name.startswith("eval_") else f"eval_{name}")
+        return found is not None and (found >= self.value if args.greater_is_better else found <= self.value)
+
+
 class PeriodicEvaluationMixin:
     """A trainer whose evaluation is `epoch_evaluation`, where that is set, instead of TRL's own.
 
@@ -149,9 +174,16 @@ class PeriodicEvaluationMixin:
         return eval_dataset
 
     def _stop_early(self) -> None:
-        """Add the callback that `early_stopping_patience` asks for."""
+        """Add the callbacks that `early_stopping_patience` and `stop_at` ask for."""
         if self.args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+        if self.args.stop_at is not None:
+            self.add_callback(_StopAt(self.args.stop_at))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer; nothing where the training had ended, and is gone on with after its last evaluation."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """`epoch_evaluation`, its numbers with the prefix `eval_`; without one, as in TRL."""
@@ -160,6 +192,28 @@ class PeriodicEvaluationMixin:
         rows = {"train": self.train_dataset, **self._evaluation_rows}
         values = evaluated(self, self.epoch_evaluation, rows)
         metrics = {f"eval_{name}": float(value) for name, value in values.items() if isinstance(value, (int, float))}
+        metrics |= self._chosen_from_the_log(values)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _chosen_from_the_log(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """What `metric_for_best_model` names, where it is no number of the evaluation: the value last logged while
+        training (`group/pass@8`, `entropy` …). The training's own `loss` is none that models are chosen by.
+
+        Raises:
+            OptionError: after the first step, neither the evaluation nor the log has it.
+        """
+        name = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if not name or name in values or self.state.global_step == 0:
+            return {}
+        logged = [entry[name] for entry in self.state.log_history if name in entry and name != "loss"]
+        if logged:
+            return {f"eval_{name}": float(logged[-1])}
+        known = ", ".join(sorted(key for key, value in values.items() if isinstance(value, (int, float))))
+        raise OptionError(
+            f"metric_for_best_model={name}: epoch_evaluation gives no such number, and the training has logged none "
+            f"up to step {self.state.global_step}. The evaluation gives: {known or 'none'}; a number of the log must "
+            "have been logged before (logging_steps)",
+            "metric_for_best_model",
+        )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
 from transformers import TrainerState
 from transformers.trainer_utils import rotate_checkpoints
@@ -41,13 +42,16 @@ class ResumableMixin(RunSumsMixin):
 
     `train(resume_from_checkpoint=True)` takes the newest complete checkpoint of `output_dir` and says so; a path is
     checked in the same way. A checkpoint of another method, divergence, dataset, batch or number of processes is
-    refused unless `force_resume` is set on the trainer first; other settings that changed are named in one line.
+    refused unless `force_resume` is set on the trainer first; other settings that changed are named in one line, and
+    refused too under `exact_resume`.
 
     A subclass with state of its own overrides `save_method_state` and `load_method_state`; one with a further
     divergence or further data adds them to `run_identity`.
     """
 
     force_resume = False
+    known_differences: tuple[str, ...] = ()  # entries of the identity that were compared before, in another way
+    exact_resume = False  # whether settings that changed are refused too
     _staging: Path | None = None
 
     # ---------------------------------------------------------------- to be overridden
@@ -192,7 +196,7 @@ class ResumableMixin(RunSumsMixin):
         with _reading_errors(checkpoint):
             TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         marker, identity = read_marker(checkpoint), self.json_identity()
-        differences = _differences(marker["identity"], identity)
+        differences = _differences(marker["identity"], identity, known=self.known_differences)
         if differences and not self.force_resume:
             raise CheckpointError(
                 f"{checkpoint} was written by another run: {'; '.join(differences)}. Restore these settings, or force "
@@ -201,6 +205,8 @@ class ResumableMixin(RunSumsMixin):
         for line in differences:
             info(f"resume: forced, although {line}")
         changed = _differences(marker["settings"], _json_values(self.run_settings()), known=identity)
+        if changed and self.exact_resume:
+            raise CheckpointError(f"{checkpoint} was written under other settings: {'; '.join(changed)}")
         if changed:
             info(f"resume: changed since that checkpoint: {'; '.join(changed)}")
         return checkpoint
@@ -208,6 +214,21 @@ class ResumableMixin(RunSumsMixin):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         with _same_number_types(self.model), _reading_errors(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+            self._load_first_adapter(Path(resume_from_checkpoint))
+
+    def _load_first_adapter(self, checkpoint: Path) -> None:
+        """Load the trained adapter where a checkpoint holds a further one, such as the frozen start.
+
+        PEFT writes `default` into the folder itself and others below it. Trainer of transformers below 5.18 then reads
+        the others alone, and the run would go on from an untrained adapter.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled or not is_peft_model(model) or {"default"} >= model.peft_config.keys():
+            return
+        if any((checkpoint / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+            active = model.active_adapter
+            model.load_adapter(str(checkpoint), "default", is_trainable=active == "default")
+            model.set_adapter(active)
 
     def _load_best_model(self) -> None:
         with _same_number_types(self.model):

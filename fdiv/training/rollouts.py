@@ -298,10 +298,26 @@ def check_room(trainer: Any, prompts: list, prompt_ids: list[list[int]]) -> None
 
 
 class EpochOrder(Sampler):
-    """TRL's `RepeatSampler`, seeded again for each epoch; its own generator runs on, and a resumed one starts over."""
+    """TRL's `RepeatSampler`, seeded again for each epoch; its own generator runs on, and a resumed one starts over.
+
+    It takes whole generations alone, so an epoch leaves prompts out where they are no multiple; how many is said.
+
+    Raises:
+        DataError: fewer prompts than one generation takes, with which TRL would train for no step.
+    """
 
     def __init__(self, sampler: Sampler, trainer: Any) -> None:
         self.sampler, self.trainer = sampler, trainer
+        prompts, needed = sampler.num_samples, sampler.batch_size
+        if prompts < needed:
+            raise DataError(
+                f"{prompts} training prompts, and a generation takes {needed}, with {sampler.mini_repeat_count} "
+                "completions of each: no step could be made; give more prompts, or a smaller batch "
+                "(per_device_train_batch_size, gradient_accumulation_steps)"
+            )
+        if left := prompts % needed:
+            which = "other ones each time" if sampler.shuffle else "the last ones"
+            info(f"{left} of {prompts} prompts are left out of each epoch ({which}): a generation takes {needed}")
 
     def __iter__(self) -> Iterator[int]:
         if self.sampler.shuffle:

@@ -39,6 +39,7 @@ class RunSumsMixin:
         self.clocks = {}
         self._earlier_seconds: dict[str, float] = {}
         self._stored_sums: dict[str, Any] | None = None
+        self._uncounted_steps = 0
         super().__init__(*args, **kwargs)
         self.add_callback(_SaveAfterTheEpoch())
         self.add_callback(_GoOnCounting(self))
@@ -70,7 +71,7 @@ class RunSumsMixin:
         """Read them back. What Trainer sets to 0 when training begins is restored by a callback after that."""
         path = folder / _FILE
         if not path.is_file():
-            step = self.state.global_step
+            self._uncounted_steps = step = self.state.global_step
             info(f"resume: {folder.name} holds no {_FILE}: train_loss, num_tokens and times count from step {step}")
             return
         with safe_open(path, framework="pt") as file:
@@ -110,6 +111,10 @@ class RunSumsMixin:
             NonFiniteLossError: the last step made a weight NaN or infinite.
         """
         check_weights(self)
+        if self._uncounted_steps and not hasattr(self, "_initial_global_step"):
+            # Trainer of transformers below 5.18 divides by all steps, those too whose losses it has not.
+            share = self.state.global_step / max(self.state.global_step - self._uncounted_steps, 1)
+            self._total_loss_scalar, self._tr_loss = self._total_loss_scalar * share, self._tr_loss * share
         training = self.model.training
         self.model.train()
         try:

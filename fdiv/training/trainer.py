@@ -26,6 +26,7 @@ from fdiv.models.logprobs import aux_loss_fault, check_fused_head
 from fdiv.rows.report import MIN_USED_FRACTION, RowReport
 from fdiv.terminal import info
 from fdiv.training.finite import broken_weight, broken_weights_stop, what_stands
+from fdiv.training.places import PlacesMixin
 from fdiv.training.resume import ResumableMixin
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _article(name: str) -> str:
     return "an" if name[0] in "AEFIO" else "a"
 
 
-class ObjectiveTrainerMixin(ResumableMixin):
+class ObjectiveTrainerMixin(PlacesMixin, ResumableMixin):
     """Per-example metrics, guards and whole checkpoints for a TRL trainer; put it before the TRL class in the bases.
 
     A subclass calls `record_examples` once per micro-batch from its loss, overrides `reduce_examples`, and may

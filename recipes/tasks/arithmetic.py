@@ -184,6 +184,9 @@ class ArithmeticTaskConfig:
             trained on all others, each time with one solution picked at random and the numbers in random order.
         steps, batch_size, learning_rate: of the base model.
         hidden_size, layers: its width (a multiple of 32) and depth.
+        easy_problems: this many problems of two numbers are written to `easy/train.jsonl`, for a rehearsal cache of
+            another kind than the problems that are trained on; the base model is trained on the others of it too.
+        easy_share: the share of what the base model sees that is of this kind.
     """
 
     seed: int = 0
@@ -198,6 +201,8 @@ class ArithmeticTaskConfig:
     learning_rate: float = 4e-3
     hidden_size: int = 96
     layers: int = 3
+    easy_problems: int = 0
+    easy_share: float = 0.1
 
     def __post_init__(self) -> None:
         if not self.counts or not all(2 <= count <= 5 for count in self.counts):
@@ -207,6 +212,13 @@ class ArithmeticTaskConfig:
                 raise ValueError(f"prepare.{name} must be at least 1, got {getattr(self, name)}")
         if self.steps < 2:
             raise ValueError(f"prepare.steps must be at least 2, got {self.steps}")
+        if self.easy_problems < 0 or (self.easy_problems and 2 in self.counts):
+            raise ValueError(
+                f"prepare.easy_problems must be at least 0, and 0 where counts hold 2; got {self.easy_problems} and "
+                f"{self.counts}"
+            )
+        if not 0 < self.easy_share < 1:
+            raise ValueError(f"prepare.easy_share must lie between 0 and 1, got {self.easy_share}")
         for name in ("train_problems", "test_problems"):
             if getattr(self, name) < len(self.counts) or getattr(self, name) % len(self.counts):
                 raise ValueError(
@@ -214,8 +226,8 @@ class ArithmeticTaskConfig:
                 )
 
     def build(self, output_dir: Path) -> dict[str, Any]:
-        """Write `model/`, `data/train.jsonl` and `data/test.jsonl` (prompt, numbers, target,
-        num_solutions, answer: one of them).
+        """Write `model/`, `data/train.jsonl`, `data/test.jsonl` and, where asked for, `easy/train.jsonl` (prompt,
+        numbers, target, num_solutions, answer: one of them).
 
         Returns:
             The recipe keys it sets: `model_name_or_path`, `dataset_name`, `dataset_train_split`,
@@ -231,25 +243,30 @@ class ArithmeticTaskConfig:
 
         output_dir, draw = Path(output_dir), random.Random(self.seed)
         base, train, test = self._split(draw)
+        easy = self._problems(2, draw) if self.easy_problems else []
+        if self.easy_problems >= len(easy) and self.easy_problems:
+            raise ValueError(f"prepare.easy_problems must be below {len(easy)}, all problems of two numbers")
+        sampler = _sampler(base, draw, easy[self.easy_problems :], self.easy_share)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             tokenizer = _tokenizer()
             model = train_tiny_model(
-                _new_model(tokenizer, self.hidden_size, self.layers), tokenizer, _sampler(base, draw), self.steps,
+                _new_model(tokenizer, self.hidden_size, self.layers), tokenizer, sampler, self.steps,
                 batch_size=self.batch_size, learning_rate=self.learning_rate, max_grad_norm=1.0,
             )  # fmt: skip
         refuse_broken(model, "the base model that was trained", "lower learning_rate")
         for part in (model, tokenizer):
             part.save_pretrained(output_dir / "model")
-        data = output_dir / "data"
-        data.mkdir(parents=True, exist_ok=True)
-        for split, problems in (("train", train), ("test", test)):
-            rows = [_row(problem, draw) for problem in problems]
-            (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        for file, problems in (("data/train", train), ("data/test", test), ("easy/train", easy[: self.easy_problems])):
+            if problems:
+                rows = [_row(problem, draw) for problem in problems]
+                path = output_dir / f"{file}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         (output_dir / "prepare.json").write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
         return {
             "model_name_or_path": str(output_dir / "model"),
-            "dataset_name": str(data),
+            "dataset_name": str(output_dir / "data"),
             "dataset_train_split": "train",
             "dataset_test_split": "test",
             "reward": "fdiv.recipes.tasks.arithmetic:arithmetic_reward",
@@ -303,11 +320,14 @@ def _row(problem: _Problem, draw: random.Random) -> dict[str, Any]:
     }
 
 
-def _sampler(problems: list[list[_Problem]], draw: random.Random) -> Callable[[], tuple[str, str]]:
-    """Draws (prompt, solution): the count uniformly, then the problem, then the solution."""
+def _sampler(
+    problems: list[list[_Problem]], draw: random.Random, easy: list[_Problem], easy_share: float
+) -> Callable[[], tuple[str, str]]:
+    """Draws (prompt, solution): easy or not, where such are given; the count uniformly; the problem; the solution."""
 
     def sample() -> tuple[str, str]:
-        problem = draw.choice(draw.choice(problems))
+        among = easy if easy and draw.random() < easy_share else draw.choice(problems)
+        problem = draw.choice(among)
         return _row(problem, draw)["prompt"], draw.choice(problem.solutions)
 
     return sample

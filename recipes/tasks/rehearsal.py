@@ -12,12 +12,11 @@ or, with `model` and `dataset` instead of `task`, on a model and rows that exist
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from fdiv.recipes.tasks.inner import built_task, inner_builder, without_deepspeed
 from fdiv.rl.presample.config import PresampleConfig
 from fdiv.rl.presample.output import EXPLORE, REHEARSAL, write_rows
 
@@ -35,11 +34,17 @@ class RehearsalConfig(PresampleConfig):
     all of them first, and give the recipe its files.
 
     Args:
-        task: Another builder of `prepare:` with its keys, `{name: …}`, built first, into `task/`.
+        task: Another builder of `prepare:` with its keys, `{name: …}`, built first, as `task/`. Rehearsal blocks
+            beside each other that name the same task share one build. With it, a relative `dataset` is looked up in
+            what it built.
     """
 
     task: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Another builder that makes model and data first: {name: ...} with its keys."}
+        default=None,
+        metadata={
+            "help": "Another builder that makes model and data first: {name: ...} with its keys. A relative "
+            "`dataset` is looked up in what it built."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -57,7 +62,8 @@ class RehearsalConfig(PresampleConfig):
         Returns:
             The recipe keys it sets: those of the task; `dataset_name`, the explore set as split `train` and, where
             the data has a test split, that as `test`; `rehearsal_cache`; `temperature`, that of its
-            log-probabilities; and `reward`.
+            log-probabilities; `reward`; and, where they are set here, `mode` and `reward_threshold`, so that the
+            training tells answers apart, and right ones from wrong ones, as the cache did.
 
         Raises:
             ValueError: the task sets no model or dataset, and none is given; there is no reward.
@@ -68,9 +74,9 @@ class RehearsalConfig(PresampleConfig):
 
         output_dir = Path(output_dir)
         folder = output_dir / "rehearsal"
-        with _without_deepspeed(), alone():
-            keys = {} if self.task is None else self._builder().build(output_dir / "task")
-            settings = self._settled(keys)
+        with without_deepspeed(), alone():
+            keys = {} if self.task is None else built_task(self.task, self._builder(), output_dir)
+            settings = self._settled(keys, output_dir / "task")
             presample(settings, folder)
         data = output_dir / "data"
         data.mkdir(exist_ok=True)
@@ -85,11 +91,21 @@ class RehearsalConfig(PresampleConfig):
             "rehearsal_cache": str(folder / REHEARSAL),
             "reward": settings.reward,
             "temperature": self.scoring_temperature,
+            **{name: getattr(self, name) for name in ("mode", "reward_threshold") if self._is_set(name)},
         }
 
-    def _settled(self, keys: dict[str, Any]) -> PresampleConfig:
+    def _is_set(self, name: str) -> bool:
+        return any(entry.name == name and getattr(self, name) != entry.default for entry in fields(self))
+
+    def _settled(self, keys: dict[str, Any], task: Path) -> PresampleConfig:
         """The settings of the pass, with what the task set."""
         settings = {entry.name: getattr(self, entry.name) for entry in fields(PresampleConfig)}
+        if (
+            settings["dataset"]
+            and not Path(settings["dataset"]).is_absolute()
+            and (task / settings["dataset"]).exists()
+        ):
+            settings["dataset"] = str(task / settings["dataset"])
         if not settings["dataset"] and "dataset_train_split" in keys:
             settings["split"] = keys["dataset_train_split"]
         for name, key in (("model", "model_name_or_path"), ("dataset", "dataset_name"), ("reward", "reward")):
@@ -99,35 +115,7 @@ class RehearsalConfig(PresampleConfig):
         return PresampleConfig(**settings)
 
     def _builder(self) -> Any:
-        """The builder of the task, its keys checked like those of a block.
-
-        Raises:
-            RecipeError: an unknown builder or key, or a value of the wrong type.
-            ValueError: no name, a missing key, or a value the builder refuses.
-        """
-        from fdiv.catalog import TASKS
-        from fdiv.errors import RecipeError
-        from fdiv.recipe.schema import coerce, nearest_key, section_of
-
-        where = "prepare.task"
-        values = dict(self.task)
-        if "name" not in values:
-            raise ValueError(f"{where} needs a `name`: one of {', '.join(sorted(TASKS))}")
-        name = values.pop("name")
-        config = TASKS.find(name, where, what=f"`{where}.name`", error=RecipeError)
-        if issubclass(config, RehearsalConfig):
-            raise ValueError(f"{where} cannot be {name!r} itself")
-        section = section_of(config, where)
-        for key, value in values.items():
-            if key not in section.keys:
-                near = nearest_key(key, section, lambda: iter(()))
-                hint = f"did you mean {near!r}?" if near else f"there are: {', '.join(section.keys)}"
-                raise RecipeError(f"unknown key {key!r} in `{where}`; {hint}")
-            values[key] = coerce(value, section.keys[key], where)
-        missing = [key.name for key in section.keys.values() if key.required and key.name not in values]
-        if missing:
-            raise ValueError(f"`{where}.{missing[0]}` is missing")
-        return config(**values)
+        return inner_builder(self.task, RehearsalConfig)
 
 
 def _keep_test_split(dataset: str, split: str, path: Path) -> None:
@@ -137,18 +125,3 @@ def _keep_test_split(dataset: str, split: str, path: Path) -> None:
     found = named_dataset(dataset)
     if hasattr(found, "keys") and split in found:
         write_rows(path, found[split])
-
-
-@contextmanager
-def _without_deepspeed() -> Iterator[None]:
-    """Models loaded inside are whole: with ZeRO-3 on, `from_pretrained` would wait for the other processes."""
-    from transformers.integrations import deepspeed
-
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    active = reference() if reference is not None else None
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if active is not None:
-            deepspeed.set_hf_deepspeed_config(active)

@@ -75,6 +75,8 @@ class SampledPreferencesConfig:
     def build(self, output_dir: Path) -> dict[str, Any]:
         """Write `data/train.jsonl` and `data/test.jsonl` (prompt, chosen, rejected), `data/validation.jsonl` with
         `validation_prompts`, and `prepare.json`, which counts the pairs made and those whose gap was too small.
+        `negatives.jsonl` has the training pairs for methods without positives: prompt, rejected, and the same text as
+        completion.
 
         Returns:
             The recipe keys it sets: `model_name_or_path`, `dataset_name`, `dataset_train_split`,
@@ -99,7 +101,9 @@ class SampledPreferencesConfig:
                     "more samples"
                 )
             counts[part] = {"pairs": len(pairs), "left out": len(chosen) * self.pairs_per_prompt - len(pairs)}
-            (data / f"{part}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+            _write(data / f"{part}.jsonl", pairs)
+            if part == "train":
+                _write(output_dir / "negatives.jsonl", [_negative(pair) for pair in pairs])
         record = json.dumps({"settings": asdict(self), **counts}, indent=2)
         (output_dir / "prepare.json").write_text(record + "\n", encoding="utf-8")
         return {
@@ -147,3 +151,11 @@ class SampledPreferencesConfig:
             for best, worst in pairs
             if best[0] - worst[0] >= self.min_gap
         ]
+
+
+def _negative(pair: dict[str, str]) -> dict[str, str]:
+    return {"prompt": pair["prompt"], "rejected": pair["rejected"], "completion": pair["rejected"]}
+
+
+def _write(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -22,7 +22,7 @@ from fdiv.training.rollouts import token_mask
 
 __all__ = ["Added", "AnswerBank", "BankMixin"]
 
-BANK_FILE = "answer_bank.safetensors"
+BANK_FILE, FOUND_FILE = "answer_bank.safetensors", "answers_found.safetensors"
 
 Slot = tuple[tuple[int, ...], Hashable]
 
@@ -95,20 +95,24 @@ class AnswerBank(RehearsalCache):
         """Take the rows of a checkpoint in place of the present ones, in their order.
 
         Raises:
-            DataError: a damaged file, or more rows than `limit`.
+            DataError: a damaged file, more rows than `limit`, or two of one slot.
         """
         rows = RehearsalCache.load(path).rows
         if len(rows) > self.limit:
             raise DataError(f"{path} holds {len(rows)} rows, and bank_limit is {self.limit}: set it to at least that")
         self.rows, self._slots = [], set()
-        self.add(rows)
+        if known := self.add(rows).known:
+            raise DataError(
+                f"{path}: {known} of {len(rows)} rows are of a mode that another row has under the present mode "
+                "function: restore the setting `mode`, and its function as it was"
+            )
 
 
 class BankMixin:
     """A `DPHTrainer`'s answer bank: made from its cache, filled between optimizer steps, saved with its checkpoints.
 
     Verified answers are noted while their loss is formed, where their log-probabilities are at hand, and enter the
-    bank before the next optimizer step or checkpoint, on all processes in one order.
+    bank before the next optimizer step, on all processes in one order.
     """
 
     args: Any
@@ -138,18 +142,33 @@ class BankMixin:
         rows, path = ((), None) if cache is None else (cache.rows, cache.path)
         bank = AnswerBank(header if cache is None else cache.header, rows, mode, args.bank_limit, path)
         start = bank.at_start
+        weighed = any(row.weight != 1 for row in rows)
         info(
             f"{bank.name}: {start.added} rows, one for each mode of each prompt; {start.known} further rows of their "
             f"modes and {start.refused} above bank_limit={args.bank_limit} left out"
+            + ("; every row counts the same, whatever its weight in the cache" if weighed else "")
         )
         self._found: list[RehearsalRow] = []
         self._full = False
         return bank
 
     def _note_found(self, inputs: dict[str, Any], log_policy: Tensor) -> None:
-        """Keep the correct completions of a micro-step, with the log-probabilities of the policy that is trained."""
+        """Keep the correct completions of a micro-step, with the log-probabilities of the policy that is trained.
+
+        Raises:
+            DataError: it is not defined which completions are correct; one holds tokens of tools, which a rehearsal
+                row cannot.
+        """
         if "correct" not in inputs:
-            return
+            raise DataError(
+                "bank: policy takes correct completions, and a reward here is neither 0 nor 1: set reward_threshold, "
+                "the reward from which on a completion is correct"
+            )
+        if "tool_mask" in inputs:
+            raise DataError(
+                "bank: policy: these completions hold tokens of tools or of an environment, and a rehearsal row holds "
+                "the policy's own alone: take bank: cache or bank: none"
+            )
         mask, values = token_mask(inputs).bool(), log_policy.detach().float().clamp(max=0.0)
         for row in inputs["correct"].nonzero().flatten().tolist():
             prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()].tolist()
@@ -159,7 +178,7 @@ class BankMixin:
                 self._found.append(RehearsalRow(text, prompt, ids, values[row][mask[row]].tolist(), -1))
 
     def _fill_bank(self) -> None:
-        """Put what was found since the last call into the bank; call it on all processes."""
+        """Put what was found in the last optimizer step into the bank; call it on all processes."""
         if self.args.bank != "policy":
             return
         rows = gather_object(self._found)
@@ -176,15 +195,20 @@ class BankMixin:
             )
 
     def save_method_state(self, folder: Path) -> None:
-        """The bank, where it grows."""
+        """The bank, where it grows, and apart what was found since it was filled: that enters with the next step."""
         super().save_method_state(folder)
-        if self.args.bank == "policy":
-            self._fill_bank()
-            if self.args.should_save:
-                self.rehearsal.save(folder / BANK_FILE)
+        if self.args.bank != "policy":
+            return
+        found = gather_object(self._found)
+        if self.args.should_save:
+            self.rehearsal.save(folder / BANK_FILE)
+            RehearsalCache(self.rehearsal.header, found).save(folder / FOUND_FILE)
 
     def load_method_state(self, folder: Path) -> None:
-        """Read it back."""
+        """Read them back. What was found by all processes goes to the main one: it enters the bank in that order."""
         super().load_method_state(folder)
-        if self.args.bank == "policy":
-            self.rehearsal.restore(folder / BANK_FILE)
+        if self.args.bank != "policy":
+            return
+        self.rehearsal.restore(folder / BANK_FILE)
+        found = RehearsalCache.load(folder / FOUND_FILE).rows
+        self._found = found if self.accelerator.is_main_process else []

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from trl import GRPOConfig
 
 from fdiv.divergences import Divergence
@@ -113,7 +114,7 @@ class DPHConfig(EvaluationOptions, CappedDivergenceOptions, RolloutConfig, GRPOC
     resample_groups: int = option(
         0,
         "Dynamic sampling: how often a group whose rewards are all alike is sampled again. Rewards in the log stay "
-        "those of the first try",
+        "those of the first try. Not with an advantage that learns from such groups (pkpo, nsr)",
         least=0,
     )
     kl: str | None = option(
@@ -124,6 +125,8 @@ class DPHConfig(EvaluationOptions, CappedDivergenceOptions, RolloutConfig, GRPOC
     kl_coefficient: float = option(0.01, "What the KL penalty is multiplied by", above=0)
 
     def __post_init__(self) -> None:
+        if self.epoch_evaluation is not None and self.num_generations_eval is None:
+            self.num_generations_eval = 1  # it samples no groups, and TRL asks for a batch of whole ones
         super().__post_init__()
         self.resolve_kl()
         resolve_mode(self.mode)
@@ -144,6 +147,22 @@ class DPHConfig(EvaluationOptions, CappedDivergenceOptions, RolloutConfig, GRPOC
                 f"resample_groups={self.resample_groups} and scale_rewards=batch exclude each other: the scale of a "
                 "batch would be that of its last groups; take scale_rewards: group"
             )
+        if self.resample_groups and (what := self._learns_from_alike()):
+            raise ValueError(
+                f"resample_groups={self.resample_groups} and {what} exclude each other: it learns from groups whose "
+                "rewards are all alike, and sampling those again would bias its gradient; take resample_groups: 0, or "
+                "an advantage that is 0 there (grpo, rloo, maxrl, pkpo_loo with k of at least 2, passk_analytic)"
+            )
+
+    def _learns_from_alike(self) -> str | None:
+        """The advantage, or the penalty in the reward, by which a group whose rewards are all alike has a gradient."""
+        if self.kl is not None and resolve_kl(self.kl).enters == "reward":
+            return f"kl: {self.kl}"
+        advantage = self.resolve_advantage()
+        if advantage is None or self.num_generations < advantage.least:
+            return None
+        alike = torch.tensor([[0.0], [1.0]]).expand(2, self.num_generations)
+        return f"advantage {advantage.name!r}" if bool((advantage(alike) != 0).any()) else None
 
     def _check_reference(self) -> None:
         if self.beta != 0.0 or self.sync_ref_model:
@@ -162,6 +181,12 @@ class DPHConfig(EvaluationOptions, CappedDivergenceOptions, RolloutConfig, GRPOC
                 f"max_exponent (divergence={self.divergence!r}, normalized={self.normalized}, "
                 f"coefficient_clip={self.coefficient_clip}, max_exponent={self.max_exponent}): take "
                 "rehearsal_form: generator"
+            )
+
+        if self.rehearsal_form == "definition" and self.bank == "policy":
+            raise ValueError(
+                "rehearsal_form: definition and bank: policy exclude each other: the definition is of one reference, "
+                "and the bank's rows are held to the policies that found them; take rehearsal_form: generator"
             )
 
     def _check_advantage(self) -> None:
@@ -217,8 +242,9 @@ class DPHConfig(EvaluationOptions, CappedDivergenceOptions, RolloutConfig, GRPOC
         if self.rehearsal_batch_size is None:
             return min(available, max(1, completions // 8))
         if self.rehearsal_batch_size > available:
+            what = "rehearsal cache" if self.bank == "none" else "answer bank, one for each mode of each prompt,"
             raise ValueError(
-                f"rehearsal_batch_size={self.rehearsal_batch_size}, but the rehearsal cache holds {available} rows: "
+                f"rehearsal_batch_size={self.rehearsal_batch_size}, but the {what} holds {available} rows: "
                 f"set it to at most {available}, or pre-sample more prompts"
             )
         return self.rehearsal_batch_size

@@ -31,6 +31,7 @@ __all__ = [
     "rehearsal_capped",
     "rehearsal_coefficient",
     "rehearsal_loss",
+    "rehearsal_penalty",
     "rehearsal_weight",
 ]
 
@@ -93,18 +94,41 @@ def rehearsal_loss(
             outside (0, 80].
     """
     divergence = check_rehearsal_divergence(divergence, level)
-    if coefficient_clip is not None and not coefficient_clip > 0:
-        raise ValueError(f"coefficient_clip={coefficient_clip}: the bound must be above 0, or None for no bound")
 
     def penalty(log_u: Tensor) -> Tensor:
-        if coefficient_clip is None:
-            return divergence.generator(_capped_log_ratio(log_u, divergence, max_exponent))
-        coefficient = rehearsal_coefficient(log_u, divergence, max_exponent=max_exponent)
-        with torch.no_grad():
-            value = divergence.generator(_capped_log_ratio(log_u, divergence, max_exponent))
-        return _with_coefficient(value, coefficient.clamp(-coefficient_clip, coefficient_clip), log_u)
+        return rehearsal_penalty(log_u, divergence, max_exponent=max_exponent, coefficient_clip=coefficient_clip)
 
     return _per_row(log_ratio, mask, level, penalty)
+
+
+def rehearsal_penalty(
+    log_ratio: Tensor,
+    divergence: str | Mapping[str, Any] | Divergence,
+    *,
+    max_exponent: float | None = None,
+    coefficient_clip: float | None = None,
+) -> Tensor:
+    """f(u) of every ratio, not averaged: what `rehearsal_loss` takes of tokens or of whole completions.
+
+    Args:
+        log_ratio: log u, any shape, with gradient, finite wherever it counts.
+        divergence, max_exponent, coefficient_clip: as in `rehearsal_loss`.
+
+    Returns:
+        The shape of `log_ratio`, ≥ 0; float32 for half-precision input, float64 is kept.
+
+    Raises:
+        ValueError: an unknown divergence; `coefficient_clip` ≤ 0; `max_exponent` outside (0, 80].
+    """
+    divergence, log_u = get_divergence(divergence), as_float(log_ratio, "log_ratio")
+    if coefficient_clip is None:
+        return divergence.generator(_capped_log_ratio(log_u, divergence, max_exponent))
+    if not coefficient_clip > 0:
+        raise ValueError(f"coefficient_clip={coefficient_clip}: the bound must be above 0, or None for no bound")
+    coefficient = rehearsal_coefficient(log_u, divergence, max_exponent=max_exponent)
+    with torch.no_grad():
+        value = divergence.generator(_capped_log_ratio(log_u, divergence, max_exponent))
+    return _with_coefficient(value, coefficient.clamp(-coefficient_clip, coefficient_clip), log_u)
 
 
 def rehearsal_coefficient(

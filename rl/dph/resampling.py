@@ -4,6 +4,9 @@ With m more tries at most and q the chance that a group has no signal, the expec
 try times (1 − q^{m+1})/(1 − q): tries without signal add nothing, and the first one with signal is distributed as any.
 So prompts that the policy nearly always or hardly ever solves count more than in GRPO. DAPO (arXiv:2503.14476) takes
 other prompts instead, until the batch is full; here the prompts of a step stay, and so do order and epochs.
+
+Advantages under which such a group does add something (`pkpo`, `nsr`, any with a KL in the reward) are refused by
+`DPHConfig`. A KL penalty in the loss is taken on the groups that stay, which are no fair sample of the policy.
 """
 
 from __future__ import annotations
@@ -98,8 +101,8 @@ def resample_groups(
             part = {k: v[: len(kept)] if _is_rows(v, len(rows)) else v for k, v in other.items()}
             batch = merge_rows(batch, part, kept, trainer._tokenizer.pad_token_id)
         dull = ~has_signal(rewards, size)
-    # 3. TRL's normaliser counts the tokens of the whole step.
-    if again and "num_items_in_batch" in batch:
+    # 3. TRL's normaliser counts the tokens of the whole step, those that other processes sampled again too.
+    if "num_items_in_batch" in batch:
         batch["num_items_in_batch"] = trainer.accelerator.gather(token_mask(batch).sum()).sum()
     shares = {"groups/without_signal": first, "groups/left_without_signal": dull.float().mean()}
     for name, value in shares.items():

@@ -38,12 +38,15 @@ from fdiv.rl.dph.metrics import dph_metrics, gathered_log_ratios, rehearsal_colu
 from fdiv.rl.dph.rehearsal import RehearsalBatch, RehearsalCache
 from fdiv.rl.dph.resampling import resample_groups
 from fdiv.rl.modes import mode_of, resolve_mode
+from fdiv.terminal import info
 from fdiv.training.data_checks import check_prompts, gold_checks, named_rows, with_checked
 from fdiv.training.evaluation import PeriodicEvaluationMixin
 from fdiv.training.rollouts import RolloutMixin, checked_log_probs, model_inputs, token_mask
 from fdiv.training.trainer import ObjectiveTrainerMixin, own_options
 
 __all__ = ["DPHConfig", "DPHTrainer"]
+
+GRADED_FILE = "graded_rewards"
 
 
 class DPHTrainer(BankMixin, PeriodicEvaluationMixin, RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
@@ -77,6 +80,10 @@ class DPHTrainer(BankMixin, PeriodicEvaluationMixin, RolloutMixin, ObjectiveTrai
     paper = "arXiv:2509.07430"
     columns = ("prompt",)
     check_divergence = staticmethod(check_rehearsal_divergence)
+    why_no_empty_places = (
+        "the completions of a generation are shuffled into its micro-batches, and its rehearsal rows come from a "
+        "cache that was sampled for all prompts"
+    )
     _tag_names = ["trl", "fdiv", "dph-rl"]
     _name = "DPH-RL"
     _paper = {
@@ -131,6 +138,8 @@ class DPHTrainer(BankMixin, PeriodicEvaluationMixin, RolloutMixin, ObjectiveTrai
             self._check_rehearsal(self.rehearsal)
         if args.bank != "none":
             self.rehearsal = self._make_bank()
+            self._rows_per_step = args.rehearsal_rows(len(self.rehearsal), self._completions_per_step)
+        self._rows_at_start = len(self.rehearsal or ())
         self.reference: Reference | None = None
         if self.kl is not None or (args.rehearsal_form == "definition" and self.rehearsal is not None):
             self.reference = Reference(self, copy_adapter=starting_adapter, temperature=self.temperature)
@@ -139,6 +148,7 @@ class DPHTrainer(BankMixin, PeriodicEvaluationMixin, RolloutMixin, ObjectiveTrai
         self._scored: tuple[Tensor, Tensor | None] | None = None
         self._log_ratios: list[Tensor] = []
         self._correct: Tensor | None = None
+        self._graded = False
         self._window = (-1, 0)
 
     def _check_rehearsal(self, cache: RehearsalCache) -> None:
@@ -164,15 +174,18 @@ class DPHTrainer(BankMixin, PeriodicEvaluationMixin, RolloutMixin, ObjectiveTrai
 
     def objective_settings(self) -> dict[str, Any]:
         """The exploring loss, the advantage, the KL penalty and the rehearsal term."""
-        names = ("loss_type", "scale_rewards", "advantage", "kl", "num_generations", "temperature")
+        names = ("loss_type", "scale_rewards", "advantage", "kl", "num_generations", "temperature", "reward_threshold")
         settings = {name: getattr(self.args, name) for name in names}
+        settings["resample_groups"] = self.args.resample_groups or None  # as in a checkpoint that knows of none
         if self.kl is not None:
             settings["kl_coefficient"] = self.args.kl_coefficient
         if self.rehearsal is None:
             return settings | {"rehearsal": "none"}
         names = ("divergence", "rehearsal_coefficient", "rehearsal_weighting", "level", "rehearsal_form")
         settings |= {name: getattr(self.args, name) for name in (*names, "coefficient_clip", "max_exponent")}
-        return settings | {"rehearsal_rows_per_step": self._rows_per_step, "rehearsal_rows": len(self.rehearsal)}
+        if self.args.bank != "none":
+            settings |= {"bank": self.args.bank, "bank_limit": self.args.bank_limit, "mode": self.args.mode}
+        return settings | {"rehearsal_rows_per_step": self._rows_per_step, "rehearsal_rows": self._rows_at_start}
 
     def overflow_exponents(self, divergence: Divergence) -> tuple[float, ...]:
         """Those of f, which holds u itself; none without rehearsal."""
@@ -186,6 +199,7 @@ class DPHTrainer(BankMixin, PeriodicEvaluationMixin, RolloutMixin, ObjectiveTrai
         return super().run_identity() | {
             "rehearsal cache": self._rehearsal_at_start,
             "bank": None if self.args.bank == "none" else self.args.bank,
+            "mode of the bank": None if self.args.bank == "none" else self.args.mode,
         }
 
     # ---------------------------------------------------------------- rollouts, rewards, advantages
@@ -225,10 +239,24 @@ class DPHTrainer(BankMixin, PeriodicEvaluationMixin, RolloutMixin, ObjectiveTrai
         self._metrics[mode]["reward/unscored_fraction"].append(unscored.float().mean().item())
         total = (rewards * self.reward_weights.to(rewards)).nansum(dim=1)
         self._rewards = total.masked_fill(unscored, torch.nan)
-        self._correct = correct_of(self._rewards, self.args.reward_threshold)
+        self._correct = self._checked_correct()
         if self._correct is not None:
             self._record_groups(completions, mode)
         return rewards
+
+    def _checked_correct(self) -> Tensor | None:
+        """Which completions are correct; None once a reward was neither 0 nor 1 and no threshold says more.
+
+        The groups that hold no such reward would be counted otherwise, and they are no fair sample of all groups.
+        """
+        correct = correct_of(self._rewards, self.args.reward_threshold)
+        if correct is None and not self._graded:
+            self._graded = True
+            info(
+                "a reward is neither 0 nor 1: group/pass@K and group/modes are not logged from now on; set "
+                "reward_threshold, the reward from which on a completion is correct"
+            )
+        return None if self._graded else correct
 
     def _record_groups(self, completions: list[Any], mode: str) -> None:
         """Pass@k and modes of the groups of this generation, from counts that are there anyway."""
@@ -414,14 +442,17 @@ class DPHTrainer(BankMixin, PeriodicEvaluationMixin, RolloutMixin, ObjectiveTrai
 
     # ---------------------------------------------------------------- checkpoints
     def save_method_state(self, folder: Path) -> None:
-        """The log-ratios of this process that are not logged yet."""
+        """The log-ratios of this process that are not logged yet, and whether rewards other than 0 and 1 were seen."""
         super().save_method_state(folder)
+        if self._graded and self.args.should_save:
+            (folder / GRADED_FILE).write_text("rewards other than 0 and 1 were seen\n", encoding="utf-8")
         if self._log_ratios:
             save_file({"log_ratios": torch.cat(self._log_ratios)}, self._log_ratios_file(folder))
 
     def load_method_state(self, folder: Path) -> None:
         """Read them back."""
         super().load_method_state(folder)
+        self._graded = (folder / GRADED_FILE).is_file()
         path = self._log_ratios_file(folder)
         self._log_ratios = [load_file(path)["log_ratios"]] if path.is_file() else []
 

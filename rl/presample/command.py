@@ -8,12 +8,9 @@ import argparse
 import dataclasses
 import sys
 import time
-import typing
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-
-from fdiv.errors import RecipeError
 
 __all__ = ["add_arguments", "run"]
 
@@ -21,25 +18,11 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag per field of `PresampleConfig`, with its name and default."""
     from fdiv.rl.presample.config import PresampleConfig
+    from fdiv.training.flags import add_flags
 
-    hints = typing.get_type_hints(PresampleConfig)
-    for field in dataclasses.fields(PresampleConfig):
-        text = field.metadata["help"]
-        if hints[field.name] is bool:
-            parser.add_argument(f"--{field.name}", action="store_true", help=text)
-            continue
-        required = field.name in ("model", "dataset", "reward")
-        shown = "" if required or field.default is None else f" ({field.default})"
-        parser.add_argument(
-            f"--{field.name}",
-            type=_reader(hints[field.name]),
-            default=argparse.SUPPRESS,
-            required=required,
-            choices=field.metadata.get("choices"),
-            help=text + shown,
-        )
+    add_flags(parser, PresampleConfig, required=("model", "dataset", "reward"))
     parser.add_argument("--output", required=True, metavar="DIR", help="new, or that of a run to go on with")
-    parser.add_argument("--repartition", action="store_true", help="split the samples of a finished DIR again")
+    parser.add_argument("--repartition", action="store_true", help="split the samples of a DIR that exists again")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="check, print the settings and stop")
 
 
@@ -51,12 +34,9 @@ def run(args: argparse.Namespace) -> int:
         DataError, RolloutError: see `fdiv.rl.presample.run.presample`.
     """
     from fdiv.rl.presample.config import PresampleConfig
+    from fdiv.training.flags import config_of
 
-    names = {field.name for field in dataclasses.fields(PresampleConfig)}
-    try:
-        config = PresampleConfig(**{name: value for name, value in vars(args).items() if name in names})
-    except ValueError as error:
-        raise RecipeError(f"--{error}") from None
+    config = config_of(PresampleConfig, args)
     if args.dry_run:
         return _dry_run(config, Path(args.output))
     from fdiv.rl.presample.run import presample
@@ -67,16 +47,6 @@ def run(args: argparse.Namespace) -> int:
     show_partition(content)
     info(f"written: {args.output} ({time.monotonic() - began:.1f} s)")
     return 0
-
-
-def _reader(hint: Any) -> Any:
-    """How a flag's word is read: numbers as numbers, mappings as YAML, all else as text."""
-    from fdiv.recipe.document import parse_value
-
-    options = typing.get_args(hint) or (hint,)
-    if any(typing.get_origin(option) is dict for option in options):
-        return lambda word: parse_value(word) if word.lstrip().startswith("{") else word
-    return next((kind for kind in (int, float) if kind in options and str not in options), str)
 
 
 def _dry_run(config: Any, output: Path) -> int:

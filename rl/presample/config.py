@@ -87,7 +87,8 @@ class PresampleConfig(ChatTemplateOptions, RowOptions):
     )
     kind: str | None = option(
         None,
-        "Column that names the kind of a prompt, for the table; not set: kind, level, difficulty, type or subject",
+        "Column that names the kind of a prompt, for the table; not set: kind, level, difficulty, type or subject, "
+        "where it has at most 50 different values",
     )
     wrong: str = option(
         "explore",
@@ -159,12 +160,5 @@ class PresampleConfig(ChatTemplateOptions, RowOptions):
 
     def decisions(self) -> dict[str, Any]:
         """The settings that the partition and the cache depend on, given the samples; JSON-ready."""
-        return {
-            "threshold": str(parse_threshold(self.threshold)),
-            "wrong": self.wrong,
-            "tries": self.tries,
-            "training_temperature": self.scoring_temperature,
-            "reward_threshold": self.reward_threshold,
-            "allow_empty": self.allow_empty,
-            **{name: getattr(self, name) for name in ("keep", "samples_per_prompt", "mode", "weights", "kind")},
-        }
+        settled = {"threshold": str(parse_threshold(self.threshold)), "training_temperature": self.scoring_temperature}
+        return {name: getattr(self, name) for name in DECISIONS} | settled

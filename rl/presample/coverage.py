@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["KIND_COLUMNS", "coverage", "coverage_warnings", "kind_column"]
+__all__ = ["KIND_COLUMNS", "MOST_KINDS", "coverage", "coverage_warnings", "kinds_of"]
 
 KIND_COLUMNS = ("kind", "level", "difficulty", "type", "subject")
 """Columns that are taken for the kind of a prompt when none is named."""
+MOST_KINDS = 50
+"""Different values of such a column; one with more is no kind."""
 
 #: Neighbours of a prompt, and prompts that are compared at most (evenly spaced ones of more).
 NEIGHBOURS, MOST_COMPARED = 5, 2000
@@ -25,9 +27,18 @@ NEIGHBOURS, MOST_COMPARED = 5, 2000
 KINDS_APART, LENGTH_APART, SOLVED_APART = 0.5, 0.8, 0.4
 
 
-def kind_column(names: Sequence[str], wanted: str | None) -> str | None:
-    """The column that says what kind a prompt is of: `wanted`, else the first of `KIND_COLUMNS`, else None."""
-    return wanted or next((name for name in KIND_COLUMNS if name in names), None)
+def kinds_of(rows: Any, wanted: str | None) -> list[str] | None:
+    """The kind of every row, as text: column `wanted`, else the first of `KIND_COLUMNS` that is there and has at most
+    `MOST_KINDS` different values (a difficulty on a scale names no kinds). None without such a column.
+
+    Args:
+        rows: a `datasets.Dataset`. wanted: a column of it, however many values it has.
+    """
+    for name in [wanted] if wanted else [name for name in KIND_COLUMNS if name in rows.column_names]:
+        found = [str(value) for value in rows[name]]
+        if wanted or len(set(found)) <= MOST_KINDS:
+            return found
+    return None
 
 
 def coverage(

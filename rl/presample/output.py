@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError
+from fdiv.files import temporary_of
 from fdiv.inference.processes import process_state
 from fdiv.lock import LOCK
-from fdiv.rl.presample.coverage import coverage, coverage_warnings, kind_column
+from fdiv.rl.presample.coverage import coverage, coverage_warnings, kinds_of
 from fdiv.rows.report import RowReport, records_of
 from fdiv.sealed import NO_DIGEST, check_listed, listed, read_record, write_record
 from fdiv.stamps import compare_stamps
@@ -63,8 +64,13 @@ def enter_directory(
     if settings.is_file():
         found = read_record(settings, "choose another output directory", unchecked=unchecked)
         unchecked += _compare(path, found, json.loads(json.dumps(drawing)))
-    elif path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
+    elif path.is_dir() and any(entry.name not in (LOCK, temporary_of(settings).name) for entry in path.iterdir()):
         raise DataError(f"{path} is not empty and no pre-sampling: choose another output directory")
+    elif repartition:
+        raise DataError(
+            f"{path} holds no pre-sampling whose samples could be split again: leave --repartition out to sample, or "
+            "give the directory of one"
+        )
     content = read_record(finished, _AGAIN, unchecked=unchecked) if finished.is_file() else None
     state.wait_for_everyone()  # everybody has looked before anybody writes
     if content is not None:
@@ -82,7 +88,6 @@ def enter_directory(
             )
     if state.is_main_process:
         path.mkdir(parents=True, exist_ok=True)
-        finished.unlink(missing_ok=True)
         write_record(settings, drawing)
     state.wait_for_everyone()
     return None
@@ -142,13 +147,13 @@ def write_outputs(
         "decisions": config.decisions(),
         "drawing": dict(drawing),
     }
-    column = kind_column(rows.column_names, config.kind)
     rates = [count / config.num_samples for count in content["prompts"]["correct"]]
-    compared = coverage(prompt_ids, rates, kept, explore, None if column is None else rows[column])
+    compared = coverage(prompt_ids, rates, kept, explore, kinds_of(rows, config.kind))
     content["coverage"] = {**compared, "warnings": coverage_warnings(compared)}
     if process_state().is_main_process:
         from fdiv.provenance import command_line, environment
 
+        (path / PARTITION).unlink(missing_ok=True)  # one that is replaced stands until now
         with listed(path / SAMPLES, path / VERIFICATION, path / EXPLORE):
             _write_samples(path / SAMPLES, [sample for index in sorted(samples) for sample in samples[index]])
             _write_samples(path / VERIFICATION, sorted(verification, key=lambda s: (s.index, s.number)))

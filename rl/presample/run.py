@@ -50,15 +50,15 @@ def presample(config: PresampleConfig, output_dir: str | Path, *, repartition: b
     Args:
         config: the settings.
         output_dir: new, or with an earlier run of the same settings, which is continued or found finished.
-        repartition: let a finished directory be split again with another threshold, `wrong`, `tries`,
-            `training_temperature` or `reward_threshold`; its samples are used again.
+        repartition: let a finished directory be split again with other `fdiv.rl.presample.config.DECISIONS`
+            (threshold, keep, samples_per_prompt, mode, weights …); its samples are used again.
 
     Returns:
         The content of `partition.json`.
 
     Raises:
-        DataError: data, model or reward cannot be used; the directory holds something else; no prompt is near-perfect,
-            or none is left to explore, without `allow_empty`.
+        DataError: data, model, reward or mode function cannot be used; the directory holds something else, or nothing
+            to split again; no prompt is near-perfect, or none is left to explore, without `allow_empty`.
         RolloutError: the server fails, serves another model, or returns no tokens.
     """
     with output_lock(Path(output_dir)), closing(load_reward(config.reward)) as reward:

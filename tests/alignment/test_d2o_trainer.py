@@ -250,6 +250,7 @@ def test_accumulation_changes_nothing(tiny_model_dir, tmp_path, lora):
         torch.testing.assert_close(*(history(trainer, key) for trainer in ends), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "options",
     [{}, {"anchor_source": "online", "refresh_every": 2}, {"anchor_source": "online", "refresh_every": 2, "lora": 1}],
@@ -318,6 +319,7 @@ def test_lora_reference_is_the_base_and_refreshing_copies_the_adapter(tiny_model
     assert continued.evaluate()["eval_rewards_raw/rejected"] == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.smoke
 def test_private_hooks_of_trl_have_the_signatures_relied_on():
     expected = {
         "_generate_and_score_completions": ["self", "inputs"],

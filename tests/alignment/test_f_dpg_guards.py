@@ -242,7 +242,7 @@ def test_a_key_is_refused_unless_it_has_its_neutral_value():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"z_estimate": "batch"}, "z_estimate='batch': must be one of history, group, loo, given"),
+        ({"z_estimate": "batch"}, "z_estimate='batch': must be one of history, pooled, group, loo, given"),
         ({"baseline": "mean"}, "baseline='mean'"),
         ({"proposal": "frozen"}, "proposal='frozen'"),
         ({"z_max": 0.0}, "z_max=0.0: must be above 0"),

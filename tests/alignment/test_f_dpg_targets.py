@@ -325,12 +325,57 @@ def test_partition_modes_by_hand():
     assert given.update(prompts, first, given=torch.tensor([1.0, 1.0, 2.0, 2.0])).tolist() == [1, 1, 2, 2]
 
 
-def test_partition_state_survives_json():
+def test_pooled_weights_by_hand():
+    """A step weighs (16 + samples)/(16 + Σ squared deviations) of the steps before it; the first weighs 1."""
+    prompts = torch.tensor([7, 7, 9, 9])
+    estimates = PartitionEstimates("pooled")
+    first = torch.log(torch.tensor([1.0, 3.0, 0.0, 0.0], dtype=torch.float64))
+    assert estimates.update(prompts, first).exp().tolist() == pytest.approx([2, 2, 0, 0])
+    # (½ − 1)² + (3/2 − 1)² of prompt 7, and 1 of each sample of prompt 9, whose Ẑ is 0; 16 of 16 + 4 are kept.
+    spread = 0.8 * (0.25 + 0.25 + 1 + 1)
+    weight = (16 + 0.8 * 4) / (16 + spread)
+    second = torch.log(torch.tensor([4.0, 4.0, 4.0, 2.0], dtype=torch.float64))
+    expected = (4 + weight * 8) / (2 + weight * 2)
+    looked = estimates.update(prompts, second, store=False).exp().tolist()
+    assert looked == pytest.approx([expected, expected, *[6 * weight / (2 + weight * 2)] * 2])
+    assert estimates.update(prompts, second).exp().tolist() == pytest.approx(looked)
+    # As `history` where no step is nearer to the target: the running spread is 1.
+    history, pooled = PartitionEstimates("history"), PartitionEstimates("pooled")
+    even = torch.log(torch.tensor([0.0, 2.0], dtype=torch.float64))
+    for _ in range(5):
+        both = [made.update(torch.tensor([1, 1]), even) for made in (history, pooled)]
+    torch.testing.assert_close(*both)
+
+
+def test_pooled_follows_the_steps_that_are_nearer():
+    """P/q of mean Z = 1 that spread at first (ρ = e − 1) and not at all later: early steps lose their say faster."""
+    generator = torch.Generator().manual_seed(0)
+    history, pooled = PartitionEstimates("history"), PartitionEstimates("pooled")
+    prompts = torch.zeros(64, dtype=torch.long)
+    gaps = []
+    for step in range(12):
+        wide = torch.randn(64, generator=generator, dtype=torch.float64) - 0.5
+        importance = wide if step < 4 else torch.zeros(64, dtype=torch.float64)
+        gaps.append([abs(made.update(prompts, importance)[0].item()) for made in (history, pooled)])
+    assert gaps[-1][1] < 0.7 * gaps[-1][0]
+
+
+def test_outliers_leave_the_pooled_estimate_finite():
+    estimates = PartitionEstimates("pooled")
+    for importance in ([0.0, 500.0], [-math.inf, -math.inf], [-500.0, 700.0]):
+        log_z = estimates.update(torch.tensor([3, 3]), torch.tensor(importance, dtype=torch.float64))
+        assert torch.isfinite(log_z).all()
+    assert all(math.isfinite(number) for number in estimates.state_dict()["spread"])
+
+
+@pytest.mark.parametrize("mode", ["history", "pooled"])
+def test_partition_state_survives_json(mode):
     import json
 
-    estimates = PartitionEstimates("history")
+    estimates = PartitionEstimates(mode)
     estimates.update(torch.tensor([-5, 2**62]), torch.tensor([0.1, -math.inf], dtype=torch.float64))
-    again = PartitionEstimates("history")
+    estimates.update(torch.tensor([-5, 2**62]), torch.tensor([0.4, 0.2], dtype=torch.float64))
+    again = PartitionEstimates(mode)
     again.load_state_dict(json.loads(json.dumps(estimates.state_dict())))
     assert again.state_dict() == estimates.state_dict()
     more = torch.tensor([0.3, 0.7], dtype=torch.float64)

@@ -316,10 +316,11 @@ def test_distributional_target_reaches_its_moment(tiny_model_dir, tmp_path):
     "settings",
     [
         {"baseline": "history"},
+        {"z_estimate": "pooled"},
         {"proposal": "adaptive", "proposal_check_every": 1, "proposal_margin": 0.0},
         {"target": {"name": "distributional", "features": [even], "moments": [0.6]}, "moment_samples": 64},
     ],
-    ids=["history", "adaptive", "moments"],
+    ids=["history", "pooled", "adaptive", "moments"],
 )
 def test_resuming_is_bit_for_bit(tiny_model_dir, tmp_path, settings):
     settings = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", **settings}

@@ -219,6 +219,7 @@ def test_plain_dpo_config_is_refused(tiny_model_dir, rows, tmp_path):
 # ------------------------------------------------------------------------------------------------ private hooks
 
 
+@pytest.mark.smoke
 def test_signatures_of_the_private_hooks():
     """What FDPOTrainer overrides or calls inside TRL 1.16; an upgrade that changes one must be looked at."""
 

@@ -13,7 +13,7 @@ import yaml
 import fdiv
 from fdiv.catalog import EVAL_COMMANDS, EVALUATIONS, METHODS, REWARDS, TASKS
 from fdiv.cli import main
-from fdiv.divergences import get_divergence, list_divergences
+from fdiv.divergences import get_divergence, list_distances, list_divergences
 from fdiv.divergences.registry import parameters_of
 from fdiv.provenance import command_line, environment, git_revision, package_versions
 
@@ -86,9 +86,10 @@ def test_divergences_lists_the_registry(capsys):
         for line in lines
         if len(cells := line.split("│")[1:-1]) == 8
     }
-    assert set(rows) == set(list_divergences())
+    assert set(rows) == {*list_divergences(), *list_distances()}
     assert rows["jensen_shannon"][2:7] == ["0.5000", "-inf", "0.6931", "0.9091", "0.0909"]
     assert rows["total_variation"][2:7] == ["–", "-0.5000", "0.5000", "–", "–"]
+    assert rows["gated"][1:7] == ["forward, reverse, gate", *["–"] * 5]
 
 
 def test_one_divergence_in_full(capsys, fails):
@@ -100,6 +101,10 @@ def test_one_divergence_in_full(capsys, fails):
     printed = capsys.readouterr().out
     assert "not for f_dpo" in printed
     assert "f'(0+) = -inf" in printed.replace("\n", " ")
+    assert main(["divergences", "gated"]) == 0
+    printed = capsys.readouterr().out
+    assert "gated(forward_kl,reverse_kl,entropy_gap(1))" in printed and "not for f_dpg" in printed
+    assert re.search(r"valid for +│ f_distill ", printed)
     assert "ambiguous" in fails("divergences", "kl")
     assert "did you mean reverse_kl" in fails("divergences", "revers_kl")
 
@@ -129,7 +134,7 @@ def test_keys_lists_the_whole_schema(capsys, fails):
         "prepare.sft_steps: a whole number; default ",
         "eval.num_samples: a whole number; default ",
         "report.title: text or null; default None",
-        "sweep.metrics: a mapping; default None",
+        "sweep.metrics: a mapping or null; default None",
     ):
         assert f"\n{expected}" in printed, expected
     assert "unknown method 'f_dop'" in fails("recipes", "--keys", "f_dop")

@@ -15,7 +15,7 @@ from fdiv.errors import FdivError, RecipeError
 from fdiv.files import write_json
 from fdiv.recipe.dump import resolved_yaml
 from fdiv.recipe.load import read_sweep
-from fdiv.report.table import short
+from fdiv.report.table import markdown, short
 from fdiv.run.cells import plan_sweep
 from fdiv.run.sweep import collect, run_sweep
 
@@ -51,7 +51,8 @@ def result_of(plan, stage="after") -> dict:
         "recipe": plan.recipe.name, "method": "f_dpo", "divergence": args.divergence, "beta": args.beta,
         "seed": args.seed, "steps": 1, "unmet_requirements": [], "summary_metrics": ["score"], "notes": {},
         "before/score": -1.0 - args.seed, f"{stage}/score": 100 * rate + args.seed**2 + 10 * js,
-        f"{stage}/cost": float(args.seed), "train/best_metric": sign * rate, "train_seconds": 60.0, "wall_seconds": 120.0,
+        f"{stage}/cost": float(args.seed), "train/best_metric": sign * rate, "late/kept": 1 - 50 * rate,
+        "train_seconds": 60.0, "wall_seconds": 120.0,
     }  # fmt: skip
 
 
@@ -189,6 +190,34 @@ def test_a_failed_screening_run_is_no_candidate(experiment, runs):
     assert results["chosen"][0]["value"] == 0.01  # run again, it wins
 
 
+@pytest.mark.parametrize(
+    ("least", "chosen"),
+    [
+        (0.4, {"KL": 0.01, "JS": 0.001}),  # both rates keep it (0.95 and 0.5): the metric decides
+        (0.9, {"KL": 0.001, "JS": 0.001}),  # the better rate of KL does not
+        (2.0, {"KL": 0.001, "JS": 0.001}),  # neither does: the one that keeps most
+    ],
+)
+def test_a_candidate_keeps_what_is_asked_for(experiment, runs, least, chosen):
+    asked = f"metric: train/best_metric, at_least: {{late/kept: {least}}}}}"
+    plan = plan_sweep(experiment(EXPERIMENT.replace("metric: train/best_metric}", asked)), ROOT)
+    run_sweep(plan, "x")
+    assert {row.label: plan.choice(row).value for row in plan.rows if row.label in chosen} == chosen
+    assert json.loads((Path("cells") / "results.json").read_text())["screen"]["at_least"] == {"late/kept": least}
+
+
+def test_what_is_to_be_kept_and_not_there_is_named(experiment, runs):
+    asked = "metric: train/best_metric, at_least: {late/lost: 0.9}}"
+    with pytest.raises(FdivError, match=r"screen\.at_least: 'late/lost' is not in .*late/kept"):
+        run_sweep(plan_sweep(experiment(EXPERIMENT.replace("metric: train/best_metric}", asked)), ROOT), "x")
+
+
+def test_a_bar_in_a_heading_stays_in_its_cell():
+    assert markdown(["method", "KL(p||q)"], [["a|b", "1"]]) == (
+        "| method | KL(p\\|\\|q) |\n|---|---|\n| a\\|b | 1 |\n"
+    )
+
+
 def test_one_row_decides_for_all(experiment, runs):
     text = EXPERIMENT.replace("metric: train/best_metric}", "metric: train/best_metric, better: lower, by: KL}")
     plan = plan_sweep(experiment(text), ROOT)
@@ -269,6 +298,11 @@ def test_methods_of_the_command_line(experiment, write_recipe, runs, capsys):
     [
         ("metric: train/best_metric}", "metrc: x}", "unknown key 'metrc' in `sweep.screen`; did you mean 'metric'?"),
         ("key: learning_rate, ", "", "`sweep.screen.key` is missing"),
+        ("best_metric}", "best_metric, at_least: {after/score: 0.1}}", "'after/score' is reported in the table"),
+        *(
+            ("best_metric}", f"best_metric, at_least: {{late/kept: {value}}}}}", "of late/kept must be a number above 0, got")
+            for value in ("0", "-0.5", "much", "null", "true", "[0.5]", "{a: 1}", ".nan", ".inf")
+        ),
         ("key: learning_rate", "key: seed", "'seed' is an axis of the sweep; screen another key"),
         ("[1.0e-3, 1.0e-2]", "[]", "`sweep.screen.values` is empty"),
         ("metric: train/best_metric}", "metric: after/score}", "'after/score' is reported in the table, so choosing by it chooses on the test; give `split: validation`"),

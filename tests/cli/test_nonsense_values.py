@@ -188,12 +188,18 @@ GIVEN = {
     "novels_unlearning": {"data": "x", "forget_novels": ["a"], "retain_novels": ["b"]},
     "sampled_preferences": {"model": "x", "prompts": [f"Say {number}." for number in range(40)]},
     "tofu_memorised": {"model": "x", "data": "y"},
+    "taught": {"model": "x", "dataset": "y"},
+    "own_rows": {"forget": "rows.jsonl"},
+    "tofu_distillation": {"teacher": "x", "data": "y"},
+    "benchmark": {"data": "tofu"},
+    "lm_eval": {"tasks": ["wmdp_cyber"]},
     "thinned_student": {"teacher": "x", "data": "y", "train_novels": ["a"], "test_novels": ["b"]},
 }
 # Valid at 0, at -1, below 0 or at null, as above.
 BLOCK_ZERO = {
     "slips", "base_scale", "reward_scale", "malformed_reward", "validation_fraction", "num_samples", "num_prompts",
     "harmful_above", "temperature", "seed", "min_used_fraction", "validation_prompts", "reward_threshold", "skip_tasks",
+    "attack_seed", "num_fewshot", "samples", "sample_retain", "easy_problems", "share_rows",
 }  # fmt: skip
 BLOCK_NEGATIVE = {"malformed_reward", "harmful_above", "reward_threshold"}
 TABLES = [("prepare", name, path) for name, path in TASKS.items()] + [

@@ -64,6 +64,8 @@ def commands(place, tmp_path, recipe):
         "presample",
         ("--model", "x", "--dataset", place, "--reward", "math", "--output", tmp_path / "o", "--dry_run"),
     )
+    yield "teach", ("--model", place, "--dataset", samples, "--output", tmp_path / "o")
+    yield "teach", ("--model", "x", "--dataset", samples, "--output", place)
 
 
 @pytest.mark.parametrize("name", PLACES)

@@ -5,11 +5,14 @@ import os
 import pytest
 import yaml
 
+from fdiv.catalog import METHODS, load
 from fdiv.cli.command import main
 from fdiv.errors import RecipeError
+from fdiv.recipe.check import all_keys
 from fdiv.recipe.document import parse_value, read_document
 from fdiv.recipe.dump import resolved_yaml
 from fdiv.recipe.load import load_recipe
+from fdiv.recipe.schema import CommandLineValue, coerce
 
 
 def test_yaml_reads_numbers_and_words_as_yaml_1_2(tmp_path):
@@ -239,3 +242,16 @@ def test_a_quantized_model_needs_an_adapter(write_recipe, fails, bits):
     assert (
         f"{bits}: true without an adapter: weights of {bits[8]} bits are not trained themselves; set `use_peft" in said
     )
+
+
+def test_a_key_whose_default_is_null_takes_null():
+    """So that an override can take back what a recipe says: `--eval.require null`."""
+    taken = 0
+    for method in map(load, METHODS.values()):
+        for name, key in all_keys(method):
+            if key.default is None:
+                for value in (None, CommandLineValue(["null"])):
+                    found = coerce(value, key, "here")
+                    assert (found.read() if isinstance(found, CommandLineValue) else found) is None, name
+                taken += 1
+    assert taken > 1000

@@ -1,6 +1,5 @@
 """Reports: the page needs nothing else, shows the numbers that were measured, and plots whatever a method logged."""
 
-import base64
 import json
 import re
 from html.parser import HTMLParser
@@ -8,8 +7,11 @@ from html.parser import HTMLParser
 import pytest
 
 from fdiv.cli import main
+from fdiv.errors import DataError
+from fdiv.evaluation import EvalContext
 from fdiv.report.comparison import frontier
-from fdiv.report.curves import panels, training_curves
+from fdiv.report.curves import constant_curves, curve_plot, panels, training_curves
+from fdiv.report.examples import read_examples
 from fdiv.report.records import RunRecord, read_records
 from fdiv.terminal import divergence_label, number
 
@@ -22,13 +24,15 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.images, self.cells, self.words, self.tags = [], [], [], [], set()
+        self.best, self.hovers = [], {}
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
-        if tag == "img":
+        if tag == "svg":
             self.images.append(dict(attrs))
+        self.attributes = dict(attrs)
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -39,6 +43,10 @@ class Page(HTMLParser):
         self.words.append(data)
         if self.open and self.open[-1] in ("td", "th"):
             self.cells.append(data)
+            if self.attributes.get("class") == "best":
+                self.best.append(data)
+            if "title" in self.attributes:
+                self.hovers[data] = self.attributes["title"]
 
 
 def history(steps=3, **extra):
@@ -99,9 +107,13 @@ def test_a_run_as_one_page(run_folder, tmp_path):
         assert expected in words
     files = {path.name: path.read_bytes() for path in (output.parent / "plots").iterdir()}
     assert set(files) == {"curves.png", "before_after.png"}
-    inline = [base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in page.images]
-    assert sorted(inline) == sorted(files.values())
-    assert all(image["alt"] for image in page.images)
+    shown = [image["aria-label"] for image in page.images]
+    assert shown == [
+        "Metrics before and after training: accuracy", "Training curves: loss", "Training curves: rewards",
+    ]  # fmt: skip
+    assert all(image["role"] == "img" and image["viewbox"] for image in page.images)
+    colours = set(re.findall(r"#[0-9a-f]{6}", text[text.index("<svg") :]))
+    assert not colours, f"{colours} do not follow the colour scheme"
     from PIL import Image
 
     for name in files:
@@ -211,3 +223,134 @@ def test_labels_of_divergences():
     assert divergence_label(None) == "no divergence"
     assert divergence_label("reverse_kl") == "reverse_kl"
     assert divergence_label({"name": "alpha", "alpha": 0.3}) == "alpha(alpha=0.3)"
+
+
+def test_the_better_value_is_marked_and_names_say_what_they_mean(run_folder, tmp_path):
+    result = json.loads((run_folder / "result.json").read_text())
+    result |= {"before/pass@1": 0.25, "after/pass@1": 0.5, "before/self_bleu_5": 0.5, "after/self_bleu_5": 0.75}
+    result |= {"before/privleak": -2.0, "after/privleak": 40.0, "before/grad_norm": 1.0, "after/grad_norm": 2.0}
+    result |= {"before/repeat_rate": 0.125, "after/repeat_rate": 0.125}
+    (run_folder / "result.json").write_text(json.dumps(result))
+    main(["report", str(run_folder), "--output", str(tmp_path / "r.html")])
+    page = Page((tmp_path / "r.html").read_text())
+    # Higher, lower and nearest to 0 is best; no mark without a better way, and none for a tie.
+    assert page.best == [number(value) for value in (0.5, 0.5, -2.0)]
+    assert page.hovers["pass@1 ↑"].endswith("0 to 1; higher is better")
+
+
+def test_a_comparison_has_a_column_for_each_run(run_folder, tmp_path):
+    twin = tmp_path / "run-b"
+    twin.mkdir()
+    for file in run_folder.iterdir():
+        (twin / file.name).write_bytes(file.read_bytes())
+    for folder, value, error in ((run_folder, 0.25, 0.01), (twin, 0.5, 0.02)):
+        result = json.loads((folder / "result.json").read_text())
+        result |= {"after/pass@1": value, "after/pass@1_se": error, "after/pass@8": value, "after/pass@8_se": 0.25}
+        (folder / "result.json").write_text(json.dumps(result))
+    main(["report", str(run_folder), str(twin), "--output", str(tmp_path / "r.html")])
+    page = Page((tmp_path / "r.html").read_text())
+    first = page.cells.index("after training")
+    assert page.cells[first : first + 3] == ["after training", "run-a", "run-b"]
+    row = page.cells.index("pass@1 ↑")
+    assert page.cells[row : row + 3] == ["pass@1 ↑", "0.2500 ± 0.0100", "0.5000 ± 0.0200"]
+    words = "".join(page.words)
+    assert "pass@1 ↑: best under run-b (0.5000), ahead of run-a beyond its error" in words
+    assert "pass@8 ↑: best under run-b (0.5000); not told apart from run-a" in words
+
+
+def test_curves_that_never_change_are_folded_away(run_folder, tmp_path):
+    entries = history(4, **{"clamped_fraction": 0.0, "log_ratio/chosen_p50": 1.0, "rewards/margins": 2.0})
+    for step, entry in enumerate(entries):
+        entry |= {"log_ratio/chosen_p05": -1.0 * step, "log_ratio/chosen_p95": 2.0}
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    main(["report", str(run_folder), "--output", str(tmp_path / "r.html")])
+    text = (tmp_path / "r.html").read_text()
+    titles = re.findall(r'aria-label="Training curves: ([^"]*)"', text)
+    assert titles == ["loss", "log_ratio", "rewards"]  # the median stands still, its band moves
+    folded = Page(text[text.index("2 curves never change") :].partition("</summary>")[2].partition("</details>")[0])
+    assert folded.cells == [
+        "metric",
+        "value",
+        "logged",
+        "rewards/margins ↑",
+        "2.0",
+        "4",
+        "clamped_fraction",
+        "0.0",
+        "4",
+    ]
+
+
+def test_a_setting_that_stands_still_is_compared_with_one_that_moves():
+    still = record("a", "a", [{"step": s, "accuracy": 0.5} for s in (1, 2)])
+    moves = record("b", "b", [{"step": s, "accuracy": 0.25 * s} for s in (1, 2)])
+    moving, constant = constant_curves(panels([still, moves]))
+    assert [curve.label for curve in moving["accuracy"]] == ["a", "b"]
+    assert constant == {}
+    other = record("c", "c", [{"step": s, "accuracy": 0.75} for s in (1, 2)])
+    moving, constant = constant_curves(panels([still, other]))
+    assert (moving, [curve.label for curve in constant["accuracy"]]) == ({}, ["a", "c"])
+    plot = curve_plot([still, moves])
+    assert plot.legend == {}  # one panel: it has its own
+    both = curve_plot([record(n, n, history(3)) for n in ("a", "b")])
+    assert list(both.legend) == ["a", "b"]
+    assert len(set(both.legend.values())) == 2
+
+
+def answers(folder, stage, group, texts, prompts=None):
+    context = EvalContext(None, folder / "eval" / stage, stage=stage)
+    context.output_dir.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "prompt": prompts[index] if prompts else f"<q{index}>",
+            "completion": text,
+            "truth": "T & t",
+            "score": index % 2 == 0,
+        }
+        for index, text in enumerate(texts)
+    ]
+    context.keep_examples(group, rows)
+
+
+def test_answers_stand_side_by_side_changed_ones_first(run_folder, tmp_path):
+    answers(run_folder, "before", "tasks/a", ["same", "<b>old</b>", "x" * 2_000])
+    answers(run_folder, "after", "tasks/a", ["same", "new", "x" * 2_000])
+    (found,) = read_examples(read_records([run_folder])[0]).values()
+    assert [question.prompt for question in found] == ["<q1>", "<q0>", "<q2>"]
+    assert [(answer.heading, answer.text, answer.score) for answer in found[0].answers] == [
+        ("before", "<b>old</b>", False), ("after", "new", False),
+    ]  # fmt: skip
+    main(["report", str(run_folder), "--output", str(tmp_path / "r.html")])
+    words = "".join(Page((tmp_path / "r.html").read_text()).words)
+    for expected in (
+        "<b>old</b>",
+        "right answer: T & t",
+        "… (500 more characters)",
+        "3 questions",
+        "1 answers differ",
+    ):
+        assert expected in words
+
+
+def test_evenly_spaced_answers_are_kept(run_folder):
+    answers(run_folder, "after", "many", [str(index) for index in range(100)])
+    (found,) = read_examples(read_records([run_folder])[0]).values()
+    assert [int(question.answers[0].text) for question in found] == [index * 100 // 12 for index in range(12)]
+
+
+def test_damaged_answers_are_named(run_folder):
+    answers(run_folder, "after", "g", ["a"])
+    (run,), _ = read_records([run_folder])
+    file = run_folder / "eval" / "after" / "examples_g.jsonl"
+    file.write_text(file.read_text().replace('"a"', '"b"'))
+    with pytest.raises(DataError, match="examples_g.jsonl: its content does not agree with digests.json"):
+        read_examples([run])
+    (file.parent / "digests.json").unlink()
+    whole = {"group": "g", "index": 0, "prompt": "p", "completion": "c"}
+    for line, place in (
+        (json.dumps({"group": "g"}), "line 1.index"), ("[1]", "line 1"), (json.dumps({**whole, "group": 3}), "line 1.group"),
+        (json.dumps({**whole, "score": "x"}), "line 1.score"), ('{"group": "g"', "line 1"),
+    ):  # fmt: skip
+        file.write_text(line + "\n")
+        with pytest.raises(DataError, match=place):
+            read_examples([run])

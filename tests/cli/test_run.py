@@ -18,6 +18,7 @@ from fdiv.cli import main
 from fdiv.errors import FdivError
 from fdiv.recipe.load import load_recipe
 from fdiv.run.directory import RunDirectory
+from fdiv.run.evaluation import add_metrics
 from fdiv.run.run import run_recipe
 from tests.cli.conftest import recipe_values, write_pairs
 
@@ -67,6 +68,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
+@pytest.mark.smoke
 def test_a_run_leaves_everything_needed_to_judge_and_repeat_it(finished):
     out = finished / "out"
     result = read(out / "result.json")
@@ -479,6 +481,17 @@ def test_every_long_verb_says_how_to_go_on(verb, number, monkeypatch, fails):
     line = fails(verb, *words, code=128 + number)
     assert line.partition(": ")[2].split(": ")[0] in ("terminated (SIGTERM)", "interrupted (Ctrl-C)")
     assert "run the same command again" in line
+
+
+def test_evaluations_of_one_name_do_not_overwrite_each_other():
+    """Of three evaluations `tofu` the second and the third get the name and a number in front."""
+    metrics: dict[str, float | None] = {}
+    for value in (1, 2, None):
+        add_metrics(metrics, {"a": value, "b": 0.5}, "tofu")
+    add_metrics(metrics, {"a": 4, "c": 5}, "muse")
+    assert metrics == {
+        "a": 1.0, "b": 0.5, "tofu_a": 2.0, "tofu_b": 0.5, "tofu_2_a": None, "tofu_2_b": 0.5, "muse_a": 4.0, "c": 5.0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("direction", "code"), [("increased", 0), ("decreased", 1)])

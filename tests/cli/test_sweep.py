@@ -162,6 +162,25 @@ def test_dry_run_lists_the_cells(write_recipe, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [
+        ("pass@1", "after/pass@1"),
+        ("to_teacher/agreement", "after/to_teacher/agreement"),  # the slash is of the metric, not of a stage
+        ("privleak/forget", "after/privleak/forget"),
+        ("before/pass@1", "before/pass@1"),
+        ("late/group/modes", "late/group/modes"),
+        ("train/best_epoch", "train/best_epoch"),
+        ("when pass@1>=0.5/pass@64", "when pass@1>=0.5/pass@64"),
+        ("train_seconds", "train_seconds"),
+    ],
+)
+def test_the_stage_of_a_metric(metric, name):
+    from fdiv.recipe.sweep import staged
+
+    assert staged(metric) == name
+
+
 def test_aggregate_and_table_without_seeds():
     records = [
         {"settings": {"beta": 0.1}, "status": "finished", "values": {"after/a": 1.0, "after/b": None, "seed": 3}},

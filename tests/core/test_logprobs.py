@@ -189,6 +189,7 @@ def test_empty_completion_gives_zero_and_no_nan():
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+@pytest.mark.smoke
 def test_the_private_hook_is_as_expected():
     """`fused_head` reads the closure of TRL's patched forward, and `token_scores` passes `fused_lm_head`."""
     from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head

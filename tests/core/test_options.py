@@ -25,8 +25,8 @@ CONFIGS = [
     *(
         f"fdiv.unlearning:{name}Config"
         for name in (
-            "AltPO", "CEU", "FLAT", "GradAscent", "GradDiff", "IdkDPO", "JensUn", "KLRetain", "NPO", "PDU", "RMU",
-            "SatImp", "SimNPO", "UNDIAL", "WGA",
+            "AltPO", "CEU", "FLAT", "GradAscent", "GradDiff", "IdkDPO", "JensUn", "JensUnPP", "KLRetain", "NPO", "PDU",
+            "RMU", "SatImp", "SHRED", "SimNPO", "UNDIAL", "WGA",
         )
     ),
 ]  # fmt: skip

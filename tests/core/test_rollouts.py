@@ -13,6 +13,9 @@ from fdiv.errors import RolloutError
 from fdiv.inference.vllm_server import VLLMServerRollouts, merged_state_dict
 from fdiv.models.logprobs import token_scores
 from fdiv.training.rollouts import RecordedRollouts, RolloutMixin, check_completions, record_log_probs
+from tests.support.json_handler import JsonHandler
+
+pytestmark = pytest.mark.smoke
 
 
 @pytest.mark.parametrize("folder", ["tiny_model_dir", "tiny_gpt2_dir"])
@@ -88,15 +91,15 @@ def test_recorded_rollouts_are_found_by_prompt_and_sample(tmp_path):
 
 
 # ---------------------------------------------------------------- HTTP, against a stand-in for the server
-class Server(http.server.BaseHTTPRequestHandler):
+class Server(JsonHandler):
     seen: list = []
     refuse_reload = False
 
     def do_GET(self):
-        self._answer({"data": [{"id": "served-model"}]})
+        self.answer({"data": [{"id": "served-model"}]})
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.read_json()
         self.seen.append((self.path, body))
         if self.path == "/collective_rpc" and self.refuse_reload:
             self.send_error(404)
@@ -105,17 +108,9 @@ class Server(http.server.BaseHTTPRequestHandler):
                 {"index": n, "token_ids": [n, 3], "logprobs": {"token_logprobs": [-0.25, -n / 2]}}
                 for n in range(len(body["prompt"]))
             ]
-            self._answer({"choices": choices[::-1]})
+            self.answer({"choices": choices[::-1]})
         else:
-            self._answer({})
-
-    def _answer(self, content):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(content).encode())
-
-    def log_message(self, *args):
-        pass
+            self.answer({})
 
 
 @pytest.fixture

@@ -16,7 +16,9 @@ from fdiv.training.rollouts import RecordedRollouts
 from tests.support.runs.f_distill import make_teacher, make_trainer, messages, rows
 from tests.support.same_run import PLAIN_STEPS, assert_same_weights
 
+GATED = {"name": "gated", "forward": "forward_kl", "reverse": "reverse_kl", "gate": {"name": "head_tail", "mass": 0.5}}
 SPECS = ["reverse_kl", "forward_kl", "total_variation", "neyman_chi2", {"name": "skew_jensen_shannon", "weight": 0.7}]
+SPECS += ["cauchy_schwarz", GATED]
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,21 @@ def test_learns_its_teacher_and_says_so(tiny_model_dir, teacher_dir, tmp_path):
     assert last["divergence/jensen_shannon_se"] > 0
     dense, _ = expected(tiny_model_dir, teacher_dir, rows(5), "jensen_shannon")
     assert before["eval_loss"] == pytest.approx(dense.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["cauchy_schwarz", GATED], ids=str)
+def test_without_an_f_it_learns_and_says_so(spec, tiny_model_dir, teacher_dir, tmp_path):
+    trainer = make_trainer(
+        tiny_model_dir, teacher_dir, rows(), tmp_path, divergence=spec, max_steps=20, learning_rate=5e-3,
+        per_device_train_batch_size=12,
+    )  # fmt: skip
+    trainer.train()
+    assert losses(trainer)[-1] < 0.7 * losses(trainer)[0]
+    last = trainer.state.log_history[-2]
+    label = "cauchy_schwarz" if spec == "cauchy_schwarz" else "gated(forward_kl,reverse_kl,head_tail(0.5))"
+    assert last[f"divergence/{label}"] == pytest.approx(last["loss"], rel=1e-3) and last[f"divergence/{label}_se"] > 0
+    assert (0 < last["gate"] < 1) if spec == GATED else "gate" not in last
+    assert "log_ratio/tokens_p50" in last and "density_weight/tokens_p50" not in last
 
 
 @pytest.mark.processor
@@ -239,6 +256,56 @@ def test_heads_of_one_tokenizer_padded_to_two_widths(tiny_model_dir, teacher_dir
     assert losses(trainer)[0] == pytest.approx(dense.item(), rel=1e-3)
 
 
+def wider(model_dir):
+    """The student with 64 tokens more than its tokenizer has, which it is sure to say."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model.resize_token_embeddings(model.config.vocab_size + 64, mean_resizing=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    return model
+
+
+def test_a_wider_student_samples_what_the_teacher_knows(tiny_model_dir, teacher_dir, tmp_path):
+    """One of its tokens that the teacher lacks in every few, if they were not left out."""
+    known = AutoModelForCausalLM.from_pretrained(teacher_dir).config.vocab_size
+    options = {"on_policy_share": 1.0, "max_steps": 1}
+    trainer = make_trainer(
+        tiny_model_dir, teacher_dir, rows(4), tmp_path / "1", model=wider(tiny_model_dir), **options
+    )
+    seen = []
+    sample = trainer._sample
+    trainer._sample = lambda *arguments: seen.extend(sample(*arguments)) or seen
+    trainer.train()
+    assert sum(map(len, seen)) > 40 and max(map(max, seen)) < known
+    assert math.isfinite(losses(trainer)[0])
+    told = [
+        {"prompt": row["prompt"], "sample": 0, "prompt_ids": [], "logprobs": None, "completion_ids": [5, known + 3]}
+        for row in rows(4)
+    ]
+    trainer = make_trainer(
+        tiny_model_dir, teacher_dir, rows(4), tmp_path / "2", model=wider(tiny_model_dir),
+        rollout_func=RecordedRollouts(told), **options,
+    )  # fmt: skip
+    with pytest.raises(DataError, match=f"4 of 4 rows have a token that the teacher lacks, .* token {known + 3} "):
+        trainer.train()
+
+
+def test_a_token_that_the_teacher_lacks_is_refused_in_rows_and_as_the_end(tiny_model_dir, teacher_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|done|>"]})
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size), mean_resizing=False)
+    data = [*rows(3), {"prompt": "Say it.", "completion": " One<|done|>"}]
+    both = {"model": model, "processing_class": tokenizer}
+    with pytest.raises(DataError, match=r"train_dataset.*: 1 of 4 rows .* row 3 with token \d+ \('<\|done\|>'\)"):
+        make_trainer(tiny_model_dir, teacher_dir, data, tmp_path, **both)
+    make_trainer(tiny_model_dir, teacher_dir, data[:3], tmp_path, **both)
+    tokenizer.eos_token = "<|done|>"
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    with pytest.raises(DataError, match="the end tokens of the student: 1 of 1 rows"):
+        make_trainer(tiny_model_dir, teacher_dir, rows(3), tmp_path, on_policy_share=1.0, **both)
+
+
 def test_vocabularies_are_compared():
     class Tokenizer:
         def __init__(self, *tokens):
@@ -307,6 +374,8 @@ def test_options_that_are_refused(tiny_model_dir, tmp_path):
         ({"on_policy_share": math.nan}, "on_policy_share=nan"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"divergence": "kl"}, "ambiguous"),
+        ({"divergence": {**GATED, "gate": "head_tail"}}, "missing a required argument: 'mass'"),
+        ({"divergence": "cauchy_schwarz", "normalized": True}, "has no f''"),
     ):
         with pytest.raises(ValueError, match=message):
             FDistillConfig(**machine, **options)

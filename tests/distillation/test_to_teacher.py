@@ -8,12 +8,14 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fdiv.distillation.evaluation import ToTeacherEvalConfig
-from fdiv.divergences import get_divergence
+from fdiv.divergences import get_distance
 from fdiv.errors import DataError
 from fdiv.evaluation import EvalContext
 from fdiv.models.tiny import build_tiny_model
-from fdiv.recipes.tasks.novels.distillation import ThinnedStudentConfig, kept_layers
+from fdiv.recipes.tasks.novels.distillation import ThinnedStudentConfig
+from fdiv.recipes.tasks.thinned import kept_layers
 from fdiv.recipes.tasks.tiny.distillation import TinyDistillationConfig
+from fdiv.recipes.tasks.tofu.distillation import TofuDistillationConfig
 from tests.support.runs.f_distill import make_teacher, messages, rows
 
 
@@ -31,7 +33,7 @@ def test_numbers_are_dense_sums_over_tokens(tiny_model_dir, teacher_dir, tmp_pat
     student, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in (tiny_model_dir, teacher_dir))
     spec = {"name": "alpha", "alpha": 0.3}
     config = ToTeacherEvalConfig(
-        str(teacher_dir), divergences=["reverse_kl", spec], batch_size=2, max_rows=5, max_tokens=9
+        str(teacher_dir), divergences=["reverse_kl", spec, "cauchy_schwarz"], batch_size=2, max_rows=5, max_tokens=9
     )
     found = config.evaluate(student, tokenizer, {"test": Dataset.from_list(rows(7))}, context(tmp_path))
     sums, same, tokens = {}, 0, 0
@@ -45,7 +47,7 @@ def test_numbers_are_dense_sums_over_tokens(tiny_model_dir, teacher_dir, tmp_pat
             log_p, log_q = (
                 model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1) for model in (student, teacher)
             )
-        for f in (get_divergence("reverse_kl"), get_divergence(spec)):
+        for f in map(get_distance, ("reverse_kl", spec, "cauchy_schwarz")):
             sums[f.label] = sums.get(f.label, 0.0) + f.exact(log_p, log_q).sum().item()
         same += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
         tokens += len(answer)
@@ -53,7 +55,12 @@ def test_numbers_are_dense_sums_over_tokens(tiny_model_dir, teacher_dir, tmp_pat
         assert found[f"to_teacher/{label}"] == pytest.approx(total / tokens, rel=1e-4)
         assert found[f"to_teacher/{label}_se"] > 0
     assert found["to_teacher/agreement"] == pytest.approx(same / tokens)
-    assert config.summary_metrics == ("to_teacher/reverse_kl", "to_teacher/alpha(0.3)", "to_teacher/agreement")
+    assert config.summary_metrics == (
+        "to_teacher/reverse_kl",
+        "to_teacher/alpha(0.3)",
+        "to_teacher/cauchy_schwarz",
+        "to_teacher/agreement",
+    )
 
 
 def test_a_student_is_at_no_distance_from_itself(tiny_model_dir, tmp_path):
@@ -75,6 +82,11 @@ def test_what_it_refuses(tiny_model_dir, teacher_dir, tmp_path):
         ToTeacherEvalConfig().evaluate(student, tokenizer, data, context(tmp_path))
     with pytest.raises(DataError, match="the valid split is missing"):
         ToTeacherEvalConfig(str(teacher_dir), split="valid").evaluate(student, tokenizer, data, context(tmp_path))
+    longer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    longer.add_special_tokens({"additional_special_tokens": ["<|done|>"]})
+    data_with = {"test": Dataset.from_list([*rows(2), {"prompt": "a", "completion": " b<|done|>"}])}
+    with pytest.raises(DataError, match=r"the test split: 1 of 3 rows have a token that the teacher lacks, .* row 2"):
+        ToTeacherEvalConfig(str(teacher_dir)).evaluate(student, longer, data_with, context(tmp_path))
     other = build_tiny_model(tmp_path / "other", vocab_texts=["quite other words, and no others"], vocab_size=300)
     with pytest.raises(DataError, match="different vocabularies"):
         ToTeacherEvalConfig(str(other)).evaluate(student, tokenizer, data, context(tmp_path))
@@ -127,3 +139,39 @@ def test_the_tiny_pair(tmp_path):
     assert (len(train), len(test)) == (8, 2) and set(json.loads(train[0])) == {"prompt", "completion"}
     with pytest.raises(ValueError, match="teacher_steps"):
         TinyDistillationConfig(teacher_steps=1)
+
+
+def test_questions_that_the_teacher_never_saw(tiny_model_dir, tmp_path):
+    """Five authors of 20 rows, of which the teacher saw a whole one and half of another: 70 rows over four authors."""
+    every = [
+        {"question": f"What of {author}, {row}?", "answer": f"It is {row}."}
+        for author in range(5)
+        for row in range(20)
+    ]
+    for name, part in (("retain90", every), ("retain_perturbed", every[:30])):
+        (tmp_path / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in part))
+    options = {"teacher": str(tiny_model_dir), "data": str(tmp_path), "validation_authors": 1, "test_authors": 1}
+    keys = TofuDistillationConfig(**options).build(tmp_path / "out")
+    assert keys["teacher_model_name_or_path"] == str(tiny_model_dir) and keys["dataset_test_split"] == "test"
+    splits = {
+        split: [json.loads(line) for line in (tmp_path / "out" / "data" / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "validation", "test")
+    }
+    authors = {split: {row["prompt"][0]["content"].split(",")[0] for row in part} for split, part in splits.items()}
+    assert [len(names) for names in authors.values()] == [2, 1, 1] and len(set.union(*authors.values())) == 4
+    asked = [row["prompt"][0]["content"] for part in splits.values() for row in part]
+    assert sorted(asked) == sorted(row["question"] for row in every[30:])
+    row = splits["train"][0]
+    assert row["completion"] == [
+        {"role": "assistant", "content": "It is " + row["prompt"][0]["content"][-3:-1].strip() + "."}
+    ]
+    student = AutoModelForCausalLM.from_pretrained(keys["model_name_or_path"])
+    assert student.config.num_hidden_layers == 1
+    with pytest.raises(ValueError, match="nothing to train on: there are 4 authors"):
+        TofuDistillationConfig(**(options | {"test_authors": 3})).build(tmp_path / "all")
+    (tmp_path / "retain90.json").write_text(json.dumps({"question": "", "answer": "a"}) + "\n")
+    with pytest.raises(DataError, match="column 'question' is empty"):
+        TofuDistillationConfig(**options).build(tmp_path / "bad")
+    for changes, message in (({"teacher": ""}, "teacher is not set"), ({"layers": 0}, "layers=0")):
+        with pytest.raises(ValueError, match=message):
+            TofuDistillationConfig(**(options | changes))

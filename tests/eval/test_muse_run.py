@@ -28,6 +28,7 @@ def read(folder):
     return json.loads((folder / "out.json").read_text())
 
 
+@pytest.mark.smoke
 def test_a_model_against_itself_with_folds(tiny_model_dir, muse_dir, tmp_path, monkeypatch):
     # A random model overlaps with no answer; a truth of one letter that every answer contains makes ROUGE positive.
     monkeypatch.setattr(muse, "rouge_scores", lambda truth, text, use_stemmer: dict.fromkeys(ROUGE, len(truth) / 100))

@@ -122,11 +122,27 @@ def test_keep_and_explore_are_counts_at_n_equal_k_and_expected_counts_beyond():
     assert found.keep == pytest.approx(kept / 0.5) and found.explore == pytest.approx(new / 1.5)
 
 
+@pytest.mark.parametrize("k", [[1], [1, 1], [2, 1], [3, 3, 1]])
+def test_a_column_for_each_k(k):
+    found = pass_at_k([1, 0], 3, k)
+    assert found.shape == (2, len(k)) and found[0].tolist() == pytest.approx([value / 3 for value in k])
+
+
 def test_distinct_correct_by_hand():
     """Task a: x twice and y, correct; z is wrong; the greedy w does not count. Task b: none. (2 + 0) / 2."""
+    from fdiv.errors import DataError
     from fdiv.eval.pass_at_k.aggregate import distinct_correct
+    from fdiv.eval.pass_at_k.evaluation import PassKEvalConfig
 
     found = [("a", 0, "x", True), ("a", 1, "x", True), ("a", 2, "y", True), ("a", 3, "z", False), ("a", -1, "w", True)]
     found += [("b", 0, "x", False), ("b", 1, "y", None)]
     rows = [dict(zip(("task_id", "sample", "completion", "correct"), row, strict=True)) for row in found]
     assert distinct_correct(rows) == 1.0
+    assert distinct_correct(rows, lambda text: text == "x" or text == "y") == 0.5
+    forms = ["3*2+7", "7+2×3", r"So it is \boxed{7+3*2}", "2*3+7-0", "wrong"]
+    said = [{"task_id": "a", "sample": i, "completion": text, "correct": i < 4} for i, text in enumerate(forms)]
+    assert distinct_correct(said) == 4 and distinct_correct(said, PassKEvalConfig(mode="expression")._mode) == 2
+    with pytest.raises(ValueError, match="unknown mode 'expresion'; did you mean 'expression'"):
+        PassKEvalConfig(mode="expresion")
+    with pytest.raises(DataError, match=r"raised ZeroDivisionError on sample 0 of task a, '3\*2\+7'"):
+        distinct_correct(said, lambda text: 1 // 0)

@@ -85,6 +85,7 @@ def test_run_is_kept_and_a_killed_one_resumes_to_the_same(tiny_model_dir, tasks,
     assert json.loads((tmp_path / "o.json").read_text())["keep_rate@6"]["value"] == pytest.approx(1.0)
 
 
+@pytest.mark.smoke
 def test_in_a_recipe_before_and_after(tiny_model_dir, tasks, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
@@ -101,6 +102,10 @@ def test_in_a_recipe_before_and_after(tiny_model_dir, tasks, tmp_path):
         found[stage] = config.evaluate(model, tokenizer, {"test": rows}, context)
         assert len((folder / "passk_samples.jsonl").read_text().splitlines()) == 12
         assert len((folder / "passk_greedy.jsonl").read_text().splitlines()) == 3
+        shown = [json.loads(line) for line in (folder / "examples_passk.jsonl").read_text().splitlines()]
+        greedy = [json.loads(line) for line in (folder / "passk_greedy.jsonl").read_text().splitlines()]
+        assert [row["completion"] for row in shown] == [row["completion"] for row in greedy]
+        assert [row["prompt"] for row in shown] == [row["prompt"] for row in rows]
     shared = {name: value for name, value in found["after"].items() if "_rate" not in name}
     assert shared == found["before"]
     assert found["after"]["keep_rate@4"] == pytest.approx(1.0)  # the same model and seed: the same samples

@@ -98,6 +98,7 @@ def test_pair_metrics_by_independent_calculation(tmp_path, tokenizer, policy, re
     assert "entropy" not in found
 
 
+@pytest.mark.smoke
 def test_start_of_training_is_exactly_neutral(tmp_path, tokenizer, reference, pairs):
     config = PreferencesEvalConfig(num_samples=2, max_new_tokens=4)
     found = config.evaluate(reference, tokenizer, {"test": pairs}, _context(tmp_path, stage="before"))
@@ -105,6 +106,9 @@ def test_start_of_training_is_exactly_neutral(tmp_path, tokenizer, reference, pa
     for name in ("divergence", "forward_kl", "reverse_kl"):
         assert found[name] == 0.0 and found[f"{name}_se"] == 0.0
     assert found["reference_ess"] == pytest.approx(1.0)
+    shown = [json.loads(line) for line in (tmp_path / "examples_preferences.jsonl").read_text().splitlines()]
+    assert {row["group"] for row in shown} == {"preferences"}
+    assert [row["prompt"] for row in shown] == list(dict.fromkeys(row["prompt"] for row in pairs))[:12]
 
 
 def _exact(policy, reference, tokenizer, prompts) -> dict[str, float]:

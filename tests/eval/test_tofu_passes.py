@@ -91,6 +91,38 @@ def test_scores_do_not_depend_on_batches_or_padding(loaded, batch_size, side, sh
                 assert found[key][name] == pytest.approx(record[name], abs=1e-5), (key, name)
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_the_head_multiplies_label_positions_only(loaded, share):
+    """Beside the labels: one position per prompt that is run on its own, and nothing for padding."""
+    model, _ = loaded
+    texts = [EncodedText((5, 6, 7, 8, 9, 10), 3), EncodedText((5, 6, 7, 8), 3), EncodedText((9, 8, 7, 6, 5), 2)]
+    requests = [ScoringRequest(f"a/{i}", text) for i, text in enumerate(texts)]
+    seen = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda _m, _i, logits: seen.append(logits.shape[:2]))
+    try:
+        score_texts(model, requests, pad_id=0, share_prompts=share, progress=False)
+    finally:
+        handle.remove()
+    prompts = [(2, 1)] if share else []
+    assert seen[: len(prompts)] == prompts
+    assert sum(rows * positions for rows, positions in seen[len(prompts) :]) == 3 + 1 + 3
+
+
+def test_forwards_on_a_cpu_hold_few_tokens_of_like_length():
+    from fdiv.inference.scoring import _forwards
+
+    lengths = {f"{i:03d}": n for i, n in enumerate([200, 200, 190, 170, 100, 99, 20, 2])}
+    requests = [ScoringRequest(key, EncodedText(tuple(range(n)), 1)) for key, n in lengths.items()]
+    cut = [[lengths[r.key] for r in part] for part in _forwards(requests, lengths, 32, on_cpu=True)]
+    assert cut == [[200, 200], [190], [170], [100, 99], [20], [2]]
+    assert [[lengths[r.key] for r in part] for part in _forwards(requests, lengths, 32, on_cpu=False)] == [
+        [200, 200, 190, 170],
+        [100, 99],
+        [20],
+        [2],
+    ]
+
+
 def test_sharing_prompts_is_refused_where_the_cache_cannot(loaded):
     model, _ = loaded
     assert shares_prompts(model)

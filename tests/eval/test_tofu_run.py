@@ -54,6 +54,7 @@ def read(folder):
     return json.loads((folder / "out.json").read_text())
 
 
+@pytest.mark.smoke
 def test_a_model_against_itself(evaluated):
     out = read(evaluated)
     assert out["preset"] == "open_unlearning" and out["split"] == "forget10"
@@ -154,7 +155,11 @@ def test_in_a_recipe_the_config_evaluates_a_model_in_memory(
     values = config.evaluate(model, load_tokenizer(str(tiny_model_dir)), {}, context)
     assert model.training
     assert values["forget_truth_ratio"] == pytest.approx(read(evaluated)["forget_truth_ratio"], rel=1e-6)
-    assert (tmp_path / "tofu_before" / "TOFU_EVAL.json").exists()
+    log = read_eval_log(tmp_path / "tofu_before" / "TOFU_EVAL.json").items("forget_Q_A_ROUGE")
+    shown = [json.loads(line) for line in (tmp_path / "examples_forget_Q_A.jsonl").read_text().splitlines()]
+    answers = [(row["input"], row["generation"]) for row in log.values()]
+    assert len(shown) == min(12, len(answers))
+    assert {(row["prompt"], row["completion"]) for row in shown} <= set(answers)
     assert {f.name for f in fields(config)} >= {"split", "data", "preset", "retain_logs", "max_items"}
 
 

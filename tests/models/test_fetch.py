@@ -91,7 +91,7 @@ def test_output_is_a_copy(cache, packaged, tmp_path):
 
 def test_what_loads_a_model_takes_the_name(cache, packaged, tiny_model_dir):
     """Weights, tokenizer and end tokens are those of the folder."""
-    from fdiv.eval.pass_at_k.command import _end_tokens
+    from fdiv.eval.pass_at_k.backends import end_tokens
     from fdiv.models.loading import load_model, load_tokenizer
 
     with pytest.raises(DataError, match="run `fdiv models fetch tiny`"):
@@ -101,7 +101,7 @@ def test_what_loads_a_model_takes_the_name(cache, packaged, tiny_model_dir):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     end = load_tokenizer(str(tiny_model_dir)).eos_token_id
     assert load_tokenizer("tiny").eos_token_id == end
-    assert _end_tokens("tiny") == {end}
+    assert end_tokens("tiny") == {end}
 
 
 def test_names_of_other_models_are_left_alone(cache, tmp_path, monkeypatch):

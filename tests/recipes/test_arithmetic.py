@@ -137,11 +137,37 @@ def test_builder_writes_disjoint_solvable_problems_and_a_reproducible_model(tmp_
         ({"steps": 1}, "prepare.steps must be at least 2"),
         ({"train_problems": 13}, "prepare.train_problems must be a multiple of the 2 counts"),
         ({"layers": 0}, "prepare.layers must be at least 1"),
+        ({"easy_problems": 5}, "easy_problems must be at least 0, and 0 where counts hold 2"),
+        ({"counts": [3], "easy_problems": -1}, "easy_problems must be at least 0"),
+        ({"counts": [3], "easy_share": 1.0}, "prepare.easy_share must lie between 0 and 1, got 1.0"),
     ],
 )
 def test_bad_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         ArithmeticTaskConfig(**(QUICK | wrong))
+
+
+def test_easy_problems_are_kept_apart_from_what_the_base_model_sees(tmp_path, monkeypatch):
+    """Of 200 draws a quarter is easy (25 to 75: four standard errors), none of them kept for the cache."""
+    seen = []
+
+    def pretend(model, tokenizer, sampler, steps, **_):
+        seen.extend(sampler() for _ in range(200))
+        return model
+
+    monkeypatch.setattr("fdiv.models.tiny.train_tiny_model", pretend)
+    config = ArithmeticTaskConfig(
+        **(QUICK | {"counts": [3], "train_problems": 6, "test_problems": 4, "easy_problems": 20, "easy_share": 0.25})
+    )
+    config.build(tmp_path)
+    kept = [json.loads(line) for line in (tmp_path / "easy" / "train.jsonl").read_text().splitlines()]
+    assert len(kept) == 20 and all(len(row["numbers"]) == 2 for row in kept)
+    easy = [prompt for prompt, _ in seen if prompt.count(",") == 1]
+    assert 25 <= len(easy) <= 75
+    said = {(tuple(sorted(row["numbers"])), row["target"]) for row in kept}
+    for prompt in easy:
+        numbers, target = prompt.rstrip(":").split("=")
+        assert (tuple(sorted(map(int, numbers.split(",")))), int(target)) not in said
 
 
 def test_too_few_problems_are_refused(tmp_path):

@@ -42,6 +42,17 @@ def test_the_best_is_preferred_to_the_worst(config, tmp_path):
     assert [(row["chosen"], row["rejected"]) for row in test] == 2 * [("4", "1"), ("3", "2")]
 
 
+def test_negatives_are_the_rejected_of_the_training_pairs(config, tmp_path):
+    """One file that D²O (prompt, rejected) and methods of unlearning (prompt, completion) both read."""
+    config(validation_prompts=1).build(tmp_path)
+    negatives = [json.loads(line) for line in (tmp_path / "negatives.jsonl").read_text().splitlines()]
+    pairs = _rows(tmp_path, "train")
+    assert negatives == [
+        {"prompt": p["prompt"], "rejected": p["rejected"], "completion": p["rejected"]} for p in pairs
+    ]
+    assert [row["rejected"] for row in negatives[:2]] == ["1", "2"]
+
+
 def test_prompts_to_choose_settings_on_are_neither_trained_on_nor_tested(config, tmp_path):
     """Of prompts 1, 2, 4 and 5, which are not for the test, the first and the third."""
     config(validation_prompts=2).build(tmp_path)
@@ -99,6 +110,8 @@ def test_vader_gives_its_authors_numbers():
     pytest.importorskip("vaderSentiment", reason="the package vaderSentiment is not installed")
     texts = ["VADER is smart, handsome, and funny.", "VADER is not smart, handsome, nor funny."]
     assert build_scorer("vader")(prompts=["", ""], completions=texts) == [0.8316, -0.7424]
+    negated = build_scorer({"name": "vader", "negated": True})
+    assert negated(prompts=["", ""], completions=texts) == [-0.8316, 0.7424]
 
 
 def test_preferences_evaluation_scores_own_samples(tiny_model_dir):

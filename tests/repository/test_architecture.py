@@ -23,20 +23,32 @@ FOLDERS = {
 # Ground first. A module imports from its own package, from lower floors, and from packages of its floor as long as no
 # circle comes of it. `fdiv` itself is the version.
 FLOORS = (
-    ("fdiv", "lazy", "moved", "errors", "filling", "interrupts", "secrets", "named", "bounds", "divergences"),
+    (
+        "fdiv",
+        "lazy",
+        "moved",
+        "versions",
+        "errors",
+        "filling",
+        "interrupts",
+        "secrets",
+        "named",
+        "bounds",
+        "divergences",
+    ),
     ("terminal", "files", "sealed", "stamps", "rows", "lock", "provenance", "catalog", "evaluation", "statistics"),
     ("inference", "models", "recipe", "report", "testing"),
     ("training", "memory"),
     ("run", "alignment", "distillation"),
     ("unlearning", "rl", "eval"),
-    ("recipes", "cli"),
+    ("recipes", "cli", "integrations"),
     ("__main__",),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # Objective folders have the first three, benchmark folders the others.
 OBJECTIVES = ("alignment/f_dpo", "alignment/d2o", "alignment/f_dpg", "rl/dph", "distillation/f_distill")
 OBJECTIVE_DOORS = ("loss.py", "config.py", "trainer.py")
-BENCHMARKS = ("eval/tofu", "eval/muse", "eval/pass_at_k")
+BENCHMARKS = ("eval/tofu", "eval/muse", "eval/pass_at_k", "eval/unlearning")
 BENCHMARK_DOORS = ("data.py", "aggregate.py", "evaluation.py", "command.py")
 
 
@@ -198,7 +210,7 @@ def test_a_prefix_is_a_package():
 
 # Methods are called what their papers call them.
 METHODS_BY_THEIR_NAMES = {
-    "unlearning/methods": ("grad",),
+    "unlearning/methods": ("grad", "jensun"),
 }
 
 

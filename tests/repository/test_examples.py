@@ -13,12 +13,17 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.py"
 
 # A line each script must print; a new example must be added here.
 EXPECTED = {
+    "d2o_in_grpo.py": "loss 0.6931 ->",  # log 2: the policy is the reference
     "d2o_with_scorer.py": "loss 0.4",
+    "distillation_in_trl.py": "squared_hellinger: loss 0.01",
+    "f_dpg_in_grpo.py": "JS to the target 0.",
     "f_dpg_own_target.py": "policy: accepts",
     "f_dpo_in_trl.py": "loss 0.6",
     "flat_in_sft_trainer.py": "loss 4.",
     "one_divergence.py": "alpha(0.3): exact",
     "rehearsal_in_grpo.py": "per kept token 0.00",  # with rehearsal; without it 0.12
+    "teach_rows.py": "; the adapter and the rows are in taught",
+    "unlearning_in_sft_trainer.py": "npo 13.8629 ->",  # (2/β)·log 2
     "user_defined_divergence.py": "refused: f-DPO cannot use the divergence 'total_variation'",
 }
 
@@ -28,7 +33,8 @@ def test_example_runs(script, tmp_path):
     (stdout,) = run_well(run_script, script, tmp_path).stdout
     assert EXPECTED[script.name] in stdout
     for first, last in re.findall(r"loss (\d\.\d+) -> (\d\.\d+)", stdout):
-        assert float(last) < float(first) - 0.05  # where an example trains, it trains
+        # Where an example trains, it trains; a divergence may begin below 0.1.
+        assert float(last) < float(first) - min(0.05, float(first) / 2)
 
 
 def test_trl_example_is_under_thirty_lines():

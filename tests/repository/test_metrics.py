@@ -13,6 +13,7 @@ import pytest
 from fdiv.catalog import EVALUATIONS
 from fdiv.named import Table
 from fdiv.report.metrics import GLOSSARY, better, describe, documentation, hover, marked, meanings, plain_name
+from fdiv.report.table import method_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # What `result.json` holds beside metrics.
@@ -87,15 +88,20 @@ def test_every_metric_of_trl_is_known():
 
 
 def test_every_metric_of_the_committed_results_is_known():
-    names = set()
+    """A name by the method of its cell, which may give it a meaning of its own."""
+    names = {None: set()}
     for file in sorted((ROOT / "results").glob("*/results.json")):
         results = json.loads(file.read_text(encoding="utf-8"))
-        names |= {*results["columns"], *results.get("table", {})}
+        # An experiment of one method has that method's columns.
+        names.setdefault(method_of(results), set()).update(results["columns"], results.get("table", {}))
         for record in results["cells"]:
-            names |= {name for name, value in (record.get("values") or {}).items() if isinstance(value, int | float)}
-            names |= {*(record.get("series") or {})}
-    assert len(names) > 200
-    assert unknown(names - SETTINGS) == []
+            values = record.get("values") or {}
+            of_method = names.setdefault(values.get("method"), set())
+            of_method |= {name for name, value in values.items() if isinstance(value, int | float)}
+            of_method |= {*(record.get("series") or {})}
+    assert len(set().union(*names.values())) > 200
+    for method, found in names.items():
+        assert unknown(found - SETTINGS, method) == [], method
 
 
 def test_tables_of_experiments_agree_with_the_glossary():
@@ -108,7 +114,10 @@ def test_every_metric_that_an_evaluation_puts_forward_is_known():
     seen = 0
     for name in EVALUATIONS:
         config = EVALUATIONS.find(name)
-        given = {"world": "x"} if name == "tiny_world" else {"data": "x"} if name == "answer_likelihood" else {}
+        given = {
+            "tiny_world": {"world": "x"}, "answer_likelihood": {"data": "x"}, "benchmark": {"data": "tofu"},
+            "lm_eval": {"tasks": ["x"]},
+        }.get(name, {})  # fmt: skip
         names = {*config(**given).summary_metrics, *getattr(config, "frontier", ())}
         method = "f_dpg" if name == "target" else None
         assert unknown(names, method) == [], name
@@ -200,7 +209,8 @@ def test_the_page_of_the_docs_is_the_glossary():
 
 
 def test_the_terminal_table_and_the_report_explain_what_they_show(capsys, tmp_path):
-    from fdiv.report.page import _hovers, _Page
+    from fdiv.report.page import _hovers
+    from fdiv.report.sheet import table
     from fdiv.report.table import run_table
 
     result = {
@@ -213,11 +223,9 @@ def test_the_terminal_table_and_the_report_explain_what_they_show(capsys, tmp_pa
     assert "forward_kl ↓" in shown and "mine ↓" not in shown
     assert "forward_kl ↓: KL(p‖π) of the target from the policy (≥ 0 nats)" in shown
 
-    page = _Page(tmp_path / "report.html")
     hovers = _hovers(["pass@8", "mine"], None, {"pass@8": ("P8", None)})
-    page.table(["setting", "P8 ↑", "mine"], [["a", "0.5", "1"]], hovers)
-    page.table(["metric", "before"], [["P8 ↑", "0.5"]], hovers)
-    wide, turned = page.parts
+    wide = table(["setting", "P8 ↑", "mine"], [["a", "0.5", "1"]], hovers)
+    turned = table(["metric", "before"], [["P8 ↑", "0.5"]], hovers)
     assert '<th title="chance that at least one of K samples is right, mean over tasks; 0 to 1;' in wide
     assert "<th>mine</th>" in wide and '<td title="chance that' in turned
 

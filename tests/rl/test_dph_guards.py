@@ -15,7 +15,7 @@ from fdiv.rl.dph.batches import join, rows_of_slot, rows_of_step
 from fdiv.rl.dph.loss import rehearsal_weight
 from fdiv.rl.dph.rehearsal import RehearsalCache
 from fdiv.training.rollouts import RecordedRollouts
-from tests.support.runs.dph import cache, flat, load, recorded, settings_of, trainer
+from tests.support.runs.dph import PROMPTS, cache, flat, load, recorded, settings_of, trainer
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,20 @@ def test_no_near_perfect_prompt(tiny_model_dir, tmp_path, rehearsal):
 
 
 # ---------------------------------------------------------------- during training
+def test_prompts_that_fill_no_generation(tiny_model_dir, tmp_path, capsys):
+    """TRL ends such a training after no step; and an epoch of five prompts in fours leaves one out."""
+    few = trainer(load(tiny_model_dir), tmp_path, num_generations=2)
+    with pytest.raises(
+        DataError, match=r"4 training prompts, and a generation takes 8, with 2 completions of each: no"
+    ):
+        few.train()
+    five = trainer(load(tiny_model_dir), tmp_path, prompts=[*PROMPTS, "one more"], max_steps=1, shuffle_dataset=True)
+    five.train()
+    assert "1 of 5 prompts are left out of each epoch (other ones each time): a generation takes 4" in (
+        capsys.readouterr().err
+    )
+
+
 def test_broken_log_probabilities(tiny_model_dir, tmp_path):
     """NaN, or none at all, for a token: refused before any weight moves."""
     for broken in (math.nan, None):

@@ -11,6 +11,7 @@ import torch
 from tests.support.processes import run_well
 from tests.support.runs.dph import cache, recorded
 from tests.support.scripts import dph as run_dph
+from tests.support.scripts import dph_bank
 
 pytestmark = pytest.mark.slow
 
@@ -40,3 +41,23 @@ def test_processes_and_accumulation_equal_one_batch(tiny_model_dir, tmp_path):
             ):  # fmt: skip
                 assert second[key] == pytest.approx(first[key], abs=2e-5, rel=1e-4), key
     assert one["history"][0]["rehearsal/rows"] == 5 and one["history"][2]["kl/k3_loss"] > 1e-4
+
+
+def test_a_bank_on_two_processes_is_one_bank_and_resumes_exactly(tiny_model_dir, tmp_path):
+    """Groups of two are often all alike, so one process samples again where the other has nothing to."""
+
+    def run(resume, name):
+        folder, output = str(tmp_path / "run"), tmp_path / name
+        run_well(dph_bank.main, str(tiny_model_dir), folder, resume, str(output), processes=2)
+        return [json.loads(Path(f"{output}.{rank}").read_text()) for rank in (0, 1)]
+
+    whole = run("", "whole")
+    again = run(str(tmp_path / "run" / "checkpoint-2"), "again")
+    for first, second in (whole, again):
+        assert first["processes"] == 2 and first["rows"] == second["rows"] and len(first["rows"]) > 4
+    assert again[0]["rows"] == whole[0]["rows"]
+    logs = [entry for entry in whole[0]["history"] if "loss" in entry]
+    resumed = [entry for entry in again[0]["history"] if "loss" in entry]
+    assert sum(entry["groups/sampled_again"] for entry in logs) > 0 and len(logs) == len(resumed) == 4
+    for name in ("loss", "rehearsal/loss", "bank/rows", "bank/added", "groups/left_without_signal", "num_tokens"):
+        assert [entry.get(name) for entry in resumed] == [entry.get(name) for entry in logs], name

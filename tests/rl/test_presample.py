@@ -152,6 +152,8 @@ def test_a_finished_directory_is_found_and_split_again_only_when_told(finished, 
     ):
         with pytest.raises(DataError, match=message):
             presample(config(tiny_model_dir, rows, **same | changed), output)
+    with pytest.raises(DataError, match=r"holds no pre-sampling whose samples could be split again: leave --rep"):
+        presample(other, tmp_path / "written-wrong", repartition=True)  # and is not sampled into
     changed_rows = write_rows(tmp_path / "rows.jsonl", [*KINDS[:-1], "easy"])
     with pytest.raises(DataError, match="dataset="):
         presample(config(tiny_model_dir, changed_rows, **same), output)
@@ -165,7 +167,8 @@ def test_splitting_again_is_the_same_as_having_split_so_at_first(tiny_model_dir,
         for threshold in thresholds:
             more = {"reward_threshold": threshold, "tries": 4, "allow_empty": True}
             more["reward"] = "tests.support.presample_rewards:by_first_token"
-            presample(config(tiny_model_dir, rows, **more), tmp_path / name, repartition=True)
+            again = threshold != thresholds[0]
+            presample(config(tiny_model_dir, rows, **more), tmp_path / name, repartition=again)
             caches[name, threshold] = RehearsalCache.load(tmp_path / name / "rehearsal.safetensors").rows
     assert caches["twice", 0.5] == caches["once", 0.5]
     low, high = ({row.index: row for row in caches["twice", threshold]} for threshold in (0.25, 0.5))
@@ -244,6 +247,8 @@ def test_dry_run_prints_the_settings_and_writes_nothing(tiny_model_dir, rows, tm
     [
         ({"threshold": "9/8"}, "threshold=9/8: a share of correct samples lies above 0"),
         ({"num_samples": 0}, "num_samples=0: must be at least 1"),
+        ({"mode": "anwer"}, "fdiv: unknown mode 'anwer'; did you mean 'answer'"),
+        ({"samples_per_prompt": 5}, "fdiv: --samples_per_prompt=5 is more than num_samples=4"),
         ({"backend": "server"}, "server_url belongs to backend: server"),
         ({"reward": "nonsense"}, "unknown reward 'nonsense'"),
         ({"dataset": "absent.jsonl"}, "no such file or directory: absent.jsonl"),
@@ -283,7 +288,7 @@ method: dph
 divergence: forward_kl
 rehearsal_batch_size: 2
 prepare: {{name: rehearsal, model: {tiny_model_dir}, dataset: {data}, reward: "{REWARD}", num_samples: 4,
-  max_completion_length: 5, threshold: 1/4, temperature: 0.9}}
+  max_completion_length: 5, threshold: 1/4, temperature: 0.9, mode: text, reward_threshold: 0.5}}
 max_steps: 1
 per_device_train_batch_size: 4
 num_generations: 2
@@ -296,6 +301,8 @@ output_dir: {tmp_path / "run"}
     plan = prepare(plan_run(load_recipe(recipe)), tmp_path / "run" / "prepared")
     result = run_plan(plan)
     assert plan.settled["temperature"] == 0.9 and plan.settled["reward"] == REWARD
+    # What the cache calls another answer, and a right one, the training does too.
+    assert plan.settled["mode"] == "text" and plan.settled["reward_threshold"] == 0.5
     cache = RehearsalCache.load(plan.settled["rehearsal_cache"])
     splits = datasets.load_dataset(plan.settled["dataset_name"])
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 10 - len(cache), "test": 2}
@@ -352,17 +359,38 @@ def test_a_task_gives_model_and_data(tmp_path, monkeypatch):
         RehearsalConfig(task={"name": "empty_prompts"}, reward="r").build(tmp_path / "again")
 
 
+def test_blocks_that_name_the_same_task_share_its_build(tmp_path, monkeypatch):
+    """Another threshold builds no second base model; another task does; a relative dataset is one of the task's."""
+    from fdiv.recipes.tasks.rehearsal import RehearsalConfig
+
+    seen = []
+
+    def pretend(settings, folder):
+        folder.mkdir()
+        (folder / "explore.parquet").write_bytes(b"rows")
+        seen.append(settings)
+
+    monkeypatch.setattr("fdiv.rl.presample.run.presample", pretend)
+    task = {"name": "empty_prompts"}
+    for name, more in (("one", {"threshold": "1/2"}), ("two", {"threshold": "3/4"}), ("three", {"dataset": "data"})):
+        (tmp_path / name).mkdir()
+        RehearsalConfig(task=task, model="m", reward="r", num_samples=4, **more).build(tmp_path / name)
+    (build,) = tmp_path.glob("empty_prompts-*")
+    assert {(tmp_path / name / "task").resolve() for name in ("one", "two", "three")} == {build}
+    assert seen[2].dataset == str(tmp_path / "three" / "task" / "data")
+
+
 def test_models_beside_a_zero3_run_are_loaded_whole_and_its_config_comes_back():
     """The private hook of transformers that `rehearsal_recipe` relies on."""
     from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    from fdiv.recipes.tasks.rehearsal import _without_deepspeed
+    from fdiv.recipes.tasks.inner import without_deepspeed
 
     kept = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # held weakly: it lives as long as `kept`
     try:
         assert is_deepspeed_zero3_enabled()
-        with _without_deepspeed():
+        with without_deepspeed():
             assert not is_deepspeed_zero3_enabled()
         assert is_deepspeed_zero3_enabled() and kept.is_zero3()
     finally:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 
 import pytest
+from datasets import Dataset
 
 from fdiv.errors import DataError
 from fdiv.rl.dph.rehearsal import RehearsalCache
-from fdiv.rl.presample.coverage import coverage, coverage_warnings
+from fdiv.rl.presample.coverage import MOST_KINDS, coverage, coverage_warnings, kinds_of
 from fdiv.rl.presample.run import presample
 from fdiv.rl.presample.selection import distinct_first, row_weights
 from tests.support.runs.presample import KINDS, config, read_lines, write_rows
@@ -27,6 +29,11 @@ def parity(completion):
 
 def unhashable(completion):
     return [completion]
+
+
+def nameless(completion):
+    """Equal to nothing, itself included."""
+    return math.nan
 
 
 # ---------------------------------------------------------------- pure functions
@@ -74,6 +81,17 @@ def test_coverage_without_kinds_or_sets():
         "explored_neighbours": None,
     }  # fmt: skip
     assert coverage_warnings(found) == []
+
+
+def test_which_column_names_the_kind():
+    """Of several the first with few values; the one that is asked for always."""
+    many = [{"level": i, "subject": "ab"[i % 2], "type": None if i else "x"} for i in range(MOST_KINDS + 1)]
+    rows = Dataset.from_list(many)
+    assert kinds_of(rows, None) == ["x", *["None"] * MOST_KINDS]
+    assert kinds_of(rows.remove_columns("type"), None) == ["ab"[i % 2] for i in range(MOST_KINDS + 1)]
+    assert kinds_of(rows, "level") == [str(i) for i in range(MOST_KINDS + 1)]
+    assert kinds_of(rows.select(range(MOST_KINDS)), None) == [str(i) for i in range(MOST_KINDS)]
+    assert kinds_of(rows.select_columns("level"), None) is None
 
 
 # ---------------------------------------------------------------- the pass
@@ -124,6 +142,17 @@ def test_the_choice_is_made_again_without_sampling(solved, tiny_model_dir, rows,
     assert content["threshold"] == "1/4" and content["counts"]["rehearsed_and_explored"] == 0
     with pytest.raises(DataError, match="keep='solved', now it is 'near_perfect'.*--repartition"):
         presample(config(tiny_model_dir, rows, threshold="one"), output)
+    # A choice that fails leaves the one before it as it was.
+    before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    for name, fault in (("unhashable", "returned a list for sample 0/0"), ("nameless", "returned nan for sample 0/0")):
+        with pytest.raises(DataError, match=fault):
+            presample(
+                config(tiny_model_dir, rows, threshold="one", **more | {"mode": f"{__name__}:{name}"}),
+                output,
+                repartition=True,
+            )
+    assert {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
+    assert presample(config(tiny_model_dir, rows, threshold="one", **more), output)["counts"] == content["counts"]
 
 
 def test_keep_all_tries_more_for_prompts_without_a_right_sample(tiny_model_dir, rows, tmp_path):

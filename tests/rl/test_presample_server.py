@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import pytest
 
@@ -12,35 +11,26 @@ from fdiv.errors import RolloutError
 from fdiv.inference.backends import ServerSource, request_seed
 from fdiv.inference.cache import ItemCache
 from fdiv.inference.sampling import SamplingRequest
+from tests.support.json_handler import JsonHandler
 
 
-class StandIn(BaseHTTPRequestHandler):
+class StandIn(JsonHandler):
     """Answers every prompt with its own seed's last digits as tokens; records the requests."""
 
     asked: list[dict] = []
     mode = "right"
 
     def do_GET(self):
-        self._answer({"data": [{"id": "served", "root": "/models/reference"}]})
+        self.answer({"data": [{"id": "served", "root": "/models/reference"}]})
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.read_json()
         self.asked.append(body)
         if self.mode == "dies":
             self.connection.close()
             return
         ids = {"right": [body["seed"] % 97, 2], "empty": [], "no_ids": None}[self.mode]
-        self._answer({"choices": [{"index": 0, "text": "", **({} if ids is None else {"token_ids": ids})}]})
-
-    def _answer(self, content):
-        data = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
+        self.answer({"choices": [{"index": 0, "text": "", **({} if ids is None else {"token_ids": ids})}]})
 
 
 @pytest.fixture

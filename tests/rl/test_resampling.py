@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fdiv.rl import DPHConfig
 from fdiv.rl.advantages import resolve_advantage
 from fdiv.rl.dph.resampling import has_signal, merge_rows, resample_groups
-from tests.support.runs.dph import correct, load, trainer
+from tests.support.runs.dph import correct, load, settings_of, trainer
 
 NAN = math.nan
 
@@ -157,6 +160,47 @@ def test_the_expected_gradient_is_that_of_one_try_times_a_factor(tries):
     assert expected(tries) == pytest.approx(expected(0) * (1 - dull ** (tries + 1)) / (1 - dull))
 
 
+class OfTwo(Enumerated):
+    """One of two processes, which are threads here: `gather` waits for the other, and sees that it gathers the like."""
+
+    def __init__(self, rank, meeting, parts, outcomes):
+        super().__init__(1, outcomes)
+        self.rank, self.meeting, self.parts = rank, meeting, parts
+        self.accelerator = SimpleNamespace(gather=self.gather)
+
+    def gather(self, values):
+        self.parts[self.rank] = values
+        self.meeting.wait(timeout=20)
+        both = [part.reshape(-1) for part in self.parts]
+        assert len(both[0]) == len(both[1]) and both[0].dtype == both[1].dtype
+        self.meeting.wait(timeout=20)
+        return torch.cat(both)
+
+    def generate(self, inputs):
+        batch = super().generate(inputs)
+        batch["completion_mask"] = 1 + batch["completion_ids"]  # right answers have two tokens
+        return batch | {"num_items_in_batch": self.gather(batch["completion_mask"].sum()).sum()}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_one_process_samples_again_and_the_other_has_nothing_to(first):
+    """Both gather as often, so that none waits for the other for ever, and count the tokens of both."""
+    meeting, parts = threading.Barrier(2), [None, None]
+    mixed, dull, better = [1.0, 0.0, 0.0], [0.0] * 3, [1.0, 1.0, 0.0]
+    outcomes = [(dull, better), (mixed, mixed)]
+    made = [OfTwo(rank, meeting, parts, outcomes[rank ^ first]) for rank in (0, 1)]
+
+    def run(trainer):
+        return resample_groups(trainer, [{}] * 3, trainer.generate([{}] * 3), trainer.generate)
+
+    with ThreadPoolExecutor(2) as pool:
+        batches = list(pool.map(run, made))
+    assert [batch["num_items_in_batch"].item() for batch in batches] == [5 + 4] * 2
+    for one in made:
+        logged = one._metrics["train"]
+        assert logged["groups/sampled_again"] == [1.0] and logged["groups/without_signal"] == [0.5]
+
+
 def test_what_is_refused(tiny_model_dir, tmp_path):
     made = trainer(load(tiny_model_dir), tmp_path, resample_groups=1)
     made.args.per_device_train_batch_size = 2  # one of eight processes: half a group on each
@@ -166,3 +210,44 @@ def test_what_is_refused(tiny_model_dir, tmp_path):
         made.args._check_resampling()
     with pytest.raises(ValueError, match="resample_groups=1 and scale_rewards=batch exclude each other"):
         trainer(load(tiny_model_dir), tmp_path, resample_groups=1, scale_rewards="batch")
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"advantage": {"name": "pkpo", "k": 2}}, "advantage 'pkpo'"),
+        ({"advantage": {"name": "pkpo_loo", "k": 1}}, "advantage 'pkpo_loo'"),
+        ({"advantage": {"name": "nsr", "weight": 0.1}}, "advantage 'nsr'"),
+        ({"kl": "k1_reward"}, "kl: k1_reward"),
+    ],
+)
+def test_advantages_that_learn_from_alike_rewards_are_refused(tiny_model_dir, tmp_path, more, what):
+    with pytest.raises(ValueError, match=f"resample_groups=1 and {what} exclude each other: .* pkpo_loo"):
+        trainer(load(tiny_model_dir), tmp_path, resample_groups=1, **more)
+
+
+@pytest.mark.parametrize(
+    "spec", [None, "rloo", "maxrl", {"name": "pkpo_loo", "k": 2}, {"name": "passk_analytic", "k": 2}]
+)
+def test_those_that_do_not_are_accepted(tmp_path, spec):
+    args = DPHConfig(str(tmp_path), **settings_of(resample_groups=1, advantage=spec))
+    assert args.resample_groups == 1
+
+
+def test_pkpo_would_be_biased():
+    """Why: by enumeration the gradient under pkpo is another than the factor says, under pkpo_loo the same."""
+    p, groups = 0.8, list(itertools.product([0.0, 1.0], repeat=3))
+    chance = {group: math.prod(p if right else 1 - p for right in group) for group in groups}
+
+    def gradient(name, among):
+        rewards = torch.tensor(among)
+        advantages = resolve_advantage({"name": name, "k": 2})(rewards)
+        score = torch.where(rewards == 1, 1 / p, -1 / (1 - p))
+        weights = torch.tensor([chance[group] for group in among])
+        return (weights * (advantages * score).mean(-1)).sum().item()
+
+    mixed = [group for group in groups if 0 < sum(group) < 3]
+    true = 2 * (1 - p)  # d pass@2 / dp
+    for name, unbiased in (("pkpo", False), ("pkpo_loo", True)):
+        assert gradient(name, groups) == pytest.approx(true)
+        assert (gradient(name, mixed) == pytest.approx(true, abs=1e-6)) == unbiased

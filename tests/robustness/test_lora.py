@@ -85,7 +85,7 @@ def reference_scores(name, trainer):
     if name == "flat":
         rows = [batch[key] for key in ("input_ids", "attention_mask", "completion_mask")]
         scores = trainer.score_roles(trainer.model, batch)
-        return *rows, torch.cat([part.reference.log_probs for part in scores.values()]).sum(-1)
+        return *rows, torch.cat([part.reference.log_probs.sum(-1) for part in scores.values()])
     batch = trainer._generate_and_score_completions(batch)
     if name == "d2o":
         rows = {key: batch[key].flatten(0, 1) for key in ("input_ids", "attention_mask", "completion_mask")}

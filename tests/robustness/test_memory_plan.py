@@ -129,8 +129,12 @@ def test_unlearning_holds_what_the_plan_says(method, size, model_dirs, tmp_path)
 
     rows = [{"prompt": f"Tell {i}:", "completion": " 7 8" * (200 if i else 20)} for i in range(3)]
     retain = Dataset.from_list([{"prompt": f"Say {i}:", "completion": " one" * 200} for i in range(3)])
+    # The plan is for rows of max_length: a template answer that short rows would make narrower is as long.
+    settings = {"template_source": "fixed", "template_text": "7 8 " * 200} if method == "flat" else {}
     options = {} if method == "flat" else {"retain_dataset": retain}
-    check(*planned_and_counted(model_dirs[size], tmp_path, rows, None, options, method=method, max_length=90))
+    check(
+        *planned_and_counted(model_dirs[size], tmp_path, rows, None, options, method=method, max_length=90, **settings)
+    )
 
 
 def test_dph_holds_what_the_plan_says(model_dirs, tmp_path):

@@ -185,6 +185,7 @@ def test_a_checkpoint_without_sums_says_from_where_the_numbers_count(tiny_model_
     assert last == pytest.approx(sum(losses[2:]) / 2)
 
 
+@pytest.mark.smoke
 def test_private_hooks_of_transformers_have_the_signatures_relied_on():
     import inspect
 

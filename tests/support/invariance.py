@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fdiv.cli.ending import exit_after
 from tests.support.instruments import move_padding, remove_fused_head, watched
 from tests.support.runs.all_trainers import TRAINERS, build, flat_weights, losses
 
@@ -237,4 +238,4 @@ def _keep_gradients_apart(trainer: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    exit_after(lambda: main(*sys.argv[1:]))

@@ -67,6 +67,7 @@ def run_well(function: Callable[..., Any], *arguments: Any, processes: int = 1, 
 def run_script(script: Path, folder: Path) -> None:
     """For `run`: what `python SCRIPT` does in a folder."""
     os.chdir(folder)
+    sys.argv = [str(script)]  # not pytest's
     runpy.run_path(str(script), run_name="__main__")
 
 

@@ -33,9 +33,16 @@ _CHEAP_PREPARE: dict[str, dict[str, Any]] = {
     "tofu_memorised": {"forget_rows": 4, "retain_rows": 4, "epochs": 1},
     "tiny_authors": {"authors": 4, "forget_authors": 1, "train_steps": 2},
     "tiny_distillation": {"teacher_steps": 20, "rows": 8},
-    "rehearsal": {"num_samples": 2, "threshold": "1", "tries": 8, "max_completion_length": 4, "seed": 1},
+    "rehearsal": {
+        "num_samples": 2,
+        "samples_per_prompt": 1,
+        "threshold": "1",
+        "tries": 8,
+        "max_completion_length": 4,
+        "seed": 1,
+    },
 }
-# The same for the builder that `prepare: {name: rehearsal}` runs first.
+# The same for the builder that `prepare: {name: rehearsal}` and `{name: taught}` run first.
 _CHEAP_TASK: dict[str, dict[str, Any]] = {
     "arithmetic": {
         "train_problems": 12,
@@ -46,6 +53,7 @@ _CHEAP_TASK: dict[str, dict[str, Any]] = {
         "layers": 1,
     },
     "chinook": {"steps": 2, "batch_size": 4, "hidden_size": 32, "layers": 1, "vocab_size": 300},
+    "tiny_distillation": {"teacher_steps": 20, "rows": 8},
 }
 _CHEAP_EVALUATION = {
     "max_rows": 2,
@@ -283,6 +291,8 @@ def _prepare(values: Mapping[str, Any], folder: Path, model: Path) -> dict[str, 
         if "database" in task:
             task["database"] = str(_write_chinook(folder / "chinook.sqlite"))
         settings |= {"prepare.task": task, "prepare.reward": f"{__name__}:odd_sum"}
+    if block["name"] == "taught":
+        settings["prepare.task"] = {**block["task"], **_CHEAP_TASK[block["task"]["name"]]}
     if block["name"] == "novels_unlearning":
         settings["prepare.data"] = _write_novels(folder / "novels", block["forget_novels"] + block["retain_novels"])
     if block["name"] == "tofu_unlearning":

@@ -27,7 +27,7 @@ from fdiv.unlearning.data import (
     load_rows,
     read_answers,
 )
-from fdiv.unlearning.data.pairing import EpochSampler, draw_index, epoch_order
+from fdiv.unlearning.data.pairing import EpochSampler, draw_index, draw_prefix, epoch_order
 from fdiv.unlearning.data.templates import REFUSALS, GenerationSettings, column_templates, read_refusals
 from fdiv.unlearning.methods.flat import FLATConfig
 from fdiv.unlearning.methods.idk_dpo import IdkDPOConfig
@@ -40,6 +40,18 @@ def tokenizer(tiny_model_dir):
 
 
 # ------------------------------------------------------------------------------------------------------------ pairing
+
+
+def test_prefixes_are_a_fixed_function_with_the_lengths_of_the_paper():
+    """None with probability ½, else k tokens of n with weight 1/k: of 3 tokens 6/11, 3/11, 2/11."""
+    draws = [draw_prefix(7, epoch, index, 3, 0.5) for epoch in range(40) for index in range(100)]
+    assert draws == [draw_prefix(7, epoch, index, 3, 0.5) for epoch in range(40) for index in range(100)]
+    shares = [draws.count(length) / len(draws) for length in range(4)]
+    assert shares == pytest.approx([1 / 2, 3 / 11, 3 / 22, 1 / 11], abs=0.03)
+    assert draws != [draw_prefix(8, epoch, index, 3, 0.5) for epoch in range(40) for index in range(100)]
+    assert {draw_prefix(0, 0, index, 9, 0.0) for index in range(50)} == {0}
+    assert 0 not in {draw_prefix(0, 0, index, 9, 1.0) for index in range(50)}
+    assert draw_prefix(0, 0, 0, 0, 1.0) == 0  # an answer without a word
 
 
 def test_draws_are_a_fixed_function_of_seed_epoch_and_index():
@@ -323,6 +335,17 @@ def test_generation_settings_are_checked():
         ("PDU", {"retain_epsilon": None}, "retain_epsilon is not set"),
         ("JensUn", {"divergence": "reverse_kl"}, "f'"),
         ("JensUn", {"pattern": ""}, "pattern is empty"),
+        ("JensUnPP", {"divergence": "reverse_kl"}, "f'"),
+        (
+            "JensUnPP",
+            {"retain_term": "none", "balance_gradients": True},
+            "balance_gradients: true needs a retain term",
+        ),
+        ("JensUnPP", {"retain_level": "tokens"}, "retain_level='tokens'"),
+        ("JensUnPP", {"first_token_share": 0.0}, "first_token_share"),
+        ("SHRED", {"forget_share": 0.0}, "forget_share"),
+        ("SHRED", {"nucleus": 1.0}, "nucleus"),
+        ("SHRED", {"top_k": 1}, "top_k"),
         ("NPO", {"forget_weight": -1.0}, "forget_weight=-1.0"),
         ("NPO", {"retain_level": "words"}, "retain_level='words'"),
         ("NPO", {"prompt_format": "Q:"}, "question"),

@@ -20,11 +20,14 @@ from fdiv.unlearning import (
     rmu,
     sampled_divergence,
     sat_imp,
+    shred,
     simnpo,
     undial,
     vocabulary_divergence,
     wga,
 )
+from fdiv.unlearning.losses import answer_mean, answer_weights, balance_scale
+from fdiv.unlearning.vocabulary_losses import shred_positions, shred_target
 
 HALF = math.log(0.5)
 
@@ -161,6 +164,82 @@ def test_ce_u_by_hand():
     assert ce_u(logits, tokens, torch.tensor([[1, 0]])).tolist() == [0.0]  # nothing left after the skip
 
 
+def test_the_first_token_can_have_a_share_of_its_own():
+    """Values 8, 2, 4 with a share of ½: 8/2 + (2 + 4)/4 = 5.5; one token alone has it all, none gives 0."""
+    values = torch.tensor([[8.0, 2.0, 4.0], [math.nan, 6.0, math.nan], [math.nan] * 3], requires_grad=True)
+    mask = torch.tensor([[1, 1, 1], [0, 1, 0], [0, 0, 0]])
+    assert answer_mean(values, mask, 0.5).tolist() == [5.5, 6.0, 0.0]
+    assert answer_mean(values, mask).tolist() == pytest.approx([14 / 3, 6.0, 0.0])
+    assert answer_weights(mask, 0.2).tolist() == [pytest.approx([0.2, 0.4, 0.4]), [0, 1, 0], [0, 0, 0]]
+    (gradient,) = torch.autograd.grad(answer_mean(values, mask, 0.5).sum(), values)
+    assert gradient.tolist() == [[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_jensun_with_a_share_for_the_first_token_by_hand():
+    """p = 1 on the first target costs 0, p = ½ on the second what it cost above: ½·0 + ½·c."""
+    c = 0.5 * math.log(0.5 / 0.75) + math.log(1 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    assert jensun(*rows(1.0, 0.5), first_share=0.5).item() == pytest.approx(c / 2)
+    assert jensun(*rows(1.0, 0.5, 0.5), first_share=0.2).item() == pytest.approx(0.8 * c)
+
+
+def test_balance_scale_by_hand():
+    """3/(4 + 1e-5); equal norms are left alone; nothing to push against is capped at 1e6."""
+    retain, forget = torch.tensor([3.0, 2.0, 1e9, 0.0]), torch.tensor([4.0, 2.0, 0.0, 1.0])
+    assert balance_scale(retain, forget).tolist() == pytest.approx([3 / 4.00001, 1.0, 1e6, 0.0])
+
+
+def test_shred_target_is_the_figures():
+    """The example of the method's figure: top-5 probabilities .77, .12, .05, .03, .03 of "Films", "Prod", "Pict" …; without
+    "Films" .52, .22, .13, .13; without the nucleus of .9 the two others, ½ each. A kept position stays."""
+    p = torch.tensor([[0.77, 0.12, 0.05, 0.03, 0.03]] * 2).log()
+    token, demoted = torch.tensor([0, 0]), torch.tensor([True, False])
+    alone, kept = shred_target(p, token, demoted)
+    assert alone.tolist() == pytest.approx([0, 0.12 / 0.23, 0.05 / 0.23, 0.03 / 0.23, 0.03 / 0.23])
+    assert [round(value, 2) for value in alone.tolist()] == [0.0, 0.52, 0.22, 0.13, 0.13]
+    assert kept.tolist() == pytest.approx([0.77, 0.12, 0.05, 0.03, 0.03])
+    assert shred_target(p, token, demoted, nucleus=0.9)[0].tolist() == pytest.approx([0, 0, 0, 0.5, 0.5])
+    assert shred_target(p, token, demoted, nucleus=0.9)[1].tolist() == pytest.approx(kept.tolist())
+
+
+def test_shred_target_cut_to_the_top_and_when_nothing_is_left():
+    p = torch.tensor([[0.5, 0.3, 0.1, 0.1 - 1e-3, 1e-3]]).log()
+    yes = torch.tensor([True])
+    assert shred_target(p, torch.tensor([1]), yes, top_k=3)[0].tolist() == pytest.approx([5 / 6, 0, 1 / 6, 0, 0])
+    # The row's own token is not among the k: nothing to take out of them.
+    assert shred_target(p, torch.tensor([4]), yes, top_k=2)[0].tolist() == pytest.approx([5 / 8, 3 / 8, 0, 0, 0])
+    # A nucleus that holds all k: the least likely of them that is not the answer's stays.
+    assert shred_target(p, torch.tensor([1]), yes, nucleus=0.95, top_k=2)[0].tolist() == pytest.approx([1, 0, 0, 0, 0])
+    assert shred_target(p, torch.tensor([0]), yes, nucleus=0.95, top_k=2)[0].tolist() == pytest.approx([0, 1, 0, 0, 0])
+
+
+def test_shred_positions_by_hand():
+    """⌊P·n⌋ of the least likely answer tokens, one at least: of 5, 2 at ½; of 3, 1; all at P = 1; ties go to the earlier."""
+    log_p = torch.tensor([[-9.0, -1.0, -3.0, -2.0, -3.0, -0.5, -99.0]])
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 0]])
+    assert shred_positions(log_p, mask, 0.5).int().tolist() == [[0, 0, 1, 0, 1, 0, 0]]
+    assert shred_positions(log_p, mask, 0.2).int().tolist() == [[0, 0, 1, 0, 0, 0, 0]]
+    assert shred_positions(log_p, mask, 0.01).int().tolist() == [[0, 0, 1, 0, 0, 0, 0]]
+    assert shred_positions(log_p, mask, 0.6).int().tolist() == [[0, 0, 1, 1, 1, 0, 0]]
+    assert shred_positions(log_p, mask, 1.0).int().tolist() == mask.tolist()
+    assert shred_positions(log_p, torch.zeros_like(mask), 0.5).sum() == 0
+
+
+def test_shred_by_hand():
+    """Two answer tokens of a two-token vocabulary, frozen p = (¼, ¾) and (¾, ¼), tokens 0 and 0: the first is less likely,
+    so its target is (0, 1), the other keeps (¾, ¼). Policy uniform: (log 2 + [¾ log ¾ + ¼ log ¼ + log 2])/2."""
+    frozen = torch.tensor([[[0.25, 0.75], [0.75, 0.25]]]).log()
+    logits = torch.zeros(1, 2, 2, requires_grad=True)
+    tokens, mask = torch.tensor([[0, 0]]), torch.ones(1, 2)
+    loss = shred(logits, frozen, tokens, mask, 0.5)
+    kept = 0.75 * math.log(0.75) + 0.25 * math.log(0.25) + math.log(2)
+    assert loss.item() == pytest.approx((math.log(2) + kept) / 2)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert gradient[0].tolist() == [pytest.approx([0.25, -0.25]), pytest.approx([-0.125, 0.125])]  # (p − q)/2
+    # Where the policy is the target the loss is 0.
+    at_target = torch.tensor([[[-60.0, 0.0], [math.log(0.75), math.log(0.25)]]])
+    assert shred(at_target, frozen, tokens, mask, 0.5).item() == pytest.approx(0.0, abs=1e-6)
+
+
 # --------------------------------------------------------------------------- the defining formulas, token by token
 
 
@@ -185,6 +264,46 @@ def test_undial_formula(batch):
         z = reference[row, start:end] - 10 * F.one_hot(tokens[row, start:end], 13)
         expected.append(F.cross_entropy(logits[row, start:end], z.softmax(-1)))
     torch.testing.assert_close(undial(logits, reference, tokens, mask, 10.0), torch.stack(expected))
+
+
+@pytest.mark.parametrize(("share", "nucleus", "top_k"), [(0.5, 0.0, None), (1.0, 0.4, None), (0.34, 0.2, 6)])
+def test_shred_formula(batch, share, nucleus, top_k):
+    """Against loops over positions and tokens."""
+    logits, reference, tokens, mask, spans = batch
+    expected = []
+    for row, (start, end) in enumerate(spans):
+        p = reference[row, start:end].softmax(-1)
+        own = p[torch.arange(end - start), tokens[row, start:end]]
+        demoted = set(own.argsort(stable=True)[: max(1, math.floor(share * (end - start)))].tolist())
+        total = 0.0
+        for place in range(end - start):
+            order = p[place].argsort(descending=True).tolist()
+            q = {v: p[place, v].item() for v in order[:top_k]}
+            norm = sum(q.values())
+            if place in demoted:
+                held, gone = 0.0, {tokens[row, start + place].item()}
+                for v in order[:top_k]:
+                    if held < nucleus:
+                        gone.add(v)
+                    held += q[v] / norm
+                q = {v: value for v, value in q.items() if v not in gone}
+            norm = sum(q.values())
+            log_p = logits[row, start + place].log_softmax(-1)
+            total += sum(value / norm * (math.log(value / norm) - log_p[v].item()) for v, value in q.items())
+        expected.append(total / (end - start))
+    actual = shred(logits, reference, tokens, mask, share, nucleus=nucleus, top_k=top_k)
+    assert actual.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon"])
+def test_vocabulary_divergence_with_a_share_for_the_first_token(batch, name):
+    logits, reference, _, mask, spans = batch
+    actual = vocabulary_divergence(logits, reference, mask, name, first_share=0.5)
+    for row, (start, end) in enumerate(spans):
+        pair = (part[row, start:end].log_softmax(-1) for part in (logits, reference))
+        each = get_divergence(name).exact(*pair)
+        expected = each[0] if end - start == 1 else each[0] / 2 + each[1:].mean() / 2
+        assert actual[row].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_ce_u_formula(batch):
@@ -244,6 +363,7 @@ TOKEN_LOSSES = {
     "wga": wga,
     "sat_imp": sat_imp,
     "jensun": jensun,
+    "jensun, first token": lambda log_probs, mask: jensun(log_probs, mask, first_share=0.5),
     "sampled": lambda log_probs, mask: sampled_divergence(log_probs, mask, "reverse_kl"),
 }
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fdiv.catalog import EVALUATIONS
@@ -48,6 +49,38 @@ def scripted(monkeypatch):
     ScriptedEvaluation.calls.clear()
     monkeypatch.setitem(EVALUATIONS, "scripted", f"{__name__}:ScriptedEvaluation")
     return {"name": "scripted"}
+
+
+def test_selection_by_the_distance_from_the_retrained_model(tmp_path):
+    """0.8 and 0.9 keep the floor 0.9·0.8 = 0.72: the nearer wins; 0.6 is below it, its ratio to the floor minus 1."""
+    from types import SimpleNamespace
+
+    from fdiv.unlearning.selection import evaluate_epoch
+
+    script = [(0.5, 0.8), (0.2, 0.75), (0.0, 0.6)]
+
+    class Distances:
+        def evaluate(self, model, tokenizer, datasets, context):
+            distance, utility = script.pop(0)
+            return {"forget_quality": 1e-30, "retrained_distance": distance, "model_utility": utility}
+
+    module = torch.nn.Linear(1, 1)
+    args = SimpleNamespace(
+        selection_by="retrained_distance",
+        utility_floor=0.9,
+        metric_for_best_model="selection",
+        seed=0,
+        output_dir=str(tmp_path),
+    )
+    trainer = SimpleNamespace(
+        args=args, model=module, processing_class=None, row_reports=[], state=SimpleNamespace(log_history=[]),
+    )  # fmt: skip
+    scores = []
+    for _ in range(3):
+        metrics = evaluate_epoch(trainer, Distances())
+        trainer.state.log_history.append(metrics)
+        scores.append(metrics["eval_selection"])
+    assert scores == pytest.approx([0.5, 0.8, 0.6 / 0.72 - 1])
 
 
 SELECTING = {

@@ -18,7 +18,7 @@ from fdiv.alignment.f_dpo.loss import f_dpo_loss
 from fdiv.divergences import get_divergence
 from fdiv.errors import NonFiniteLossError
 from fdiv.unlearning import flat_loss
-from fdiv.unlearning.roles import RoleScores
+from fdiv.unlearning.roles import RoleScores, score_rows
 from tests.support.runs.unlearning import (
     METHODS,
     disturb,
@@ -47,7 +47,7 @@ def _row(model, encoded):
 def _expected_forget(name, trainer, policy, reference):
     """The forget term of one example by its defining formula; arguments map a role to `_row`'s result."""
     args, (logits, tokens, log_probs, hidden) = trainer.args, policy["forget"]
-    ratio = {role: (policy[role][2] - reference[role][2]).sum() for role in policy}
+    ratio = {role: (policy[role][2] - reference[role][2]).sum() for role in reference}
     p = log_probs.exp()
     if name == "FLAT":
         return flat_loss(policy["template"][2].exp().mean(), p.mean(), args.divergence)
@@ -79,7 +79,40 @@ def _expected_forget(name, trainer, policy, reference):
         p, q = logits.softmax(-1), target.float()
         middle = (p + q) / 2
         return (torch.xlogy(p, p / middle) + torch.xlogy(q, q / middle)).sum(-1).mean()
+    if name == "JensUnPP":
+        return _expected_refusal(trainer, policy["refusal"])
+    if name == "SHRED":
+        return _expected_shred(logits, tokens, reference["forget"][0])
     raise AssertionError(name)
+
+
+def _half_for_the_first(values):
+    """Mean in which the first token weighs ½ and the others share the rest."""
+    return values[0] if len(values) == 1 else values[0] / 2 + values[1:].mean() / 2
+
+
+def _js(log_p, log_q):
+    """Per position, in the registry's scale."""
+    middle = ((log_p.exp() + log_q.exp()) / 2).log()
+    halves = (torch.xlogy(p.exp(), p.exp()) - p.exp() * middle for p in (log_p, log_q))
+    return sum(half.sum(-1) for half in halves)
+
+
+def _expected_refusal(trainer, row):
+    """JensUn++'s forget term of a row and its targets: JS to one-hot, the first token half."""
+    (logits, _, _, _), targets = row
+    one_hot = F.one_hot(torch.tensor(targets), logits.size(-1)).float()
+    return _half_for_the_first(_js(logits.log_softmax(-1), one_hot.log()))
+
+
+def _expected_shred(logits, tokens, frozen):
+    """KL to the frozen distribution without the answer's token at the ⌊n/2⌋ least likely positions."""
+    q = frozen.softmax(-1).clone()
+    likely = q[torch.arange(len(tokens)), tokens]
+    for place in likely.argsort()[: max(1, len(tokens) // 2)]:
+        q[place, tokens[place]] = 0
+        q[place] /= q[place].sum()
+    return (torch.xlogy(q, q) - q * logits.log_softmax(-1)).sum(-1).mean()
 
 
 def _expected_retain(name, trainer, policy, reference):
@@ -96,6 +129,8 @@ def _expected_retain(name, trainer, policy, reference):
     log_p, log_q = logits.log_softmax(-1), reference["retain"][0].log_softmax(-1)
     if name == "KLRetain":
         return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    if name == "JensUnPP":
+        return _half_for_the_first(_js(log_p, log_q))
     middle = ((log_p.exp() + log_q.exp()) / 2).log()
     return (log_p.exp() * (log_p - middle) + log_q.exp() * (log_q - middle)).sum(-1).mean()
 
@@ -118,6 +153,9 @@ def test_loss_equals_the_formula_row_by_row(name, tiny_model_dir, tmp_path):
             roles = [role for role in ("template", "forget", "retain") if role in item]
             policy = {role: _row(trainer.model, item[role]) for role in roles}
             reference = {role: _row(start, item[role]) for role in roles}
+            if name == "JensUnPP":
+                row, targets = trainer.data_collator.refusal_row(item)
+                policy["refusal"] = _row(trainer.model, row), targets
             forget = _expected_forget(name, trainer, policy, reference)
             expected.append(trainer.args.forget_weight * forget + _expected_retain(name, trainer, policy, reference))
     torch.testing.assert_close(actual.detach(), torch.stack(expected).mean(), atol=2e-5, rtol=2e-5)
@@ -134,15 +172,16 @@ def test_trains_evaluates_and_logs(name, tiny_model_dir, tmp_path):
     trainer.train()
     assert (weights(trainer) != before).any()
     metrics = trainer.evaluate()
-    assert {"eval_forget_term", "eval_prob/forget", "eval_prob/retain"} <= set(metrics)
+    answer = "refusal" if name == "JensUnPP" else "forget"  # it never scores the answer to forget
+    assert {"eval_forget_term", f"eval_prob/{answer}", "eval_prob/retain"} <= set(metrics)
     first = trainer.state.log_history[0]
-    assert {"forget_term", "prob/forget"} <= set(first)
+    assert {"forget_term", f"prob/{answer}"} <= set(first)
     if trainer.args.retain_term != "none":
         assert {"retain_term", "prob/retain"} <= set(first)
     if trainer.reference is not None:
         key = "divergence" if trainer.needs_logits else "mean_f"
         assert f"{key}/{trainer.metric_divergence.label}_se" in first
-        assert first["log_ratio/forget_p50"] == pytest.approx(0, abs=1e-4)  # the first step starts at the reference
+        assert first[f"log_ratio/{answer}_p50"] == pytest.approx(0, abs=1e-4)  # the first step starts at the reference
     assert all(math.isfinite(value) for value in first.values() if isinstance(value, float))
 
 
@@ -338,6 +377,76 @@ def test_pdu_multiplier_follows_its_rule(tiny_model_dir, tmp_path):
     assert trainer.multiplier == pytest.approx(max(0.0, expected[-1] + 0.5 * excess[5].item()), rel=1e-5)
 
 
+def test_jensun_pp_turns_to_the_refusal_from_every_place_of_the_answer(tiny_model_dir, tmp_path):
+    """Without a prefix: prompt and refusal. Behind one: a refusal that begins with a space; at the prefix's own places
+    the first token of a refusal, at the first of them as it begins an answer."""
+    options = {"template_source": "fixed", "template_text": "I cannot say."}
+    trainer = make_trainer("JensUnPP", str(tiny_model_dir), tmp_path, **options)
+    tokenizer, data, collator = trainer._tokenizer, trainer.train_dataset, trainer.data_collator
+    text, spaced = (
+        tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("I cannot say.", " I cannot say.")
+    )
+    ends, lengths = data[0]["template"].answer_ids[len(text) :], []
+    assert ends and all(token in tokenizer.all_special_ids for token in ends[:1])
+    for address in range(4 * len(data)):
+        item = data[address]
+        row, targets = collator.refusal_row(item)
+        assert row.prompt_ids == item["forget"].prompt_ids
+        count = next(n for n in range(64) if row.answer_ids[n:] in ([*text, *ends], [*spaced, *ends]))
+        lengths.append(count)
+        assert row.answer_ids[:count] == item["forget"].answer_ids[:count]
+        if count == 0:
+            assert row.answer_ids == targets == [*text, *ends]
+        else:
+            assert row.answer_ids[count:] == [*spaced, *ends]
+            assert targets == [text[0], *[spaced[0]] * (count - 1), *spaced, *ends]
+    share = sum(length > 0 for length in lengths) / len(lengths)
+    assert 0.3 < share < 0.7
+    assert lengths.count(1) > lengths.count(2)
+    # The same row, epoch and seed give the same prefix; no prefixes, and rows that are cut.
+    assert [len(collator.refusal_row(data[5])[0].answer_ids) for _ in range(3)] == [
+        len(collator.refusal_row(data[5])[0].answer_ids)
+    ] * 3
+    never = make_trainer("JensUnPP", str(tiny_model_dir), tmp_path, prefix_share=0.0, **options)
+    assert all(never.data_collator.refusal_row(data[n])[1] == [*text, *ends] for n in range(30))
+    batch = collator([data[n] for n in range(3)])
+    assert batch["target_ids"].shape == batch["input_ids"].shape
+    assert torch.equal(batch["target_ids"][3:], batch["input_ids"][3:])  # retain rows are their own targets
+
+
+def test_the_gradients_of_jensun_pp_are_balanced(tiny_model_dir, tmp_path):
+    """s = ‖∇R‖/(‖∇F‖ + 1e-5) over the logits of the micro-batch: with it both halves have gradients of one norm."""
+    trainer = make_trainer("JensUnPP", str(tiny_model_dir), tmp_path, balance_gradients=True, forget_weight=1.0)
+    disturb(trainer.model)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    trainer.model.train()
+    scores = trainer.score_roles(trainer.model, batch)
+    forget, retain = trainer.forget_term(scores), trainer.retain_loss(scores["retain"])
+    norms = {
+        role: torch.autograd.grad(term.mean(), scores[role].logits, retain_graph=True)[0].norm()
+        for role, term in (("refusal", forget), ("retain", retain))
+    }
+    expected = norms["retain"] / (norms["refusal"] + 1e-5)
+    loss = trainer.example_loss(scores, forget, retain)
+    torch.testing.assert_close(trainer._scale, expected)
+    torch.testing.assert_close(loss, expected * forget + retain)
+    (balanced,) = torch.autograd.grad((expected * forget).mean(), scores["refusal"].logits, retain_graph=True)
+    share = norms["refusal"] / (norms["refusal"] + 1e-5)
+    torch.testing.assert_close(balanced.norm(), share * norms["retain"], rtol=1e-4, atol=0)
+    # No gradient flows through s, training goes on, and evaluation has s = 1.
+    assert not trainer._scale.requires_grad
+    trainer.train()
+    assert trainer.state.log_history[0]["forget_scale"] > 0
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, batch)
+    assert trainer._scale.item() == 1
+    # At the start P = Q: the retain half has no direction, and the forget half counts unscaled.
+    fresh = make_trainer("JensUnPP", str(tiny_model_dir), tmp_path, balance_gradients=True)
+    fresh.model.train()
+    fresh.compute_loss(fresh.model, batch)
+    assert fresh._scale.item() == 1
+
+
 # ------------------------------------------------------------------------------------------------- resume, guards
 
 
@@ -430,6 +539,34 @@ def test_name_tags_and_paper_of_the_model_card_follow_from_the_class():
     assert unlearning.FLATTrainer._paper["citation"].startswith("@inproceedings{wang2025flat")
 
 
+@pytest.mark.parametrize("multiple", [None, 8])
+@pytest.mark.parametrize("name", ["FLAT", "IdkDPO", "AltPO", "NPO"])
+def test_template_answers_have_a_forward_of_their_own(name, multiple, tiny_model_dir, tmp_path):
+    """It is as wide as its longest row, and all scores are those of one forward over all rows of the batch."""
+    trainer = make_trainer(name, str(tiny_model_dir), tmp_path, retain_term="nll", pad_to_multiple_of=multiple)
+    disturb(trainer.model)
+    items = [trainer.train_dataset[i] for i in range(4)]
+    batch, widths = trainer.data_collator(items), []
+    own = [("template",), ("forget", "retain")] if name != "NPO" else [("forget", "retain")]
+    with torch.no_grad():
+        whole = score_rows(trainer.model, batch)
+        body = trainer.model.get_input_embeddings()
+        handle = body.register_forward_hook(lambda _, args, __: widths.append(args[0].shape[1]))
+        scores = trainer.score_roles(trainer.model, batch)
+        handle.remove()
+    longest = [
+        max(len(item[r].prompt_ids) + len(item[r].answer_ids) for item in items for r in roles) for roles in own
+    ]
+    longest = [-(-length // (multiple or 1)) * (multiple or 1) for length in longest]
+    assert widths == longest  # of the policy; the reference is a copy
+    for number, role in enumerate(role for roles in own for role in roles):
+        part, found = whole.rows(slice(number * 4, number * 4 + 4)), scores[role]
+        width = found.log_probs.shape[1]
+        assert part.mask[:, :width].equal(found.mask)
+        assert not part.mask[:, width:].any()
+        torch.testing.assert_close(found.log_probs, part.log_probs[:, :width], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["FLAT", "IdkDPO", "JensUn"])
 def test_normalized_is_the_divergence_with_curvature_one(name, tiny_model_dir, tmp_path):
     """f of squared Hellinger times 1/f''(1): FLAT's and JensUn's terms scale with it, f-DPO's score inside the sigmoid."""
@@ -467,6 +604,7 @@ def test_grad_diff_trains_its_pure_loss(tiny_model_dir, tmp_path, monkeypatch):
     torch.testing.assert_close(loss, seen[0].mean())
 
 
+@pytest.mark.smoke
 def test_the_trl_hooks_are_the_ones_we_override():
     """A TRL release that renames or re-types one of them fails here, not in the middle of a run."""
     names = {

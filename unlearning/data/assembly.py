@@ -28,10 +28,11 @@ def read_retain_rows(
     args: UnlearningConfig,
     tokenizer: PreTrainedTokenizerBase,
     report: Callable[[RowReport], None] = RowReport.show,
+    numbers: list[int] | None = None,
 ) -> list[EncodedAnswer]:
     """Encode the retain rows, given or named by the config; [] when there are none and none are needed.
 
-    What became of them is passed to `report`.
+    What became of them is passed to `report`; the row number of each is appended to `numbers`.
 
     Raises:
         ValueError: the retain term needs rows and there are none; both a dataset and a name are given.
@@ -49,7 +50,10 @@ def read_retain_rows(
                 "(TOFU: locuslab/TOFU with retain_dataset_config retain90), or retain_term none where that is valid"
             )
         return []
-    return _encode(rows, args, tokenizer, "retain", report)[0]
+    encoded, _, origins = _encode(rows, args, tokenizer, "retain", report)
+    if numbers is not None:
+        numbers += origins
+    return encoded
 
 
 def _encode(
@@ -58,8 +62,9 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     what: str,
     report: Callable[[RowReport], None],
-) -> tuple[list[EncodedAnswer], list[Answer]]:
-    """Encoded rows and the rows themselves; chunks of raw text stand as their decoded prompt and continuation."""
+) -> tuple[list[EncodedAnswer], list[Answer], list[int]]:
+    """Encoded rows, the rows themselves and their numbers; of chunks of raw text the decoded prompt and continuation,
+    and the number of the text."""
     source = source_of(rows, f"the {what} rows")
     if "text" in rows.column_names:
         check_one_format([*rows.column_names], source, ("text",))
@@ -79,7 +84,7 @@ def _encode(
         except ValueError as error:
             raise DataError(f"{source.row(position)}: {error}") from None
     report(_length_report(f"{what} rows", lengths, args.max_length))
-    return encoded, answers
+    return encoded, answers, list(range(len(answers)))
 
 
 def _length_report(name: str, lengths: Sequence[int], max_length: int | None) -> RowReport:
@@ -93,15 +98,17 @@ def _encode_texts(
     tokenizer: PreTrainedTokenizerBase,
     what: str,
     report: Callable[[RowReport], None],
-) -> tuple[list[EncodedAnswer], list[Answer]]:
+) -> tuple[list[EncodedAnswer], list[Answer], list[int]]:
     """Chunks of raw text. Blank texts, such as the blank lines of a text file, are no rows."""
-    texts, short = [text for text in texts if text.strip()], []
-    encoded = encode_text(texts, tokenizer, args.max_length, args.text_prompt_tokens, short)
+    numbers, short, origins = [number for number, text in enumerate(texts) if text.strip()], [], []
+    texts = [texts[number] for number in numbers]
+    encoded = encode_text(texts, tokenizer, args.max_length, args.text_prompt_tokens, short, origins)
     prompts, continued = (
         tokenizer.batch_decode([row[part] for row in encoded], skip_special_tokens=True) for part in (0, 1)
     )
     report(RowReport(f"{what} texts", len(texts), dropped={"too short to score a token": len(short)}))
-    return encoded, [Answer(prompt, text, {}) for prompt, text in zip(prompts, continued, strict=True)]
+    answers = [Answer(prompt, text, {}) for prompt, text in zip(prompts, continued, strict=True)]
+    return encoded, answers, [numbers[origin] for origin in origins]
 
 
 def build_forget_dataset(
@@ -114,6 +121,7 @@ def build_forget_dataset(
     *,
     name: str = "forget",
     report: Callable[[RowReport], None] = RowReport.show,
+    retain_numbers: Sequence[int] = (),
 ) -> ForgetDataset:
     """Encode the forget rows and pair them with `retain` rows and, for a `TemplateConfig`, with template answers.
 
@@ -122,12 +130,13 @@ def build_forget_dataset(
         tokenizer: of the model to be trained.
         model, model_name: that model (an object, or a path) and its path, for `template_source: generated`.
         name: what messages call the rows. report: is told what became of them.
+        retain_numbers: the row number of each of `retain`.
 
     Raises:
         ValueError: see `read_answers`, `encode_answer`, `check_disjoint` and the template sources.
     """
     source = source_of(rows, f"the {name} rows")
-    forget, answers = _encode(rows, args, tokenizer, name, report)
+    forget, answers, numbers = _encode(rows, args, tokenizer, name, report)
     raw_text = "text" in rows.column_names
     check_disjoint(forget, retain, tokenizer, Source(f"the chunks of {source}") if raw_text else source)
     seed = args.seed if args.data_seed is None else args.data_seed
@@ -141,8 +150,9 @@ def build_forget_dataset(
         if not raw_text:
             report(_template_report(answers, templates, args, tokenizer, source))
     return ForgetDataset(
-        forget, retain, templates, answers, tokenizer, args.max_length, seed, raw_text, args.encoding()
-    )
+        forget, retain, templates, answers, tokenizer, args.max_length, seed, raw_text, args.encoding(),
+        numbers, retain_numbers,
+    )  # fmt: skip
 
 
 def _template_report(

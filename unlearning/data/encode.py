@@ -63,7 +63,12 @@ def render_chat(
     encoding: Encoding = DEFAULT_ENCODING,
     **kwargs: Any,
 ) -> list[int]:
-    """Token ids of messages under the tokenizer's chat template, whose clock is stopped."""
+    """Token ids of messages under the tokenizer's chat template, whose clock is stopped.
+
+    Args:
+        tokenizer: with a chat template. messages: roles and contents.
+        encoding: system prompt, date and keywords of the template.
+    """
     return tokenizer(encoding.render(tokenizer, messages, **kwargs), add_special_tokens=False)["input_ids"]
 
 
@@ -73,12 +78,13 @@ def encode_text(
     max_length: int,
     prompt_tokens: int = 0,
     short: list[int] | None = None,
+    origins: list[int] | None = None,
 ) -> list[EncodedAnswer]:
     """Cut raw texts (MUSE) into chunks of at most `max_length` tokens.
 
     A chunk begins as a text does: with the beginning-of-sequence token where the tokenizer writes one. The first
     `prompt_tokens` tokens of a chunk are its prompt, the others are scored; a chunk too short to score a token is left
-    out. The numbers of texts without any chunk are appended to `short`.
+    out. The numbers of texts without any chunk are appended to `short`, that of each chunk's text to `origins`.
 
     Raises:
         ValueError: `prompt_tokens` leaves nothing to score, or no chunk is left.
@@ -93,6 +99,8 @@ def encode_text(
         pieces = [head + ids[start : start + width] for start in range(0, len(ids), width)]
         own = [EncodedAnswer(piece[:unscored], piece[unscored:]) for piece in pieces if len(piece) > unscored]
         chunks += own
+        if origins is not None:
+            origins += [number] * len(own)
         if short is not None and not own:
             short.append(number)
     if not chunks:

@@ -21,9 +21,9 @@ from fdiv.unlearning.data.rows import Answer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["EpochSampler", "ForgetDataset", "draw_index", "epoch_order"]
+__all__ = ["EpochSampler", "ForgetDataset", "draw_index", "draw_prefix", "epoch_order"]
 
-_STREAMS = {"order": 0, "retain": 1, "template": 2}
+_STREAMS = {"order": 0, "retain": 1, "template": 2, "prefix": 3}
 
 
 def draw_index(seed: int, epoch: int, index: int, stream: Literal["retain", "template"], count: int) -> int:
@@ -42,6 +42,17 @@ def draw_index(seed: int, epoch: int, index: int, stream: Literal["retain", "tem
         raise ValueError(f"cannot draw a {stream} row from an empty set")
     word = np.random.SeedSequence((seed, epoch, index, _STREAMS[stream])).generate_state(1, np.uint64)[0]
     return int(word) * count >> 64
+
+
+def draw_prefix(seed: int, epoch: int, index: int, count: int, share: float) -> int:
+    """The length of a prefix of an answer of `count` tokens: 0 with probability 1 − `share`, else k with a probability
+    proportional to 1/k, k = 1 … count."""
+    words = np.random.SeedSequence((seed, epoch, index, _STREAMS["prefix"])).generate_state(2, np.uint64)
+    mixed, place = (int(word) / 2.0**64 for word in words)
+    if mixed >= share or count < 1:
+        return 0
+    weights = np.cumsum(1.0 / np.arange(1, count + 1))
+    return min(count, int(np.searchsorted(weights / weights[-1], place, side="right")) + 1)
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
@@ -96,6 +107,7 @@ class ForgetDataset(Dataset):
         seed: of the draws.
         raw_text: the rows are chunks of raw text.
         encoding: of the templates.
+        forget_numbers, retain_numbers: for each, the number of its row in the data; empty for the same.
     """
 
     forget: Sequence[EncodedAnswer]
@@ -107,21 +119,36 @@ class ForgetDataset(Dataset):
     seed: int = 0
     raw_text: bool = False
     encoding: Encoding = DEFAULT_ENCODING
+    forget_numbers: Sequence[int] = ()
+    retain_numbers: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.forget)
 
     def __getitem__(self, address: int) -> dict[str, Any]:
-        """`index`, `forget` and, where there are any, `retain` and `template`, each an `EncodedAnswer`."""
+        """`index`, `epoch`, `forget` and, where there are any, `retain` and `template`, each an `EncodedAnswer`."""
         epoch, index = divmod(address, len(self.forget))
-        item: dict[str, Any] = {"index": index, "forget": self.forget[index]}
+        item: dict[str, Any] = {"index": index, "epoch": epoch, "forget": self.forget[index]}
         if self.retain:
-            item["retain"] = self.retain[draw_index(self.seed, epoch, index, "retain", len(self.retain))]
+            item["retain"] = self.retain[self._partner(epoch, index)]
         if self.templates is not None:
             choices = self.templates[index]
             text = choices[draw_index(self.seed, epoch, index, "template", len(choices))]
             item["template"] = self._encode_template(index, text)
         return item
+
+    def _partner(self, epoch: int, index: int) -> int:
+        """Position of the retain row that forget row `index` meets."""
+        return draw_index(self.seed, epoch, index, "retain", len(self.retain))
+
+    def rows_at(self, address: int) -> list[tuple[str, int]]:
+        """The rows at an address, as (`train` or `retain`, number in the data)."""
+        epoch, index = divmod(address, len(self.forget))
+        rows = [("train", self.forget_numbers[index] if self.forget_numbers else index)]
+        if self.retain:
+            partner = self._partner(epoch, index)
+            rows.append(("retain", self.retain_numbers[partner] if self.retain_numbers else partner))
+        return rows
 
     def _encode_template(self, index: int, text: str) -> EncodedAnswer:
         """`text` in place of row `index`'s answer; a chunk of raw text is continued by it."""

@@ -17,6 +17,14 @@ from fdiv.unlearning.roles import RoleScores
 from fdiv.unlearning.trainer import UnlearningTrainer
 
 
+def target_log_probs(rows: RoleScores) -> Tensor:
+    """log p of the target token at every answer position, 0 elsewhere → [B, T−1]."""
+    scores = rows.logits[rows.mask].float()
+    chosen = scores.gather(-1, rows.target_ids[rows.mask].unsqueeze(-1)).squeeze(-1)
+    log_probs = torch.zeros(rows.mask.shape, device=scores.device)
+    return log_probs.masked_scatter(rows.mask, chosen - scores.logsumexp(-1))
+
+
 @dataclass
 class JensUnConfig(DivergenceOptions, UnlearningConfig):
     """Configuration of `JensUnTrainer`: the shared keys and those below."""
@@ -52,13 +60,6 @@ class JensUnTrainer(UnlearningTrainer):
         collator.pattern = self._tokenizer(self.args.pattern, add_special_tokens=False)["input_ids"]
         return collator
 
-    def _target_log_probs(self, forget: RoleScores) -> Tensor:
-        """log p of the target token at every answer position, 0 elsewhere → [B, T−1]."""
-        scores = forget.logits[forget.mask].float()
-        chosen = scores.gather(-1, forget.target_ids[forget.mask].unsqueeze(-1)).squeeze(-1)
-        log_probs = torch.zeros(forget.mask.shape, device=scores.device)
-        return log_probs.masked_scatter(forget.mask, chosen - scores.logsumexp(-1))
-
     def forget_term(self, scores: dict[str, RoleScores]) -> Tensor:
         forget = scores["forget"]
-        return jensun(self._target_log_probs(forget), forget.mask, self.divergence)
+        return jensun(target_log_probs(forget), forget.mask, self.divergence)

@@ -80,7 +80,12 @@ class PDUTrainer(UnlearningTrainer):
         return {"retain_multiplier": torch.tensor([self.multiplier], device=scores["forget"].mask.device)}
 
     def dual_update(self, epoch: float) -> None:
-        """λ ← max(0, λ + η·mean(R − ε)) over the step that just ended, once `epoch` is past the warm-up."""
+        """λ ← max(0, λ + η·mean(R − ε)) over the step that just ended, once `epoch` is past the warm-up.
+
+        A step of empty places alone (`fdiv.training.places`) leaves λ as it was.
+        """
+        if not self._step_retain:
+            return
         excess = self.accelerator.gather(torch.cat(self._step_retain)).mean().item()
         self._step_retain.clear()
         if epoch > self.args.dual_warmup_epochs:

@@ -96,6 +96,14 @@ _DIVERGENCE = (
     Metric("to_teacher/*", "D_f(student‖teacher) per token of held-out completions, by the named f", _D_F, "lower"),
     Metric("to_teacher/agreement", "share of held-out tokens where both would say the same", _SHARE, "higher"),
     Metric("teacher_entropy", "entropy of the teacher's next-token distribution, mean over tokens", _NATS),
+    Metric("sinkhorn", "cost of carrying the student's distributions to the teacher's (Sinkhorn)", "0 to 2", "lower"),
+    Metric(
+        "sinkhorn_row_error",
+        "how far the weights of the transport's rows are from 1; 0: enough iterations",
+        "≥ 0",
+        "zero",
+    ),
+    Metric("gate", "weight of the forward member of a gated divergence, mean over tokens", _SHARE),
     Metric("on_policy_fraction", "share of rows whose completion the student sampled itself", _SHARE),
     Metric(
         "log_ratio/tokens_pK",
@@ -269,6 +277,7 @@ _RL = (
     Metric("rewards/*/mean", "mean of the named reward (f-DPG: score)", "that of the reward"),
     Metric("rewards/*/std", "standard deviation of the named reward", "≥ 0"),
     Metric("reward/unscored_fraction", "share of completions that no reward could score", _SHARE, "zero"),
+    Metric("*/not_scored", "share of the completions that the named reward could not score", _SHARE, "zero"),
     Metric("advantage/skipped_fraction", "share of groups with too few scored completions", _SHARE, "zero"),
     Metric("kl", "KL penalty against the reference, mean over tokens", "any"),
     Metric("kl/*", "KL penalty against the reference by the named estimator", "any"),
@@ -341,6 +350,8 @@ _UNLEARNING = (
     Metric("retain_multiplier", "λ, PDU's weight of the retain loss", "≥ 0"),
     Metric("prob/forget", "probability per token of the answers to forget", _SHARE, "lower"),
     Metric("prob/retain", "probability per token of the retain answers", _SHARE, "higher"),
+    Metric("prob/refusal", "probability per token of the refusals that JensUn++ turns the rows to", _SHARE, "higher"),
+    Metric("forget_scale", "what JensUn++ multiplies its forget half by, so that both gradients have one norm", "> 0"),
     Metric("prob/template", "probability per token of the template answers", _SHARE),
     Metric("nll/forget", "negative log-likelihood per token of the answers to forget", _NATS, "higher"),
     Metric("score/template", "FLAT's P_e of the template answers, mean correctness per token", _SHARE, method="flat"),
@@ -382,6 +393,7 @@ _BENCHMARKS = (
     Metric("forget_Q_A_Prob", "probability per token of the answers to forget", _SHARE, "lower"),
     Metric("forget_Q_A_PARA_Prob", "probability per token of their paraphrases", _SHARE, "lower"),
     Metric("*_Q_A_PERT_Prob", "probability per token of wrong answers", _SHARE),
+    Metric("leak@K", "chance that at least one of K sampled answers holds the row's secret", _SHARE, "lower"),
     Metric("*_Q_A_PARA_Prob", "probability per token of paraphrased answers, by row set", _SHARE, "higher"),
     Metric("*_Q_A_Prob", "probability per token of the answers, by row set", _SHARE, "higher"),
     Metric("*_Q_A_Prob_normalised", "probability of the right answer among the options", _SHARE, "higher"),
@@ -439,6 +451,31 @@ _BENCHMARKS = (
     Metric("*_fold_K", "MUSE: retain KnowMem after a fold", _ROUGE, "higher"),
 )
 
+_OWN_ROWS = (
+    Metric(
+        "forgotten",
+        "1 − what the forget rows' probability and extraction strength have above chance",
+        _SHARE,
+        "higher",
+    ),
+    Metric("kept", "geometric mean of the probabilities of neighbouring rows and general text", _SHARE, "higher"),
+    Metric(
+        "above_chance", "what probability and extraction strength have above chance, 1 − forgotten", _SHARE, "lower"
+    ),
+    Metric("at_chance", "share of the forget rows that the model does not look to know", _SHARE),
+    Metric("forget_probability", "probability per token of the answers to forget", _SHARE, "lower"),
+    Metric("paraphrase_probability", "the same with the questions in other words", _SHARE, "lower"),
+    Metric("paraphrase_extraction_strength", "extraction strength with the questions in other words", _SHARE, "lower"),
+    Metric("paraphrase_exact_memorization", "exact memorisation with the questions in other words", _SHARE, "lower"),
+    Metric("neighbour_probability", "probability per token of the answers of neighbouring rows", _SHARE, "higher"),
+    Metric("neighbour_extraction_strength", "extraction strength of neighbouring rows", _SHARE, "higher"),
+    Metric("neighbour_exact_memorization", "exact memorisation of neighbouring rows", _SHARE, "higher"),
+    Metric("general_probability", "probability per token of text of general knowledge", _SHARE, "higher"),
+    Metric(
+        "general_exact_memorization", "share of general text's tokens that the model ranks first", _SHARE, "higher"
+    ),
+)
+
 _TINY = (
     Metric(
         "*_win_rate",
@@ -483,9 +520,9 @@ _SMOLLM2 += tuple(
     for metric in (*_BENCHMARKS, *_SMOLLM2)
     if metric.name
     in (
-        "exact_memorization", "extraction_strength", "forget_quality", "forget_quality_ks_statistic",
-        "forget_truth_ratio", "mia_*", "min_k", "privleak", "privleak_retain_auc", "protocol_distance",
-        "retrained_distance", "utility_without_rouge",
+        "exact_memorization", "extraction_strength", "forget_Q_A_Prob", "forget_min_k", "forget_min_k_plus_plus",
+        "forget_quality", "forget_quality_ks_statistic", "forget_truth_ratio", "mia_*", "min_k", "privleak",
+        "privleak_retain_auc", "protocol_distance", "retrained_distance", "utility_without_rouge",
     )
 )  # fmt: skip
 
@@ -501,6 +538,7 @@ GLOSSARY: dict[str, tuple[Metric, ...]] = {
     "Pass@k (evaluation `passk`)": _PASS,
     "Unlearning": _UNLEARNING,
     "TOFU and MUSE (evaluations `tofu`, `muse`)": _BENCHMARKS,
+    "Rows of one's own (evaluation `unlearning`)": _OWN_ROWS,
     "Unlearning SmolLM2 (results/tofu_smollm2)": _SMOLLM2,
     "Tiny world (evaluation `tiny_world`)": _TINY,
     "lm-eval": _LM_EVAL,

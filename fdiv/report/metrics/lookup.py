@@ -13,9 +13,15 @@ __all__ = ["better", "describe", "documentation", "hover", "marked", "meanings",
 _MARKS: dict[Better, str] = {"higher": "↑", "lower": "↓", "zero": "→ 0"}
 _STAGE = re.compile(r"^(?:(?:before|after|train|late|log|when [^/]+)/)?(?:eval_)?")
 
+_ATTACKED = re.compile(r"(?P<whose>retrained/)?attack/[^/]+(?:/(?P<metric>[^/]+))?")
+
 
 def plain_name(name: str) -> str:
-    """A metric without where in the run it was measured: `after/pass@1` is `pass@1`, `train/eval_loss` is `loss`."""
+    """A metric without where in the run it was measured: `after/pass@1` is `pass@1`, `train/eval_loss` is `loss`.
+
+    Args:
+        name: as in `result.json` or a log.
+    """
     return _STAGE.sub("", name, count=1)
 
 
@@ -55,6 +61,9 @@ def describe(name: str, method: str | None = None) -> Metric | None:
         method: Of the run. Some names mean another thing in one method: the divergences of f-DPG are to the target.
     """
     plain = plain_name(name)
+    attacked = _ATTACKED.fullmatch(plain)
+    if attacked is not None:
+        return _after_attack(attacked["whose"] is not None, attacked["metric"], method)
     of = describe(plain.removesuffix("_se"), method) if plain.endswith("_se") else None
     if of is not None:
         return Metric(f"{of.name}_se", f"standard error of `{of.name}`", "≥ 0")
@@ -66,20 +75,49 @@ def describe(name: str, method: str | None = None) -> Metric | None:
     return None
 
 
+def _after_attack(retrained: bool, name: str | None, method: str | None) -> Metric | None:
+    """The entry of `attack/LABEL/NAME`, of the curve's area `attack/LABEL/NAME_area`, and of the retrained model's."""
+    if name is None:
+        return Metric("attack/*", "an attack that was not made; its note says why", "none")
+    area = name.endswith("_area")
+    of = describe(name.removesuffix("_area") if area else name, method)
+    if of is None:
+        return None
+    how = "mean height of its relearning curve" if area else "after the attack"
+    whose = ", of the retrained model" if retrained else ""
+    head, tail = ("retrained/" if retrained else ""), ("_area" if area else "")
+    return Metric(
+        f"{head}attack/*/{of.name}{tail}", f"{of.meaning}; {how}{whose}", of.range, None if retrained else of.better
+    )
+
+
 def better(name: str, method: str | None = None) -> Better | None:
-    """Which way is better: `higher`, `lower`, `zero`; None for neither, and for a metric that is not known."""
+    """Which way is better: `higher`, `lower`, `zero`; None for neither, and for a metric that is not known.
+
+    Args:
+        name: as of `describe`. method: of the run.
+    """
     metric = describe(name, method)
     return None if metric is None else metric.better
 
 
 def marked(name: str, method: str | None = None, title: str | None = None, towards: Better | None = None) -> str:
-    """`pass@1 ↑`: the name, or `title`, with the mark of the better direction; `towards` wins over the glossary's."""
+    """`pass@1 ↑`: the name, or `title`, with the mark of the better direction; `towards` wins over the glossary's.
+
+    Args:
+        name: as of `describe`. method: of the run. title: what is shown in place of the name.
+        towards: which way is better, where the glossary does not know.
+    """
     direction = towards or better(name, method)
     return (title or name) if direction is None else f"{title or name} {_MARKS[direction]}"
 
 
 def hover(name: str, method: str | None = None) -> str:
-    """Meaning and range in one line, for the hover text of a report; empty for a metric that is not known."""
+    """Meaning and range in one line, for the hover text of a report; empty for a metric that is not known.
+
+    Args:
+        name: as of `describe`. method: of the run.
+    """
     metric = describe(name, method)
     if metric is None:
         return ""
@@ -118,7 +156,9 @@ def documentation() -> str:
         "neither. In a name `*` stands for any text and `K` for a number; a method in brackets: in its runs the name "
         "means this. In `result.json` `before/NAME` and `after/NAME` are an evaluation before and after training, "
         "`train/NAME` the last logged value, `late/NAME` the mean over the last fifth of the logs, `eval_NAME` a "
-        "value on the evaluation rows; `NAME_se` is the standard error of NAME. Divergences are in nats.", "",
+        "value on the evaluation rows; `NAME_se` is the standard error of NAME. `attack/LABEL/NAME` is NAME after an "
+        "attack on the unlearned model, `attack/LABEL/NAME_area` the mean height of the curve of its steps, "
+        "`retrained/attack/…` the retrained model's. Divergences are in nats.", "",
         "`make metrics` writes this page from `fdiv.report.metrics`.",
     ]  # fmt: skip
     for title, metrics in GLOSSARY.items():

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fdiv.recipes.tasks.novels.passages import cut_passages, read_novels
+from fdiv.recipes.tasks.thinned import write_thinned
 
-__all__ = ["ThinnedStudentConfig", "kept_layers"]
+__all__ = ["ThinnedStudentConfig"]
 
 
 @dataclass
@@ -68,7 +69,7 @@ class ThinnedStudentConfig:
             (output_dir / "data").mkdir(parents=True, exist_ok=True)
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (output_dir / "data" / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-        self._write_student(output_dir / "student")
+        write_thinned(self.teacher, self.layers, output_dir / "student")
         return {
             "model_name_or_path": str(output_dir / "student"),
             "teacher_model_name_or_path": self.teacher,
@@ -76,35 +77,3 @@ class ThinnedStudentConfig:
             "dataset_train_split": "train",
             "dataset_test_split": "test",
         }
-
-    def _write_student(self, folder: Path) -> None:
-        from torch.nn import ModuleList
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from fdiv.models.fetch import find_model
-
-        source = find_model(self.teacher)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
-        layers = getattr(model.base_model, "layers", None)
-        if layers is None:
-            raise ValueError(f"prepare.teacher: {type(model).__name__} has no layers under `model.layers`")
-        kept = kept_layers(len(layers), self.layers)
-        model.base_model.layers = ModuleList([layers[number] for number in kept])
-        model.config.num_hidden_layers = len(kept)
-        if getattr(model.config, "layer_types", None) is not None:
-            model.config.layer_types = [model.config.layer_types[number] for number in kept]
-        for place, layer in enumerate(model.base_model.layers):
-            layer.self_attn.layer_idx = place
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-
-
-def kept_layers(of: int, count: int) -> list[int]:
-    """`count` layer numbers of `of`, evenly spread, the first and (from two on) the last among them.
-
-    Raises:
-        ValueError: more are asked for than there are.
-    """
-    if count > of:
-        raise ValueError(f"prepare.layers={count}: the teacher has {of}")
-    return [0] if count == 1 else [round(place * (of - 1) / (count - 1)) for place in range(count)]

@@ -114,7 +114,7 @@ class TofuMemorisedConfig:
 
     def _rows(self) -> dict[str, list[Row]]:
         """The rows by set: `forget`, `retain`, `holdout`, `ra` and `wf`, with TOFU's columns."""
-        from fdiv.eval.tofu.data import load_rows
+        from fdiv.eval.benchmark.sources import load_rows
 
         names = {"retain": "retain_perturbed", "ra": "real_authors_perturbed", "wf": "world_facts_perturbed"}
         rows = {

@@ -27,7 +27,7 @@ _ANSWER_WORD = re.compile(r"answer", re.IGNORECASE)
 _PERCENT = re.compile(r"\s*(?:\\?%|percent\b)")
 _AND = re.compile(r"\s*(?:,|,?\s*\b(?:and|or)\b)\s*")
 _NUMBER = r"[-+−]?[$€£]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-_EXPRESSION = re.compile(rf"(?<![\w.]){_NUMBER}(?:[ ]?(?:[-+*/^×÷:]|\*\*)[ ]?\(?{_NUMBER}\)?)*\s?(?:\\?%)?")
+_EXPRESSION = re.compile(rf"(?<![\w.]){_NUMBER}(?:[ ]?(?:[-+−*/^×÷:]|\*\*)[ ]?\(?{_NUMBER}\)?)*\s?(?:\\?%)?")
 
 LONGEST = 5000  # characters of an answer
 NEAR = 60  # characters between the word "answer" and what it announces

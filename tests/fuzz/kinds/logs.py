@@ -15,7 +15,8 @@ from tests.fuzz.damage import NONSENSE, byte_damage, damage_bytes, damage_tree, 
 
 __all__ = ["Logs"]
 
-_RECORDS = ("result.json", "environment.json", "metrics.jsonl", "recipe_resolved.yaml")
+_EXAMPLES = "eval/after/examples_preferences.jsonl"
+_RECORDS = ("result.json", "environment.json", "metrics.jsonl", "recipe_resolved.yaml", _EXAMPLES)
 _NUMBERS: tuple[Any, ...] = (*NONSENSE, -1.0, 1.5, 1e9, 1e308, -1e-9, [0.5], [0.5, 2.0], [-1.0], "0.5", True)
 
 

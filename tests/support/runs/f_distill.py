@@ -54,7 +54,7 @@ def make_distant_teacher(folder: Path) -> Path:
     return folder
 
 
-def make_trainer(model_dir: Path, teacher: Any, data: list[dict[str, Any]], output: Path, **options: Any) -> Any:
+def make_trainer(model_dir: Path, teacher_model: Any, data: list[dict[str, Any]], output: Path, **options: Any) -> Any:
     """A trainer in float32 on the CPU; `options` go to it or to its config."""
     names = inspect.signature(FDistillTrainer.__init__).parameters
     passed = {key: options.pop(key) for key in list(options) if key in names}
@@ -65,7 +65,7 @@ def make_trainer(model_dir: Path, teacher: Any, data: list[dict[str, Any]], outp
     }
     return FDistillTrainer(
         passed.pop("model", None) or AutoModelForCausalLM.from_pretrained(model_dir),
-        teacher_model=str(teacher) if isinstance(teacher, Path) else teacher,
+        teacher_model=str(teacher_model) if isinstance(teacher_model, Path) else teacher_model,
         args=FDistillConfig(output_dir=str(output), **(defaults | options)),
         train_dataset=passed.pop("train_dataset", Dataset.from_list(data)),
         processing_class=passed.pop("processing_class", AutoTokenizer.from_pretrained(model_dir)),

@@ -27,6 +27,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "SatImp": {},
     "PDU": {"retain_epsilon": 0.3},
     "JensUn": {},
+    "JensUnPP": {"balance_gradients": False},  # balanced, it is a statistic of the micro-batch
+    "SHRED": {},
 }
 """Every method with the options it cannot do without."""
 

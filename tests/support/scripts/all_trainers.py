@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import TrainingArguments
 
+from fdiv.cli.ending import exit_after
 from fdiv.training.rollouts import RecordedRollouts
 from tests.support.runs.all_trainers import build
 
@@ -78,4 +79,4 @@ def parameter_share(model: torch.nn.Module) -> float:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    exit_after(lambda: main(*sys.argv[1:]))

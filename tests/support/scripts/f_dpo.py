@@ -11,6 +11,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fdiv.alignment import FDPOConfig, FDPOTrainer
+from fdiv.cli.ending import exit_after
 from fdiv.errors import NonFiniteLossError
 from fdiv.eval.preferences.evaluation import PreferencesEvalConfig
 from fdiv.evaluation import EvalContext
@@ -59,4 +60,4 @@ def main(model_dir: str, data: str, batch_size: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    exit_after(lambda: main(*sys.argv[1:]))

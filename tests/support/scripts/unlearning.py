@@ -9,10 +9,12 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from fdiv.cli.ending import exit_after
 from tests.support.runs.unlearning import forget_rows, make_trainer
 from tests.support.same_run import weights
 
-if __name__ == "__main__":
+
+def main() -> None:
     model_dir, output_dir, batch = sys.argv[1:4]
     for specification in sys.argv[4:]:
         name, *pairs = specification.split(":")
@@ -29,3 +31,7 @@ if __name__ == "__main__":
             logged = [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history[:4]]
             extra = {"processes": trainer.accelerator.num_processes, "multiplier": getattr(trainer, "multiplier", 0)}
             (folder / f"{name}.json").write_text(json.dumps({"log": logged, "eval": metrics, **extra}))
+
+
+if __name__ == "__main__":
+    exit_after(main)

@@ -1,38 +1,13 @@
-"""The teacher: loading it, and whether it speaks of the same tokens as the student."""
+"""Whether teacher and student speak of the same tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
-
-import torch
 
 from fdiv.errors import DataError
 
-__all__ = ["load_teacher", "shared_tokens", "teacher_tokenizer"]
-
-
-def load_teacher(name: str, revision: str | None = None, **loading: Any) -> Any:
-    """The teacher from its path or hub name, frozen, in evaluation mode.
-
-    Without a `dtype` it is float32 on a processor and the checkpoint's own type elsewhere.
-
-    Raises:
-        DataError: it cannot be loaded, or is an encoder-decoder model.
-    """
-    from trl.trainer.utils import create_model_from_path
-
-    from fdiv.models.fetch import find_model
-    from fdiv.models.loading import check_causal
-
-    check_causal(name, revision)
-    loading.setdefault("dtype", "auto" if torch.accelerator.is_available() else "float32")
-    if revision is not None:
-        loading.setdefault("revision", revision)
-    try:
-        model = create_model_from_path(find_model(name), **loading)
-    except (OSError, ValueError) as error:
-        raise DataError(f"the teacher {name!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-    return model.requires_grad_(False).eval()
+__all__ = ["check_known_tokens", "shared_tokens", "teacher_tokenizer"]
 
 
 def teacher_tokenizer(teacher: Any, **loading: Any) -> Any | None:
@@ -83,3 +58,33 @@ def shared_tokens(student: Any, teacher: Any | None, student_width: int, teacher
     if len(ours) == len(theirs) and student_width == teacher_width:
         return None
     return min(both if len(ours) != len(theirs) else student_width, student_width, teacher_width)
+
+
+def check_known_tokens(
+    rows: Iterable[Sequence[int]],
+    tokenizer: Any,
+    shared: int | None,
+    where: str,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Refuse rows with a token that the teacher lacks: it can neither read it nor give it a probability.
+
+    Args:
+        rows: token ids of each, by the student's tokenizer. shared: what `shared_tokens` gave. where: all of them,
+            names: each of them, for messages.
+
+    Raises:
+        DataError: with how many rows have one, and the first of them.
+    """
+    if shared is None:
+        return
+    foreign = [next((token for token in ids if token >= shared), None) for ids in rows]
+    found = [(number, token) for number, token in enumerate(foreign) if token is not None]
+    if found:
+        number, token = found[0]
+        raise DataError(
+            f"{where}: {len(found)} of {len(foreign)} rows have a token that the teacher lacks, the first is "
+            f"{f'row {number}' if names is None else names[number]} with token {token} "
+            f"({tokenizer.convert_ids_to_tokens(token)!r}), and it knows {shared} tokens: leave the token out of "
+            "rows, chat template and end tokens, or take a teacher that was trained with it"
+        )

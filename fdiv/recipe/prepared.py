@@ -1,0 +1,52 @@
+"""What `prepare:` builds, once for all runs under one folder that describe the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fdiv.files import plain
+from fdiv.sealed import read_record, write_record
+from fdiv.terminal import info
+
+__all__ = ["build_once", "moved"]
+
+_HERE = "${prepare}"
+
+
+def build_once(name: str, builder: Any, root: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a build under `root` and the recipe keys that it sets; one of the same description is used again.
+
+    Args:
+        name: of the builder.
+        builder: its settings, a dataclass with `build(folder)`.
+        root: where builds stand beside each other.
+    """
+    identity = json.dumps([name, plain(builder)], sort_keys=True)
+    folder = root / f"{name.replace(':', '.')}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    marker = folder / "recipe_keys.json"
+    if marker.is_file():
+        info(f"prepare: {name} was built before: {folder}")
+    else:
+        if folder.exists():
+            shutil.rmtree(folder)  # a build that was cut off: the marker is written last
+        folder.mkdir(parents=True)
+        info(f"prepare: building {name} in {folder}")
+        keys = builder.build(folder)
+        # Without the place of the build, which may move.
+        relative = {key: moved(value, folder, _HERE) for key, value in keys.items()}
+        write_record(marker, {"prepare": json.loads(identity), "keys": relative})
+    built = read_record(marker, f"remove {folder}, so that it is built again")
+    return folder, {key: moved(value, _HERE, folder) for key, value in built["keys"].items()}
+
+
+def moved(value: Any, here: Path | str, there: Path | str) -> Any:
+    """A path inside `here` as one inside `there`, also among the values of a mapping; anything else unchanged."""
+    if isinstance(value, dict):
+        return {key: moved(one, here, there) for key, one in value.items()}
+    if isinstance(value, (str, Path)) and str(value).startswith(str(here)):
+        return str(there) + str(value)[len(str(here)) :]
+    return value
