@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -31,6 +32,9 @@ def _leave(codes: list[int]) -> None:
     joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
     if not joined or not codes:
         return
+    for child in multiprocessing.active_children():  # as multiprocessing's own function at exit, which may come after
+        if child.daemon:
+            child.terminate()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(codes[0])

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fdiv import lazy
+from fdiv.cli.build_locks import remove_stale_locks
 from fdiv.errors import RecipeError
 from fdiv.memory.accelerate import process_count, read_accelerate_config
 from fdiv.terminal import info
@@ -95,6 +96,8 @@ def launch(
     ended well, so whether a checkpoint was saved is in their messages.
     """
     command = launch_command(name, words, num_processes, mixed_precision)
+    if read_accelerate_config(name)[1].get("distributed_type") == "DEEPSPEED":
+        remove_stale_locks()
     child_environment = {_SHUTDOWN_VARIABLE: str(_SHUTDOWN_SECONDS), **os.environ}
     received: list[int] = []
     started: set[psutil.Process] = set()

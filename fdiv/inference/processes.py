@@ -80,14 +80,37 @@ class SharedCount:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, `process_state()` is that of a single process on this one's device: for work that the main process does
-    while the others wait, where a collective call would hang."""
-    device = process_state().device
+    """For work that the main process does while the others wait, where a collective call would hang.
+
+    Inside, `process_state()` is that of a single process on this one's device, and models that are built or loaded are
+    whole: under ZeRO-3 transformers would shard them over all processes.
+    """
     state = SimpleNamespace(
-        device=device, num_processes=1, process_index=0, is_main_process=True, wait_for_everyone=lambda: None
+        device=process_state().device,
+        num_processes=1,
+        process_index=0,
+        is_main_process=True,
+        wait_for_everyone=lambda: None,
     )
     _ALONE.append(state)
     try:
-        yield
+        with _without_deepspeed():
+            yield
     finally:
         _ALONE.remove(state)
+
+
+@contextmanager
+def _without_deepspeed() -> Iterator[None]:
+    from transformers.integrations import deepspeed
+
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    active = reference() if reference is not None else None
+    if active is None:
+        yield
+        return
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(active)

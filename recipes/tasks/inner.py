@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["built_task", "inner_builder", "without_deepspeed"]
+__all__ = ["built_task", "inner_builder"]
 
 
 def inner_builder(task: Mapping[str, Any] | None, outer: type) -> Any:
@@ -55,18 +54,3 @@ def built_task(task: Mapping[str, Any] | None, builder: Any, output_dir: Path) -
     here = output_dir / "task"
     here.symlink_to(os.path.relpath(folder, output_dir), target_is_directory=True)
     return {key: moved(value, folder, here) for key, value in keys.items()}
-
-
-@contextmanager
-def without_deepspeed() -> Iterator[None]:
-    """Models loaded inside are whole: with ZeRO-3 on, `from_pretrained` would wait for the other processes."""
-    from transformers.integrations import deepspeed
-
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    active = reference() if reference is not None else None
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if active is not None:
-            deepspeed.set_hf_deepspeed_config(active)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fdiv.recipes.tasks.inner import built_task, inner_builder, without_deepspeed
+from fdiv.recipes.tasks.inner import built_task, inner_builder
 from fdiv.rl.presample.config import PresampleConfig
 from fdiv.rl.presample.output import EXPLORE, REHEARSAL, write_rows
 
@@ -69,15 +69,13 @@ class RehearsalConfig(PresampleConfig):
             ValueError: the task sets no model or dataset, and none is given; there is no reward.
             DataError, RolloutError: see `fdiv.rl.presample.run.presample`.
         """
-        from fdiv.inference.processes import alone
         from fdiv.rl.presample.run import presample
 
         output_dir = Path(output_dir)
         folder = output_dir / "rehearsal"
-        with without_deepspeed(), alone():
-            keys = {} if self.task is None else built_task(self.task, self._builder(), output_dir)
-            settings = self._settled(keys, output_dir / "task")
-            presample(settings, folder)
+        keys = {} if self.task is None else built_task(self.task, self._builder(), output_dir)
+        settings = self._settled(keys, output_dir / "task")
+        presample(settings, folder)
         data = output_dir / "data"
         data.mkdir(exist_ok=True)
         shutil.copyfile(folder / EXPLORE, data / "train.parquet")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fdiv.distillation.teach.config import TeachConfig
-from fdiv.recipes.tasks.inner import built_task, inner_builder, without_deepspeed
+from fdiv.recipes.tasks.inner import built_task, inner_builder
 
 __all__ = ["TaughtConfig"]
 
@@ -69,13 +69,11 @@ class TaughtConfig(TeachConfig):
         """
         from fdiv.distillation.teach.command import show_share
         from fdiv.distillation.teach.run import teach
-        from fdiv.inference.processes import alone
 
         output_dir = Path(output_dir)
-        with without_deepspeed(), alone():
-            builder = None if self.task is None else inner_builder(self.task, TaughtConfig)
-            keys = {} if builder is None else built_task(self.task, builder, output_dir)
-            show_share(teach(self._settled(keys), output_dir / "teacher"))
+        builder = None if self.task is None else inner_builder(self.task, TaughtConfig)
+        keys = {} if builder is None else built_task(self.task, builder, output_dir)
+        show_share(teach(self._settled(keys), output_dir / "teacher"))
         return {
             **keys,
             "teacher": {"name": "cache", "path": str(output_dir / "teacher")},

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fdiv.cli.build_locks import remove_stale_locks
 from tests.support.processes import run_well
 from tests.support.scripts import f_dpo as run_f_dpo
 
@@ -46,6 +47,7 @@ def _run_zero3(model_dir: Path, data: Path, output: Path) -> dict:
     config = output.with_suffix(".yaml")
     config.write_text(ZERO3)
     launcher = ["accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+    remove_stale_locks()
     done = subprocess.run(
         [sys.executable, "-m", *launcher, run_f_dpo.__file__, str(model_dir), str(data), "4", str(output)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},

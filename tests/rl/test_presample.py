@@ -378,20 +378,3 @@ def test_blocks_that_name_the_same_task_share_its_build(tmp_path, monkeypatch):
     (build,) = tmp_path.glob("empty_prompts-*")
     assert {(tmp_path / name / "task").resolve() for name in ("one", "two", "three")} == {build}
     assert seen[2].dataset == str(tmp_path / "three" / "task" / "data")
-
-
-def test_models_beside_a_zero3_run_are_loaded_whole_and_its_config_comes_back():
-    """The private hook of transformers that `rehearsal_recipe` relies on."""
-    from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    from fdiv.recipes.tasks.inner import without_deepspeed
-
-    kept = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # held weakly: it lives as long as `kept`
-    try:
-        assert is_deepspeed_zero3_enabled()
-        with without_deepspeed():
-            assert not is_deepspeed_zero3_enabled()
-        assert is_deepspeed_zero3_enabled() and kept.is_zero3()
-    finally:
-        unset_hf_deepspeed_config()

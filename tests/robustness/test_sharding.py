@@ -2,13 +2,14 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 
+from fdiv.cli.build_locks import remove_stale_locks
 from fdiv.memory.accelerate import accelerate_config
 from fdiv.models.tiny import build_tiny_model
+from tests.support.processes import end_with_group
 from tests.support.runs.all_trainers import EVERY, ROUNDING
 from tests.support.runs.dph import cache
 from tests.support.runs.f_distill import make_distant_teacher
@@ -34,8 +35,9 @@ def launch(launcher, model_dir, folder, repository, *names):
     """What `tests.support.scripts.all_trainers` reports of the trainers `names`, run one after the other under the launcher."""
     output = folder / f"{launcher}.json"
     words = ["-m", SCRIPT, model_dir, folder, output, *names]
-    done = subprocess.run(
-        [*LAUNCHERS[launcher], *map(str, words)], capture_output=True, text=True, timeout=900, check=False,
+    remove_stale_locks()  # as `fdiv run --accelerate` does: extensions are compiled in the first run
+    done = end_with_group(
+        [*LAUNCHERS[launcher], *map(str, words)], timeout=560,
         cwd=repository, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -85,3 +87,27 @@ def test_zero3_holds_half_of_the_parameters_per_process(tmp_path, repository):
     model = build_tiny_model(tmp_path / "model", hidden_size=512, layers=1)
     shares = launch("zero3", model, tmp_path, repository, "f_dpo")["f_dpo"]["parameter_share"]
     assert shares == pytest.approx([0.5, 0.5], abs=0.05)
+
+
+@pytest.mark.slow
+def test_a_recipe_builds_its_models_whole_and_trains_them_sharded(tmp_path, repository):
+    """`prepare:` runs on one process while the other waits: a model that is sharded there would wait for ever.
+
+    FLAT's two forwards with gradient go through checkpointed layers of sharded weights with an adapter.
+    """
+    recipe = ["tiny/flat", "--max_steps", "4", "--learning_rate", "0.01", "--eval", "null", "--logging_steps", "1"]
+    recipe += ["--use_peft", "true", "--gradient_checkpointing", "true", "--max_grad_norm", "0"]
+    recipe += ["--adam_epsilon", "0.1", "--prepare.authors", "8", "--prepare.train_steps", "60"]
+    logs = {}
+    for name, batch, more in (("one", 4, []), ("two", 2, ["--accelerate", "cpu_zero3", "--num_processes", "2"])):
+        words = [*recipe, "--per_device_train_batch_size", str(batch), "--output_dir", str(tmp_path / name), *more]
+        done = end_with_group(
+            [sys.executable, "-m", "fdiv", "run", *words], timeout=280, cwd=repository,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        logs[name] = [line["loss"] for line in lines if "loss" in line]
+    assert len(logs["one"]) == 4
+    assert logs["two"] == pytest.approx(logs["one"], abs=1e-5, rel=0)
+    assert max(logs["one"]) - min(logs["one"]) > 1e-3

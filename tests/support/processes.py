@@ -5,14 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fdiv.cli.launch import descendants
 
 ROOT = str(Path(__file__).resolve().parents[2])
 if ROOT not in sys.path:  # pytest imports the tests without it; the new processes take it over
@@ -62,6 +67,27 @@ def run_well(function: Callable[..., Any], *arguments: Any, processes: int = 1, 
     ended = run(function, *arguments, processes=processes, timeout=timeout)
     assert not any(ended.codes), f"exit codes {ended.codes}: " + "\n".join(text[-3000:] for text in ended.stderr)
     return ended
+
+
+def end_with_group(command: Sequence[str], timeout: float, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` with captured text; when the time is up, what the command has started is killed, too.
+
+    Processes that a launcher left would hold the pipes, the cores and the locks of builds. A script that calls
+    `faulthandler.dump_traceback_later` has written by then where it stands.
+    """
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            left = {process.pid, *(child.pid for child in descendants(process.pid))}
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            stdout, stderr = process.communicate()
+            raise AssertionError(f"not ended after {timeout} s: {command}\n{stderr[-8000:]}") from None
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 def run_script(script: Path, folder: Path) -> None:

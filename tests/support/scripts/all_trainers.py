@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ STEPS = 10
 
 
 def main(model_dir: str, recorded: str, output: str, *names: str) -> None:
+    faulthandler.dump_traceback_later(500, exit=True)  # before the test's time is up: where it stands still
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     results = {}
     # The processes find each other when a config is built; it has to be alive when a model is loaded under ZeRO-3.
