@@ -96,7 +96,7 @@ def launch(
     ended well, so whether a checkpoint was saved is in their messages.
     """
     command = launch_command(name, words, num_processes, mixed_precision)
-    if read_accelerate_config(name)[1].get("distributed_type") == "DEEPSPEED":
+    if "accelerate.commands.launch" in command:  # perhaps with DeepSpeed
         remove_stale_locks()
     child_environment = {_SHUTDOWN_VARIABLE: str(_SHUTDOWN_SECONDS), **os.environ}
     received: list[int] = []

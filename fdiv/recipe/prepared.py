@@ -35,10 +35,7 @@ def build_once(name: str, builder: Any, root: Path) -> tuple[Path, dict[str, Any
             shutil.rmtree(folder)  # a build that was cut off: the marker is written last
         folder.mkdir(parents=True)
         info(f"prepare: building {name} in {folder}")
-        from fdiv.inference.processes import alone
-
-        with alone():  # the processes of a run are joined: the others wait for this one
-            keys = builder.build(folder)
+        keys = builder.build(folder)
         # Without the place of the build, which may move.
         relative = {key: moved(value, folder, _HERE) for key, value in keys.items()}
         write_record(marker, {"prepare": json.loads(identity), "keys": relative})

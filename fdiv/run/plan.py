@@ -120,8 +120,11 @@ def prepare(plan: RunPlan, root: Path) -> RunPlan:
     block = plan.recipe.prepare
     if block is None:
         return plan
+    from fdiv.inference.processes import alone
+
     try:
-        folder, keys = build_once(block.name, block.instance(plan.variables), root)
+        with alone():  # the processes of a run are joined: the others wait for this one
+            folder, keys = build_once(block.name, block.instance(plan.variables), root)
     except (ValueError, FileNotFoundError) as error:
         raise RecipeError(f"{block.where}: prepare ({block.name}): {one_line(error)}") from error
     made = _resolved(plan.recipe, keys, {**plan.variables, "prepare": str(folder)})
