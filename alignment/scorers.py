@@ -188,7 +188,10 @@ def classifier(
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        network = AutoModelForSequenceClassification.from_pretrained(model).eval().requires_grad_(False)
+        from fdiv.inference.processes import whole_models
+
+        with whole_models():
+            network = AutoModelForSequenceClassification.from_pretrained(model).eval().requires_grad_(False)
         labels = network.config.label2id
         number = label if isinstance(label, int) else labels.get(label)
         if number is None or not 0 <= number < network.config.num_labels:

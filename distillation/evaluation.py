@@ -11,10 +11,12 @@ from torch import Tensor
 
 from fdiv.distillation.f_distill.data import batch_tensors, check_rows, completion_tokens
 from fdiv.distillation.teachers import check_known_tokens, load_teacher, shared_tokens, teacher_tokenizer
+from fdiv.distillation.teachers.local import cut_head
 from fdiv.divergences import get_distance
 from fdiv.evaluation import EvalContext
 from fdiv.inference.encoding import Encoding
-from fdiv.models.vocabulary import last_hidden_states, model_head, vocabulary_divergence
+from fdiv.inference.processes import whole_models
+from fdiv.models.vocabulary import gathered_weights, last_hidden_states, vocabulary_divergence
 from fdiv.rows.report import RowReport
 from fdiv.statistics.estimates import clustered_mean
 from fdiv.training.config import RowOptions
@@ -79,7 +81,8 @@ class ToTeacherEvalConfig(RowOptions):
         given = list(check_rows(datasets.get(self.split), f"the {self.split} split", given=True))
         rows = given[: self.max_rows]
         context.report_rows(self._report(tokenizer, len(given), rows), self.min_used_fraction)
-        teacher = load_teacher(name).to(model.device)
+        with whole_models():
+            teacher = load_teacher(name).to(model.device)
         widths = [part.config.get_text_config().vocab_size for part in (model, teacher)]
         shared = shared_tokens(tokenizer, teacher_tokenizer(name), *widths)
         read = [[*prompt, *ids] for prompt, ids in (self._tokens(tokenizer, row) for row in rows)]
@@ -124,7 +127,7 @@ class ToTeacherEvalConfig(RowOptions):
         hidden, heads = [], []
         for part in (model, teacher):
             hidden.append(last_hidden_states(part, ids, mask)[answers])
-            heads.append(model_head(part).cut(shared))
+            heads.append(cut_head(part, shared))
         owner = answers.nonzero()[:, 0]
 
         def sums(values: Tensor) -> Tensor:
@@ -146,9 +149,10 @@ class ToTeacherEvalConfig(RowOptions):
 def _top(hidden: Tensor, head: Any) -> Tensor:
     """The most likely token of each row; scale and soft cap keep the order where the scale is above 0."""
     chosen = []
-    for rows in hidden.split(max(1, 2**22 // head.weight.shape[0])):
-        logits = rows @ head.weight.t().to(rows.dtype)
-        chosen.append((logits if head.bias is None else logits + head.bias).argmax(-1))
+    with gathered_weights(head.weight, head.bias):
+        for rows in hidden.split(max(1, 2**22 // head.weight.shape[0])):
+            logits = rows @ head.weight.t().to(rows.dtype)
+            chosen.append((logits if head.bias is None else logits + head.bias).argmax(-1))
     return torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.long)
 
 

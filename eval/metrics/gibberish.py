@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fdiv.errors import DataError
-from fdiv.inference.processes import process_state
+from fdiv.inference.processes import process_state, whole_models
 
 __all__ = ["CLASSIFIER", "clean_text_probability"]
 
@@ -35,7 +35,8 @@ def clean_text_probability(
     name, local = (CLASSIFIER, True) if classifier == "auto" else (classifier, False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-        model = AutoModelForSequenceClassification.from_pretrained(name, local_files_only=local)
+        with whole_models():
+            model = AutoModelForSequenceClassification.from_pretrained(name, local_files_only=local)
     except (OSError, ValueError) as error:
         hint = f"; --fluency_classifier {CLASSIFIER} downloads it" if local else f": {str(error).splitlines()[0]}"
         raise DataError(f"the gibberish classifier {name} is not available here{hint}") from None

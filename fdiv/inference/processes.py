@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-__all__ = ["SharedCount", "alone", "join_processes", "process_state"]
+__all__ = ["SharedCount", "alone", "join_processes", "process_state", "whole_models"]
 
 _ALONE: list[SimpleNamespace] = []
 _PATIENCE = datetime.timedelta(days=7)
@@ -94,14 +94,18 @@ def alone() -> Iterator[None]:
     )
     _ALONE.append(state)
     try:
-        with _without_deepspeed():
+        with whole_models():
             yield
     finally:
         _ALONE.remove(state)
 
 
 @contextmanager
-def _without_deepspeed() -> Iterator[None]:
+def whole_models() -> Iterator[None]:
+    """Models that are built or loaded inside are whole on every process, also beside a training under ZeRO-3.
+
+    There transformers shards whatever it loads, and nothing would gather the weights of a model that is not trained.
+    """
     from transformers.integrations import deepspeed
 
     reference = deepspeed._hf_deepspeed_config_weak_ref

@@ -10,7 +10,7 @@ import torch
 
 from fdiv.errors import DataError
 from fdiv.files import home_path, one_line
-from fdiv.inference.processes import process_state
+from fdiv.inference.processes import process_state, whole_models
 from fdiv.models.adapters import base_and_adapter, with_adapter
 from fdiv.models.dtypes import dtype_name
 from fdiv.models.fetch import find_model
@@ -122,7 +122,7 @@ def check_causal(model: Any, revision: str | None = None) -> None:
 
 
 def load_model(model: str, adapter: str | None = None, dtype: str = "auto") -> PreTrainedModel:
-    """A causal LM in eval mode on this process's device, with a PEFT adapter on it if one is given.
+    """A causal LM in eval mode on this process's device, whole, with a PEFT adapter on it if one is given.
 
     Args:
         model: local path or hub name; an adapter works too (its base model is loaded).
@@ -139,7 +139,10 @@ def load_model(model: str, adapter: str | None = None, dtype: str = "auto") -> P
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        with whole_models():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+            )
     except (OSError, ValueError) as error:
         raise DataError(f"no causal language model can be loaded from {model}: {str(error).splitlines()[0]}") from None
     keep_trainable_layout(loaded)  # a base in 4 bits has to score as it does in training

@@ -12,7 +12,6 @@ from fdiv.models.vocabulary import (
     Head,
     _blocks,
     _check_head,
-    _gathered,
     _gradient_to_logits_,
     _Gradients,
     _log_rest,
@@ -21,6 +20,7 @@ from fdiv.models.vocabulary import (
     _rows_of,
     _tiles,
     first_derivative_only,
+    gathered_weights,
 )
 
 __all__ = ["cell_log_probs"]
@@ -92,7 +92,7 @@ class _Selected(torch.autograd.Function):
         cells = torch.zeros(len(ids), ids.shape[1] + tail, dtype=dtype, device=hidden.device)
         log_z = torch.zeros(len(ids), dtype=dtype, device=hidden.device)
         ctx.measure, ctx.head, ctx.temperature = _Cells(tail), head._replace(weight=hidden, bias=None), temperature
-        with _gathered(weight, bias), torch.autocast(hidden.device.type, enabled=False):
+        with gathered_weights(weight, bias), torch.autocast(hidden.device.type, enabled=False):
             head = head._replace(weight=weight, bias=bias)
             for rows in _blocks(len(hidden), weight.shape[0], hidden.device):
                 block, log_z[rows] = _log_softmax(hidden[rows], head, temperature)
@@ -105,7 +105,7 @@ class _Selected(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, log_z = ctx.saved_tensors
         temperature, scale = ctx.temperature, ctx.head.scale / ctx.temperature
-        with _gathered(weight, bias), torch.autocast(hidden.device.type, enabled=False):
+        with gathered_weights(weight, bias), torch.autocast(hidden.device.type, enabled=False):
             head = ctx.head._replace(weight=weight, bias=bias)
             gradients = _Gradients((hidden, weight, bias), ctx.needs_input_grad[:3], upstream.dtype)
             for rows in _blocks(len(hidden), weight.shape[0], hidden.device):

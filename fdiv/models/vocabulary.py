@@ -36,6 +36,7 @@ __all__ = [
     "TopK",
     "VocabularyScores",
     "check_head",
+    "gathered_weights",
     "last_hidden_states",
     "logits_divergence",
     "model_head",
@@ -276,7 +277,7 @@ def top_tokens(
     if not 1 <= k <= vocabulary:
         raise ValueError(f"k={k}: must be at least 1 and at most {vocabulary}, the tokens of the teacher")
     parts: list[tuple[Tensor, ...]] = []
-    with _gathered(head.weight, head.bias), torch.autocast(hidden.device.type, enabled=False):
+    with gathered_weights(head.weight, head.bias), torch.autocast(hidden.device.type, enabled=False):
         for rows in _blocks(len(hidden), vocabulary, hidden.device):
             log_q, _ = _log_softmax(hidden[rows], head, temperature)
             top = log_q.topk(k, dim=-1)
@@ -463,7 +464,7 @@ def _check_pair(hidden_p: Tensor, student: Head, hidden_q: Tensor, teacher: Head
         )
 
 
-def _gathered(*weights: Tensor | None) -> AbstractContextManager:
+def gathered_weights(*weights: Tensor | None) -> AbstractContextManager:
     """Under ZeRO-3 the weights are whole inside the block; elsewhere nothing happens."""
     sharded = [weight for weight in weights if hasattr(weight, "ds_status")]
     if not sharded:
@@ -851,7 +852,7 @@ class _Function(torch.autograd.Function):
         values, log_z = (torch.zeros(len(hidden), dtype=dtype, device=device) for _ in range(2))
         numbers = torch.zeros(len(hidden), measure.numbers, dtype=dtype, device=device)
         gradients = _Gradients((hidden, weight, bias), needed if at_once else (False,) * 3, dtype)
-        with _gathered(weight, bias, *measure.weights(teacher)), torch.autocast(device.type, enabled=False):
+        with gathered_weights(weight, bias, *measure.weights(teacher)), torch.autocast(device.type, enabled=False):
             head = head._replace(weight=weight, bias=bias)
             if isinstance(measure, _Whole):
                 measure.holes = _has_holes(bias)
@@ -879,7 +880,7 @@ class _Function(torch.autograd.Function):
             return (*(None if g is None else g.to(kind) for g, kind in zip(parts, ctx.dtypes, strict=True)), *rest)
         hidden, weight, bias, numbers, log_z, *teacher = ctx.saved_tensors
         measure, temperature, scale = ctx.measure, ctx.temperature, ctx.head.scale / ctx.temperature
-        whole = _gathered(weight, bias, *measure.weights(tuple(teacher)))
+        whole = gathered_weights(weight, bias, *measure.weights(tuple(teacher)))
         with whole, torch.autocast(hidden.device.type, enabled=False):
             head = ctx.head._replace(weight=weight, bias=bias)
             gradients = _Gradients((hidden, weight, bias), ctx.needs_input_grad[:3], numbers.dtype)

@@ -350,6 +350,7 @@ def _measure(plan: RunPlan, command: str | None, prepared: Path | None) -> dict[
     from transformers import AutoModelForCausalLM
 
     from fdiv.evaluation import EvalContext
+    from fdiv.inference.processes import whole_models
     from fdiv.run.evaluation import add_metrics
 
     started = time.perf_counter()
@@ -359,7 +360,8 @@ def _measure(plan: RunPlan, command: str | None, prepared: Path | None) -> dict[
     record = environment(command or command_line(), args.seed)
     tokenizer, datasets = load_tokenizer(plan), load_datasets(plan)
     name = find_model(plan.configs.model.model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(name, **model_arguments(plan.configs)).to(state.device).eval()
+    with whole_models():
+        model = AutoModelForCausalLM.from_pretrained(name, **model_arguments(plan.configs)).to(state.device).eval()
     found: dict[str, Any] = {}
     notes: dict[str, str] = {}
     reports: list[RowReport] = []

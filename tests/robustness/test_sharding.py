@@ -89,25 +89,47 @@ def test_zero3_holds_half_of_the_parameters_per_process(tmp_path, repository):
     assert shares == pytest.approx([0.5, 0.5], abs=0.05)
 
 
+RECIPES = {  # with what makes the steps comparable: no clipping, no Adam of signs
+    "tiny/flat": ["--learning_rate", "0.01", "--eval", "null", "--use_peft", "true", "--gradient_checkpointing", "true",
+                  "--prepare.authors", "8", "--prepare.train_steps", "60"],
+    "tiny/distill": ["--learning_rate", "0.1", "--eval.require", "null", "--eval.max_rows", "16", "--on_policy_share", "0"],
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_a_recipe_builds_its_models_whole_and_trains_them_sharded(tmp_path, repository):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_build_and_evaluate_with_whole_models_and_train_sharded_ones(recipe, tmp_path, repository):
     """`prepare:` runs on one process while the other waits: a model that is sharded there would wait for ever.
 
-    FLAT's two forwards with gradient go through checkpointed layers of sharded weights with an adapter.
+    FLAT's two forwards with gradient go through checkpointed layers of sharded weights with an adapter; the evaluation
+    of distillation loads a teacher of its own, which is whole, beside the student, which is not.
     """
-    recipe = ["tiny/flat", "--max_steps", "4", "--learning_rate", "0.01", "--eval", "null", "--logging_steps", "1"]
-    recipe += ["--use_peft", "true", "--gradient_checkpointing", "true", "--max_grad_norm", "0"]
-    recipe += ["--adam_epsilon", "0.1", "--prepare.authors", "8", "--prepare.train_steps", "60"]
-    logs = {}
+    words = [
+        "run",
+        recipe,
+        "--max_steps",
+        "4",
+        "--logging_steps",
+        "1",
+        "--max_grad_norm",
+        "0",
+        "--adam_epsilon",
+        "0.1",
+    ]
+    logs, after = {}, {}
     for name, batch, more in (("one", 4, []), ("two", 2, ["--accelerate", "cpu_zero3", "--num_processes", "2"])):
-        words = [*recipe, "--per_device_train_batch_size", str(batch), "--output_dir", str(tmp_path / name), *more]
+        own = ["--per_device_train_batch_size", str(batch), "--output_dir", str(tmp_path / name), *more]
         done = end_with_group(
-            [sys.executable, "-m", "fdiv", "run", *words], timeout=280, cwd=repository,
+            [sys.executable, "-m", "fdiv", *words, *RECIPES[recipe], *own], timeout=280, cwd=repository,
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
         lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
         logs[name] = [line["loss"] for line in lines if "loss" in line]
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        after[name] = {key: value for key, value in result.items() if key.startswith("after/")}
     assert len(logs["one"]) == 4
     assert logs["two"] == pytest.approx(logs["one"], abs=1e-5, rel=0)
     assert max(logs["one"]) - min(logs["one"]) > 1e-3
+    assert after["two"] == pytest.approx(after["one"], abs=1e-4, rel=0)
+    assert bool(after["one"]) == ("distill" in recipe)
