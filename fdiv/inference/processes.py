@@ -19,6 +19,7 @@ __all__ = ["SharedCount", "alone", "join_processes", "process_state", "whole_mod
 
 _ALONE: list[SimpleNamespace] = []
 _PATIENCE = datetime.timedelta(days=7)
+_EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 _counts = itertools.count()  # every process counts the same passes in the same order
 
 
@@ -102,19 +103,22 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def whole_models() -> Iterator[None]:
-    """Models that are built or loaded inside are whole on every process, also beside a training under ZeRO-3.
+    """Models that are built or loaded inside are whole on every process, also beside a training that shards its own.
 
-    There transformers shards whatever it loads, and nothing would gather the weights of a model that is not trained.
+    Under ZeRO-3 transformers shards whatever it loads, and under FSDP with efficient loading the first process alone
+    reads the weights; nothing would gather or send those of a model that is not trained.
     """
     from transformers.integrations import deepspeed
 
     reference = deepspeed._hf_deepspeed_config_weak_ref
     active = reference() if reference is not None else None
-    if active is None:
-        yield
-        return
-    deepspeed.unset_hf_deepspeed_config()
+    efficient = os.environ.pop(_EFFICIENT_LOADING, None)
+    if active is not None:
+        deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        deepspeed.set_hf_deepspeed_config(active)
+        if active is not None:
+            deepspeed.set_hf_deepspeed_config(active)
+        if efficient is not None:
+            os.environ[_EFFICIENT_LOADING] = efficient
