@@ -105,8 +105,9 @@ def alone() -> Iterator[None]:
 def whole_models() -> Iterator[None]:
     """Models that are built or loaded inside are whole on every process, also beside a training that shards its own.
 
-    Under ZeRO-3 transformers shards whatever it loads, and under FSDP with efficient loading it may leave the weights of
-    the other processes to what the first one sends; nothing would gather or send those of a model that is not trained.
+    Under ZeRO-3 transformers shards whatever it loads, and under FSDP with efficient loading it may leave the weights
+    of the other processes to what the first one sends. Nothing would gather or send those of a model that is not
+    trained.
     """
     from transformers.integrations import deepspeed
 
