@@ -166,7 +166,10 @@ def _run_cell(plan: SweepPlan, cell: Cell, command: str) -> str | None:
 
 
 def _in_sweep(cell: Cell) -> str:
-    return f"stopped in the cell {cell.name}; run the same command again; finished cells are kept"
+    return (
+        f"stopped in the cell {cell.name}; run the same command again; finished cells are kept, and with --minutes 0 it "
+        "writes the results of those alone"
+    )
 
 
 # ---------------------------------------------------------------- results
