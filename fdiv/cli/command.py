@@ -244,7 +244,7 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
 _GO_ON = {
     "eval": "run the same command again; a kind that keeps its items goes on from them",
     "presample": "run the same command again; it goes on from the finished samples",
-    "sweep": "run the same command again; finished cells are kept, and with --minutes 0 it writes the results of those",
+    "sweep": "run the same command again; finished cells are kept, and --minutes 0 writes their results",
     "teach": "run the same command again; it goes on at the first file that is missing",
     "unlearn": "run the same command again with --resume",
 }

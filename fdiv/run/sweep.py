@@ -167,8 +167,8 @@ def _run_cell(plan: SweepPlan, cell: Cell, command: str) -> str | None:
 
 def _in_sweep(cell: Cell) -> str:
     return (
-        f"stopped in the cell {cell.name}; run the same command again; finished cells are kept, and with --minutes 0 it "
-        "writes the results of those alone"
+        f"stopped in the cell {cell.name}; run the same command again; finished cells are kept, and --minutes 0 "
+        "writes their results"
     )
 
 
