@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 __all__ = ["exit_after"]
@@ -22,7 +24,7 @@ def exit_after(main: Callable[[], int | None]) -> NoReturn:
     as ever.
     """
     codes: list[int] = []
-    atexit.register(_leave, codes)  # the first to be registered is the last to be run
+    atexit.register(_leave, codes)  # functions run in reverse: those that the run registers come before it
     codes.append(main() or 0)
     sys.exit(codes[0])
 
@@ -32,9 +34,13 @@ def _leave(codes: list[int]) -> None:
     joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
     if not joined or not codes:
         return
-    for child in multiprocessing.active_children():  # as multiprocessing's own function at exit, which may come after
-        if child.daemon:
-            child.terminate()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(codes[0])
+    try:  # what the functions that were registered before would have done
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.terminate()
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # a closed pipe, a full disk
+                stream.flush()
+    finally:
+        os._exit(codes[0])

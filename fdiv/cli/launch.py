@@ -96,7 +96,7 @@ def launch(
     ended well, so whether a checkpoint was saved is in their messages.
     """
     command = launch_command(name, words, num_processes, mixed_precision)
-    if "accelerate.commands.launch" in command:  # perhaps with DeepSpeed
+    if "accelerate.commands.launch" in command:  # perhaps with DeepSpeed, which compiles
         remove_stale_locks()
     child_environment = {_SHUTDOWN_VARIABLE: str(_SHUTDOWN_SECONDS), **os.environ}
     received: list[int] = []

@@ -13,7 +13,7 @@ from fdiv.errors import RecipeError
 from fdiv.evaluation import inherit
 from fdiv.files import one_line
 from fdiv.recipe.model import Block, Configs, Recipe
-from fdiv.recipe.prepared import build_once
+from fdiv.run.build import build
 from fdiv.run.check import check_configs
 from fdiv.run.directory import RunDirectory
 
@@ -120,11 +120,8 @@ def prepare(plan: RunPlan, root: Path) -> RunPlan:
     block = plan.recipe.prepare
     if block is None:
         return plan
-    from fdiv.inference.processes import alone
-
     try:
-        with alone():  # the processes of a run are joined: the others wait for this one
-            folder, keys = build_once(block.name, block.instance(plan.variables), root)
+        folder, keys = build(block.name, block.instance(plan.variables), root)
     except (ValueError, FileNotFoundError) as error:
         raise RecipeError(f"{block.where}: prepare ({block.name}): {one_line(error)}") from error
     made = _resolved(plan.recipe, keys, {**plan.variables, "prepare": str(folder)})

@@ -51,3 +51,19 @@ def test_the_folder_is_torchs(lock, tmp_path, monkeypatch):
 
 def test_without_a_folder_there_is_nothing_to_do(tmp_path):
     assert remove_stale_locks(tmp_path / "none") == []
+
+
+def test_other_extensions_and_folders_that_are_not_ours_are_left_alone(lock, tmp_path, monkeypatch):
+    other = tmp_path / "py311_cpu" / "my_kernel" / "lock"
+    other.parent.mkdir()
+    other.touch()
+    for path in (lock, other):
+        aged(path, STALE_AFTER_SECONDS + 1)
+
+    def refused(path, **_):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(type(lock), "unlink", refused)
+    assert remove_stale_locks(tmp_path) == [] and lock.exists()
+    monkeypatch.undo()
+    assert remove_stale_locks(tmp_path) == [lock] and other.exists()

@@ -54,3 +54,12 @@ def test_an_error_is_shown_as_ever():
     done = _run("raise RuntimeError('no more rows')")
     assert done.returncode != 0
     assert "RuntimeError: no more rows" in done.stderr
+
+
+def test_a_closed_pipe_does_not_undo_the_exit():
+    script = SCRIPT.format(end="return 0", joins=True, call="exit_after(main)").replace(
+        'atexit.register(print, "atexit was run")', "sys.stdout.close()"
+    )
+    script = script.replace('sys.stdout.write("all work is done\\n")', "pass")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr

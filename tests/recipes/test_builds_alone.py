@@ -1,47 +1,30 @@
-"""What `prepare:` builds is built by one process while the others wait: nothing in it may take part in their group."""
+"""What `prepare:` builds is built by one process while the others wait: nothing in it takes part in their group."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+import json
 
 import pytest
-from transformers import AutoModelForCausalLM
-from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from fdiv.errors import RecipeError
-from fdiv.inference.processes import process_state
-from fdiv.run.plan import prepare
+from tests.support.processes import run_well
+from tests.support.runs.builders import prepared
 
 
-@pytest.fixture
-def zero3():
-    kept = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # held weakly: it lives as long as `kept`
-    assert is_deepspeed_zero3_enabled()
-    yield kept
-    unset_hf_deepspeed_config()
+def both(tmp_path, tiny_model_dir, fails=""):
+    run_well(prepared, str(tmp_path / "root"), str(tiny_model_dir), fails, str(tmp_path / "said"), processes=2)
+    return [json.loads((tmp_path / f"said.{rank}").read_text()) for rank in range(2)]
 
 
-@dataclass
-class Builder:
-    model: str
-    seen: list[Any] = field(default_factory=list)
-
-    def build(self, folder: Path) -> dict[str, Any]:
-        model = AutoModelForCausalLM.from_pretrained(self.model)
-        whole = all(parameter.numel() and not hasattr(parameter, "ds_id") for parameter in model.parameters())
-        state = process_state()
-        self.seen.append((whole, is_deepspeed_zero3_enabled(), state.num_processes, state.is_main_process))
-        raise ValueError("no rows")
+def test_a_build_that_trains_a_model_trains_it_alone(tiny_model_dir, tmp_path):
+    said = both(tmp_path, tiny_model_dir)
+    assert said[0] == said[1] == {"group": 2, "processes": 1, "wrapped": "LlamaForCausalLM", "zero3": False}
+    assert len(list((tmp_path / "root").iterdir())) == 1
 
 
-def test_models_of_a_build_are_whole_and_the_configuration_comes_back(zero3, tiny_model_dir, tmp_path):
-    builder = Builder(str(tiny_model_dir))
-    block = SimpleNamespace(name="whole", where="recipe.yaml, line 3", instance=lambda variables: builder)
-    with pytest.raises(RecipeError, match=r"line 3: prepare \(whole\): no rows"):
-        prepare(SimpleNamespace(recipe=SimpleNamespace(prepare=block), variables={}), tmp_path)
-    assert builder.seen == [(True, False, 1, True)]
-    assert is_deepspeed_zero3_enabled() and zero3.is_zero3()
+@pytest.mark.parametrize(
+    ("fails", "error", "message"),
+    [("rows", "FileNotFoundError", "no rows at all"), ("rollouts", "RolloutError", "the server is gone")],
+)
+def test_its_error_is_that_of_the_builder(fails, error, message, tiny_model_dir, tmp_path):
+    said = both(tmp_path, tiny_model_dir, fails)
+    assert said[0] == {"group": 2, "error": error, "message": message}

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from fdiv.catalog import METHODS
+
 
 @pytest.fixture
 def readme(repository):
@@ -70,3 +72,11 @@ def test_the_figures_of_the_fuzz_suite_are_those_of_its_run(repository, readme):
     tried, faults = (int(number.replace(",", "")) for number in re.findall(r"\*\*([\d,]+)\*\*", line))
     assert tried == sum(found["tried"].values())
     assert faults == found["sum_of_faults"]
+
+
+def test_the_number_of_unlearning_methods_is_that_of_the_catalog(repository, readme):
+    others = sum("unlearning" in str(METHODS[name]) for name in METHODS) - 1  # without FLAT
+    assert others == 16
+    for text in (readme, (repository / "docs" / "index.md").read_text()):
+        assert set(re.findall(r"and (\d+) methods to compare with", text)) == {str(others)}
+    assert "sixteen unlearning methods beside them" in readme
