@@ -164,6 +164,25 @@ def test_the_models_own_answers_as_retain_rows(count, known_models, tmp_path, ca
     assert sum(answers[row["question"]] == row["answer"] for row in rows) >= len(rows) - 1  # it knows them
 
 
+def test_the_retrained_model_is_loaded_in_the_type_of_the_run(known_models, tmp_path, monkeypatch):
+    from fdiv.models import loading
+
+    load, types = loading.load_model, {}
+
+    def loaded(model, *args, **keys):
+        found = load(model, *args, **keys)
+        types[model] = next(found.parameters()).dtype
+        return found
+
+    monkeypatch.setattr(loading, "load_model", loaded)
+    retrained = str(known_models / "retrained")
+    words = (*QUICK, "--retrained", retrained, "--dtype", "bfloat16", "--max_steps", "1")
+    assert main(command(known_models, tmp_path / "out", *words)) == 0
+    assert types[retrained] == torch.bfloat16
+    measured = json.loads((tmp_path / "out" / "erasure.json").read_text())["measured"]
+    assert 0 < measured["forget_probability"]["retrained"] < 0.3
+
+
 def test_an_adapter_that_knows_the_rows_is_gone_on_with(known_models, tmp_path):
     """Rows that were learned in an adapter: it is trained on, belongs to the same base, and no copy of it is left."""
     from peft import LoraConfig, get_peft_model

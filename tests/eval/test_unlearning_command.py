@@ -147,6 +147,16 @@ def test_a_model_that_knows_them_still(known_models, tmp_path, capsys):
     assert any("no retain rows and no neighbours were given" in line for line in found["not_measured"])
 
 
+def test_the_retrained_model_has_the_type_of_the_others(known_models, tmp_path):
+    """It is the measured model here, so that every number is equal to the last bit."""
+    words = ("--samples", "0", "--attacks", "int8", "--dtype", "bfloat16", "--retrained", known_models / "retrained")
+    assert measure(known_models, tmp_path, *words) == 0
+    measured = json.loads((tmp_path / "erasure.json").read_text())["measured"]
+    names = [name for name in measured if measured[name]["after"] is not None]
+    assert "forget_probability" in names
+    assert all(measured[name]["retrained"] == measured[name]["after"] for name in names)
+
+
 def test_rows_the_model_never_knew_are_said_first(known_models, tmp_path, capsys):
     words = ("--samples", "0", "--attacks", "int8")
     assert measure(known_models, tmp_path, *words, model="model", base="retrained") == 0
