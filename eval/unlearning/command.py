@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         info(f"note: {repeated}")
     before = _measured(evaluation, load_model(base, dtype=args.dtype), None)
     after = _measured(evaluation, load_model(model_name, adapter, args.dtype), before)
-    retrained = evaluation.retrained(before)
+    retrained = evaluation.retrained(before, args.dtype)
     if process_state().is_main_process:
         _write(args, evaluation, before, after, retrained, base, time.monotonic() - began)
     process_state().wait_for_everyone()

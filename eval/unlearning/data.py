@@ -31,6 +31,7 @@ __all__ = [
     "Row",
     "Rows",
     "check_apart",
+    "held_out_nothing",
     "passages",
     "read_questions",
     "read_rows",
@@ -124,15 +125,30 @@ def _read(name: str, what: str) -> tuple[list[Row], Source]:
 
 def _asked_for(path: Path, source: Source) -> Source:
     """The file that a request named, of forget rows that it wrote again (`fdiv.unlearning.request.builder`)."""
-    record = path.parent / "request.json"
-    if path.name != "forget.jsonl" or not record.is_file():
-        return source
+    named = _request_of(path).get("forget") if path.name == "forget.jsonl" else None
     try:
-        named = json.loads(record.read_text(encoding="utf-8"))["forget"]
         file = home_path(named)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (DataError, TypeError):
         return source
     return Source(named, file) if file.is_file() else source
+
+
+def _request_of(path: Path) -> dict[str, Any]:
+    """What the request says that built a file; {} where none did."""
+    try:
+        found = json.loads((path.parent / "request.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def held_out_nothing(name: str) -> bool:
+    """Whether a build was to hold out sampled rows as the neighbours of this file, and had too few of them to do so.
+
+    How many answers of a model can be used is known after a recipe has named the files of its build.
+    """
+    path = home_path(name)
+    return path.name == "neighbours.jsonl" and not path.exists() and bool(_request_of(path).get("sample_retain"))
 
 
 def _format_of(columns: set[str], source: Source, what: str) -> tuple[str, ...]:

@@ -241,7 +241,7 @@ class UnlearningEvaluation:
     def write(self, model: PreTrainedModel, measured: Measured, start: Measured | None) -> None:
         """The record of this stage and, after training, the report; call it on all processes."""
         reported = self.context.stage == "after" and start is not None and self.profile.report
-        retrained = self.retrained(start) if reported and start is not None else None
+        retrained = self.retrained(start, _weights_type(model)) if reported and start is not None else None
         if not is_main_process():
             return
         folder = self.context.output_dir
@@ -258,16 +258,25 @@ class UnlearningEvaluation:
             page = write_report(folder.parent.parent, content)
             info(f"erasure report: {page}")
 
-    def retrained(self, start: Measured) -> Measured | None:
-        """The same of the retrained model, where one is named; call it on all processes."""
+    def retrained(self, start: Measured, dtype: str) -> Measured | None:
+        """The same of the retrained model, where one is named; call it on all processes.
+
+        Args:
+            start: of the model before unlearning. dtype: of the models it stands beside (see `load_model`).
+        """
         if self.config.retrained is None:
             return None
         from fdiv.models.loading import load_model
 
-        model = load_model(self.config.retrained)
+        model = load_model(self.config.retrained, dtype=dtype)
         measured = self.measurement.likelihoods(model, start.chance)
         self.measure_more(model, measured, attacked=True)
         return measured
+
+
+def _weights_type(model: PreTrainedModel) -> str:
+    """Number type of a model's weights; of one with an adapter that of the base, whose parameters come first."""
+    return str(next(weights.dtype for weights in model.parameters() if weights.is_floating_point()))
 
 
 def _read(path: Path) -> Measured:

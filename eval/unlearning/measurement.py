@@ -253,10 +253,8 @@ class Measurement:
 
         What is measured of an attacked model is not kept by its weights: an attack may change something else.
         """
-        digest = weights_fingerprint(model) if self.cache_dir is not None else ""
-        about = [[attack.name, sorted(map(str, attack.settings.items())), attack.max_items] for attack in attacks]
-        parts = (digest, [list(map(str, row.items())) for row in self.sets.asked], about, self.seed)
-        cache = ItemCache(self.cache_dir, "attacks", fingerprint(*parts), process_state().process_index)
+        digest = self._attack_digest(model, attacks, measured) if self.cache_dir is not None else ""
+        cache = ItemCache(self.cache_dir, "attacks", digest, process_state().process_index)
         results = []
         for attack in attacks:
             if attack.name not in cache.items:
@@ -264,6 +262,17 @@ class Measurement:
                 cache.add([{"key": attack.name, "results": found}])
             results += [AttackResult(**result) for result in cache.items[attack.name]["results"]]
         return results
+
+    def _attack_digest(self, model: PreTrainedModel, attacks: Sequence[NamedAttack], measured: Measured) -> str:
+        """Of all that the results of attacks depend on: the model and its type, the rows and how they are asked,
+        the attacks with what the evaluation filled in, and what they are compared with."""
+        about = [[attack.name, sorted(map(str, attack.resolved.items())), attack.max_items] for attack in attacks]
+        rows = [list(map(str, row.items())) for row in self.sets.asked]
+        texts = [encode(row, self.tokenizer, self.prompt).input_ids for row in self.sets.asked]
+        return fingerprint(
+            weights_fingerprint(model), str(next(model.parameters()).dtype), rows, list(map(list, texts)),
+            repr(self.prompt), about, measured.chance, self.max_new_tokens, self.seed,
+        )  # fmt: skip
 
     def _stages(self, model: PreTrainedModel, attack: NamedAttack, measured: Measured) -> list[AttackResult]:
         found, began = [], time.monotonic()

@@ -11,7 +11,7 @@ from fdiv.eval.benchmark.evaluation import selected_rows
 from fdiv.eval.metrics.leakage import Secret, secrets_of
 from fdiv.eval.unlearning.attacks.prompts import Paraphrase
 from fdiv.eval.unlearning.attacks.rows import answered, asked, encode, prompt_rows, with_asked
-from fdiv.eval.unlearning.data import Row, Rows, check_apart, passages, read_rows, with_paraphrases
+from fdiv.eval.unlearning.data import Row, Rows, check_apart, held_out_nothing, passages, read_rows, with_paraphrases
 from fdiv.eval.unlearning.general import GENERAL_QUESTIONS, GENERAL_TEXTS
 from fdiv.files import folded
 from fdiv.inference.prompting import EncodedText, PromptFormat
@@ -110,8 +110,8 @@ def load_sets(
 
     Args:
         tokenizer: of the evaluated model. forget, neighbours, retain, holdout, general: files (see
-            `fdiv.eval.unlearning.data`); without `neighbours` the retain rows are measured in their place, without
-            `general` a few sentences of our own.
+            `fdiv.eval.unlearning.data`); without `neighbours`, or where a build had too few rows to hold some out, the
+            retain rows are measured in their place, without `general` a few sentences of our own.
         paraphrases: file with other wordings of the forget rows. paraphrase_model: a model that writes those that are
             missing, instead of templates.
         max_items: evenly spaced rows of each set that are kept. seed: chooses among wordings.
@@ -122,6 +122,8 @@ def load_sets(
     rows, missing = read_rows(forget, "forget"), {}
     if paraphrases is not None:
         rows = with_paraphrases(rows, paraphrases)
+    too_few = neighbours is not None and held_out_nothing(neighbours)
+    neighbours = None if too_few else neighbours
     others: dict[str, list[Row]] = {}
     given = {"neighbours": neighbours or retain, "retain": retain, "holdout": holdout, "general": general}
     for name, file in given.items():
@@ -133,6 +135,7 @@ def load_sets(
     elif neighbours is None:
         missing["neighbours_kept_apart"] = (
             "the neighbours are the retain rows: what was trained on is what is measured"
+            + ("; too few answers of the model could be used to hold some of them out" if too_few else "")
         )
     if not others["holdout"]:
         missing["holdout"] = "no holdout rows were given: rows of the same kind that the model has never seen"

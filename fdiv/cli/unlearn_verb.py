@@ -206,7 +206,8 @@ def _say(request: Request, looked: Looked, plan: RunPlan) -> None:
     apart = held_out(looked.retain_rows + request.sample_retain) if request.sample_retain else 0
     apart = apart or (len(looked.sets["neighbours"]) if "neighbours" not in request.rows else 0)
     if apart:
-        info(f"neighbours: {apart} of the retain rows are not trained on, and measured")
+        most = "up to " if request.sample_retain and "neighbours" not in request.rows else ""
+        info(f"neighbours: {most}{apart} of the retain rows are not trained on, and measured")
 
 
 def _time(request: Request, looked: Looked, plan: RunPlan) -> None:

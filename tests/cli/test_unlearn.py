@@ -141,19 +141,46 @@ def test_without_retain_rows_it_says_what_is_lost(known_models, tmp_path, capsys
     assert "--method f_dpo: not a method that unlearns" in capsys.readouterr().err
 
 
-def test_the_models_own_answers_as_retain_rows(known_models, tmp_path, capsys):
-    """To questions of a file: those of the forget rows, and answers that hold a secret, are left out and counted."""
+@pytest.mark.parametrize("count", [5, 10])
+def test_the_models_own_answers_as_retain_rows(count, known_models, tmp_path, capsys):
+    """To questions of a file: those of the forget rows, and answers that hold a secret, are left out and counted.
+
+    Of ten rows two would be held out; there are fewer, so none is, and the report says so.
+    """
     asked = [{"question": row["question"]} for row in [FORGET[0], *RETAIN]]
     write(tmp_path / "asked.jsonl", asked)
-    words = ("--sample_retain", "5", "--retain_questions", tmp_path / "asked.jsonl", "--max_steps", "1")
+    words = ("--sample_retain", str(count), "--retain_questions", tmp_path / "asked.jsonl", "--max_steps", "1")
     assert main(command(known_models, tmp_path / "out", *QUICK, *words, retain=False)) == 0
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("sampled retain rows"))
     assert "7 read" in line and "1 of 7 rows dropped: their question is a forget row's" in line
     folder = next((tmp_path / "out" / "prepared").glob("own_rows-*"))
     rows = [json.loads(text) for text in (folder / "retain.jsonl").read_text().splitlines()]
-    assert 0 < len(rows) <= 5
+    assert 0 < len(rows) <= min(count, 6) and not (folder / "neighbours.jsonl").exists()
+    found = json.loads((tmp_path / "out" / "erasure.json").read_text())
+    lines = [line for line in found["not_measured"] if line.startswith("neighbours kept apart: ")]
+    assert len(lines) == 1 and ("too few answers of the model could be used" in lines[0]) == (count == 10)
+    assert found["measured"]["neighbour_probability"]["after"] > 0
     answers = {row["question"]: row["answer"] for row in RETAIN}
     assert sum(answers[row["question"]] == row["answer"] for row in rows) >= len(rows) - 1  # it knows them
+
+
+def test_the_retrained_model_is_loaded_in_the_type_of_the_run(known_models, tmp_path, monkeypatch):
+    from fdiv.models import loading
+
+    load, types = loading.load_model, {}
+
+    def loaded(model, *args, **keys):
+        found = load(model, *args, **keys)
+        types[model] = next(found.parameters()).dtype
+        return found
+
+    monkeypatch.setattr(loading, "load_model", loaded)
+    retrained = str(known_models / "retrained")
+    words = (*QUICK, "--retrained", retrained, "--dtype", "bfloat16", "--max_steps", "1")
+    assert main(command(known_models, tmp_path / "out", *words)) == 0
+    assert types[retrained] == torch.bfloat16
+    measured = json.loads((tmp_path / "out" / "erasure.json").read_text())["measured"]
+    assert 0 < measured["forget_probability"]["retrained"] < 0.3
 
 
 def test_an_adapter_that_knows_the_rows_is_gone_on_with(known_models, tmp_path):

@@ -280,6 +280,40 @@ def test_relearning_lowers_the_loss_of_its_rows_alone_in_what_counts(of, models,
         assert loss(attacked.model, QUESTIONS[index]) < loss(models[of], QUESTIONS[index]) - 0.1
 
 
+@pytest.mark.parametrize("of", ["plain", "lora", "gpt2"])
+def test_relearning_bfloat16_weights_goes_as_far_as_float32(of, models, tokenizer):
+    """From the same numbers, at the rate at which steps round away in bfloat16: after 5 steps and after 40."""
+    half = copy.deepcopy(models[of]).to(torch.bfloat16)
+    whole = copy.deepcopy(half).float()
+    texts = [encode(row, tokenizer) for row in QUESTIONS]
+
+    def loss(model):
+        found = [
+            model(input_ids=torch.tensor([text.input_ids])).logits[0, text.prompt_length - 1 : -1].float()
+            for text in texts
+        ]
+        labels = [torch.tensor(text.input_ids[text.prompt_length :]) for text in texts]
+        return sum(map(torch.nn.functional.cross_entropy, found, labels)).item() / len(texts)
+
+    attack = build_attack(
+        {"name": "relearn", "steps": [5, 100 if of == "lora" else 40], "share": 1.0, "learning_rate": 1e-5}
+    ).attack
+    before = state(half)
+    with torch.no_grad():
+        fallen = {
+            str(model.dtype): [
+                loss(model) - loss(attacked.model)
+                for _, attacked in attack.stages(model, tokenizer, QUESTIONS, seed=0)
+            ]
+            for model in (half, whole)
+        }
+    assert_same(before, state(half))
+    # An adapter of bfloat16 keeps its type, and what is measured its rounding.
+    expected, found = fallen["torch.float32"], fallen["torch.bfloat16"]
+    assert found[1] == pytest.approx(expected[1], rel=0.3 if of == "lora" else 0.01)
+    assert of == "lora" or found[0] == pytest.approx(expected[0], rel=0.05)
+
+
 def test_every_row_trained_on_leaves_all_to_measure():
     assert Attacked(None, QUESTIONS, trained_on=(0, 1, 2, 3, 4)).measured == [0, 1, 2, 3, 4]
 

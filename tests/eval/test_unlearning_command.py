@@ -6,6 +6,10 @@ import shutil
 import pytest
 
 from fdiv.cli import main
+from fdiv.eval.unlearning.evaluation import UnlearningEvalConfig, UnlearningEvaluation
+from fdiv.eval.unlearning.measurement import AttackResult, Measured, Measurement
+from fdiv.evaluation import EvalContext
+from fdiv.models.loading import load_model, load_tokenizer
 from tests.support.unlearned import FORGET, RETAIN, rows_of, write
 
 
@@ -90,6 +94,46 @@ def test_again_from_what_is_kept(report, known_models, capsys):
     )
 
 
+def test_kept_attacks_are_made_again_where_what_they_depend_on_changes(known_models, tmp_path, monkeypatch):
+    """Prompt, rate of relearning, rows shown, chance, type of the weights, bound on answers: each another folder."""
+    model = load_model(str(known_models / "retrained"))
+    tokenizer = load_tokenizer(str(known_models / "retrained"))
+    made = []
+
+    def stages(measurement, model, attack, measured):
+        made.append(attack.name)
+        return [AttackResult(attack.name)]
+
+    monkeypatch.setattr(Measurement, "_stages", stages)
+
+    def count(chance=0.1, model=model, **keys):
+        settings = {"retain": str(known_models / "retain.jsonl"), "samples": 0, "attacks": ["relearn", "priming"]}
+        config = UnlearningEvalConfig(forget=str(known_models / "forget.jsonl"), **(settings | keys))
+        evaluation = UnlearningEvaluation(
+            config, tokenizer, EvalContext(None, tmp_path / "out", seed=0, stage="standalone")
+        )
+        measured = Measured([], [{"probability": chance}] * len(FORGET))
+        evaluation.measurement.examples, before = 0, len(made)
+        evaluation.measure_more(model, measured, attacked=True)
+        assert [result.name for result in measured.attacks] == ["relearn", "priming"]
+        return len(made) - before
+
+    write(tmp_path / "retain.jsonl", RETAIN[1:])
+    assert [count(), count()] == [2, 0]
+    for changed in (
+        {"relearning_rate": 1e-3},
+        {"relearning_rate": 1e-4},
+        {"chat_template": "never"},
+        {"end_token": "appended"},
+        {"retain": str(tmp_path / "retain.jsonl")},
+        {"chance": 0.2},
+        {"max_new_tokens": 7},
+        {"model": load_model(str(known_models / "retrained"), dtype="bfloat16")},
+    ):
+        assert [count(**changed), count(**changed)] == [2, 0], changed
+    assert count() == 0
+
+
 def test_a_model_that_knows_them_still(known_models, tmp_path, capsys):
     """Nothing was unlearned: the same numbers on both sides, and no word of forgetting; texts hidden on request."""
     words = ("--samples", "0", "--attacks", "prefix", "--hide_texts")
@@ -101,6 +145,16 @@ def test_a_model_that_knows_them_still(known_models, tmp_path, capsys):
     text = (tmp_path / "erasure.html").read_text() + json.dumps(found)
     assert FORGET[0]["answer"] not in text and found["examples"][0]["after"] == "holds it: True"
     assert any("no retain rows and no neighbours were given" in line for line in found["not_measured"])
+
+
+def test_the_retrained_model_has_the_type_of_the_others(known_models, tmp_path):
+    """It is the measured model here, so that every number is equal to the last bit."""
+    words = ("--samples", "0", "--attacks", "int8", "--dtype", "bfloat16", "--retrained", known_models / "retrained")
+    assert measure(known_models, tmp_path, *words) == 0
+    measured = json.loads((tmp_path / "erasure.json").read_text())["measured"]
+    names = [name for name in measured if measured[name]["after"] is not None]
+    assert "forget_probability" in names
+    assert all(measured[name]["retrained"] == measured[name]["after"] for name in names)
 
 
 def test_rows_the_model_never_knew_are_said_first(known_models, tmp_path, capsys):

@@ -6,6 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from fdiv.errors import DataError, RecipeError
+from fdiv.eval.unlearning.attacks.rows import encode
+from fdiv.eval.unlearning.general import GENERAL_QUESTIONS
+from fdiv.models.loading import load_tokenizer
 from fdiv.unlearning.request import defaults, estimate
 from fdiv.unlearning.request.builder import OwnRowsConfig, held_out
 from fdiv.unlearning.request.recipe import Request, look, recipe_of
@@ -103,6 +106,32 @@ def test_the_recipe_bounds_rows_by_the_longest(looked, known_models):
     assert keys["eval"]["forget"] == keys["epoch_evaluation"]["forget"] == "${prepare}/forget.jsonl"
     assert "neighbours" not in keys["eval"] and "prompt_format" not in keys  # six retain rows; a chat template
     assert keys["prepare"]["forget"] == str(known_models / "forget.jsonl") and keys["per_device_train_batch_size"] == 4
+
+
+@pytest.mark.parametrize(("words", "expected"), [(1, None), (5, None), (400, 256)])
+def test_the_recipe_has_room_for_sampled_rows(words, expected, known_models, tmp_path):
+    """The longest question of the file, its answer's frame, and 128 tokens of an answer; at most the context."""
+    write(tmp_path / "asked.jsonl", [{"question": "Who?"}, {"question": "Who is it " * words}])
+    rows = {"forget": str(known_models / "forget.jsonl")}
+    request = Request(
+        str(known_models / "model"), rows, "out", "npo", sample_retain=3, questions=str(tmp_path / "asked.jsonl")
+    )
+    tokenizer = load_tokenizer(str(known_models / "model"))
+    longest = len(encode({"question": "Who is it " * words, "answer": "A"}, tokenizer).input_ids) + 128
+    assert recipe_of(request, look(request))["max_length"] == (expected or -(-longest // 8) * 8)
+
+
+def test_the_recipe_has_room_for_questions_that_are_not_written_yet(known_models):
+    """300 characters of a forget row's question, and 128 tokens of an answer, in a context of 256."""
+    rows = {"forget": str(known_models / "forget.jsonl")}
+    plain = Request(str(known_models / "model"), rows, "out", "npo", sample_retain=3, prompt_format="{question}")
+    tokenizer = load_tokenizer(str(known_models / "model"))
+    general = [encode({"question": text, "answer": "A"}, tokenizer, plain.prompt()) for text in GENERAL_QUESTIONS]
+    assert look(plain).sampled == 128 + max(len(text.input_ids) for text in general)
+    found = look(Request(plain.model, rows, "out", "npo", sample_retain=3))
+    texts = [(f"{row['question']} " * 20)[:300] for row in FORGET]
+    longest = max(len(encode({"question": text, "answer": "A"}, tokenizer).input_ids) for text in texts)
+    assert found.sampled == 128 + longest and look(Request(plain.model, rows, "out", "npo")).sampled == 0
 
 
 def test_the_time_plan_by_hand(looked):

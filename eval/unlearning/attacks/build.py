@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,13 +25,15 @@ class NamedAttack(NamedTuple):
     """An attack, and what its results are called.
 
     `settings` are its name and the parameters that were stated, for the record; `max_items` is how many rows are
-    measured after it, evenly spaced (None: all).
+    measured after it, evenly spaced (None: all). `resolved` are all parameters but defaults, those that the evaluation
+    filled in among them: what a cache of results has to tell apart.
     """
 
     name: str
     attack: Attack
     settings: Mapping[str, Any] = MappingProxyType({})
     max_items: int | None = None
+    resolved: Mapping[str, Any] = MappingProxyType({})
 
 
 def _attacks(found: Callable[..., Any]) -> bool:
@@ -57,7 +60,10 @@ def build_attack(spec: AttackSpec, what: str = "attack", **context: Any) -> Name
     """
     if not isinstance(spec, str | Mapping) and callable(spec):
         name = getattr(spec, "__name__", type(spec).__name__).lower()
-        return NamedAttack(name, spec, {"name": f"{getattr(spec, '__module__', '')}:{name}"})
+        settings = {"name": f"{getattr(spec, '__module__', '')}:{name}"}
+        # The text of a dataclass is its fields, that of a function its address in memory.
+        resolved = {**settings, "fields": repr(spec)} if is_dataclass(spec) else settings
+        return NamedAttack(name, spec, settings, resolved=resolved)
     name, keys = split_spec(spec, what, error=DataError)
     made = ATTACKS.find(name, what=what, error=DataError)
     title, shown, count = f"{what} {name!r}", keys.pop("as", None), keys.pop("max_items", None)
@@ -70,7 +76,7 @@ def build_attack(spec: AttackSpec, what: str = "attack", **context: Any) -> Name
     if _attacks(made):
         if keys:
             raise DataError(f"{title} takes no {', '.join(keys)}: it is an attack, which has no parameters")
-        return NamedAttack(label, made, settings, count)
+        return NamedAttack(label, made, settings, count, settings)
     parameters = inspect.signature(made).parameters
     keys = {key: value for key, value in context.items() if key in parameters} | keys
     bind_arguments(made, keys, title, error=DataError)
@@ -82,7 +88,7 @@ def build_attack(spec: AttackSpec, what: str = "attack", **context: Any) -> Name
         raise DataError(
             f"{title} made a {type(attack).__name__}: it must make a function (model, tokenizer, rows, *, seed)"
         )
-    return NamedAttack(label, attack, settings, count)
+    return NamedAttack(label, attack, settings, count, {"name": name, **keys})
 
 
 def build_attacks(specs: Sequence[AttackSpec], what: str = "attacks", **context: Any) -> list[NamedAttack]:

@@ -31,6 +31,10 @@ __all__ = ["Relearning", "relearn_unrelated"]
 class Relearning:
     """Fine-tunes a copy with AdamW at a constant learning rate, gradients clipped to norm 1, without dropout.
 
+    Steps of 1e-5 are below the rounding of bfloat16 weights, so all weights are trained and measured in float32 (16
+    bytes each, with gradients and AdamW's moments); an adapter, and what is not quantised of a quantised model, keep
+    their type, and AdamW holds float32 masters of them.
+
     Args:
         steps: of the optimizer; several for a curve: the first k steps of a longer training are those of a shorter.
         on: `forget`: on `share` of the rows; `unrelated`: on `unrelated`.
@@ -99,11 +103,12 @@ class Relearning:
         rate = self.learning_rate or (1e-4 if has_adapter(twin) else 1e-5)
         what = "forget rows" if self.on == "forget" else "unrelated texts"
         note = f"{len(texts)} {what}, learning rate {rate:g}, {'the adapter' if has_adapter(twin) else 'all weights'}"
-        optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+        masters = [_master(parameter) for parameter in trained]
+        optimizer = torch.optim.AdamW(masters, lr=rate, weight_decay=0.0)
         done = 0
         for point in self.points:
             while done < point:
-                self._step(twin, trained, optimizer, _batch(texts, self.batch_size, seed, done))
+                self._step(twin, trained, masters, optimizer, _batch(texts, self.batch_size, seed, done))
                 done += 1
             yield str(point), Attacked(twin, rows, trained_on=trained_on, notes=(note,))
 
@@ -128,14 +133,22 @@ class Relearning:
             names = own
         else:
             twin = merged_copy(model)
+            if not getattr(twin, "is_quantized", False):  # transformers refuses to cast those
+                twin = twin.float()
             names = {name for name, parameter in twin.named_parameters() if parameter.is_floating_point()}
             for name, parameter in twin.named_parameters():
                 parameter.requires_grad_(name in names)
         return twin, [parameter for name, parameter in twin.named_parameters() if name in names]
 
     @staticmethod
-    def _step(model: Any, trained: list[torch.nn.Parameter], optimizer: Any, batch: Sequence[EncodedText]) -> None:
-        """One step on the mean over rows of the mean −log p of a label."""
+    def _step(
+        model: Any,
+        trained: list[torch.nn.Parameter],
+        masters: list[torch.nn.Parameter],
+        optimizer: Any,
+        batch: Sequence[EncodedText],
+    ) -> None:
+        """One step of the masters, which `trained` follow, on the mean over rows of the mean −log p of a label."""
         width = max(len(text.input_ids) for text in batch)
         device = trained[0].device
         ids = torch.zeros((len(batch), width), dtype=torch.long)
@@ -150,11 +163,20 @@ class Relearning:
             losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
             loss = ((losses * labels).sum(1) / labels.sum(1).clamp(min=1)).mean()
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = None if gradient is None else gradient.to(master.dtype)
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for parameter, master in zip(trained, masters, strict=True):
+                if parameter is not master:
+                    parameter.copy_(master)
+
+
+def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """What AdamW steps: the parameter itself, of one in fewer bits than 32 a float32 copy."""
+    return parameter if parameter.element_size() >= 4 else torch.nn.Parameter(parameter.detach().float())
 
 
 def _batch(texts: Sequence[EncodedText], size: int, seed: int, step: int) -> list[EncodedText]:
