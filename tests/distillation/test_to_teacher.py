@@ -74,6 +74,46 @@ def test_a_student_is_at_no_distance_from_itself(tiny_model_dir, tmp_path):
     assert all(abs(value) < 1e-6 for name, value in found.items() if name != "to_teacher/agreement")
 
 
+def test_the_teacher_is_loaded_as_the_run_loads_it(tiny_model_dir, teacher_dir, tmp_path, monkeypatch):
+    """Revision, loading options and trust of the run's own teacher; none of them for one that `teacher` names."""
+    from fdiv.distillation import evaluation
+
+    loaded, tokenizers = [], []
+
+    def load(name, revision=None, **loading):
+        loaded.append((name, revision, loading))
+        return AutoModelForCausalLM.from_pretrained(name, dtype=loading.get("dtype", "float32"))
+
+    def read_tokenizer(name, **loading):
+        tokenizers.append(loading)
+        return AutoTokenizer.from_pretrained(name)
+
+    monkeypatch.setattr(evaluation, "load_teacher", load)
+    monkeypatch.setattr(evaluation, "teacher_tokenizer", read_tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    student = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    data, name = {"test": Dataset.from_list(rows(2))}, str(teacher_dir)
+    run = context(
+        tmp_path, teacher_model_name_or_path=name, teacher_model_revision="v2", trust_remote_code=True,
+        teacher_model_init_kwargs={"attn_implementation": "eager"},
+    )  # fmt: skip
+    ToTeacherEvalConfig().evaluate(student, tokenizer, data, run)
+    ToTeacherEvalConfig(name).evaluate(student, tokenizer, data, run)
+    assert loaded == [(name, "v2", {"trust_remote_code": True, "attn_implementation": "eager"}), (name, None, {})]
+    assert tokenizers == [{"trust_remote_code": True}, {}]
+
+
+def test_the_teacher_of_the_run_keeps_its_own_depth(tiny_model_dir, teacher_dir, tmp_path):
+    """A run whose teacher is loaded with one of its three layers: the evaluation measures against that one."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    one_layer = AutoModelForCausalLM.from_pretrained(teacher_dir, num_hidden_layers=1)
+    run = context(
+        tmp_path, teacher_model_name_or_path=str(teacher_dir), teacher_model_init_kwargs={"num_hidden_layers": 1}
+    )
+    found = ToTeacherEvalConfig().evaluate(one_layer, tokenizer, {"test": Dataset.from_list(rows(3))}, run)
+    assert found["to_teacher/agreement"] == 1 and found["to_teacher/reverse_kl"] == pytest.approx(0, abs=1e-6)
+
+
 def test_what_it_refuses(tiny_model_dir, teacher_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     student = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
@@ -90,7 +130,7 @@ def test_what_it_refuses(tiny_model_dir, teacher_dir, tmp_path):
     other = build_tiny_model(tmp_path / "other", vocab_texts=["quite other words, and no others"], vocab_size=300)
     with pytest.raises(DataError, match="different vocabularies"):
         ToTeacherEvalConfig(str(other)).evaluate(student, tokenizer, data, context(tmp_path))
-    for options, message in (({"divergences": []}, "is empty"), ({"divergences": ["kl"]}, "ambiguous"), ({"batch_size": 0}, "batch_size")):  # fmt: skip
+    for options, message in (({"divergences": []}, "is empty"), ({"divergences": ["kl"]}, "ambiguous"), ({"batch_size": 0}, "batch_size"), ({"max_rows": 0}, "max_rows must be at least 1, got 0; leave it out for all"), ({"max_rows": -2}, "got -2")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             ToTeacherEvalConfig(**options)
 
