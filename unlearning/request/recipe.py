@@ -19,7 +19,6 @@ from fdiv.inference.prompting import PromptFormat
 from fdiv.models.loading import context_of
 from fdiv.unlearning.request.builder import SETS, OwnRowsConfig, held_out
 from fdiv.unlearning.request.defaults import LORA, TRAINING, length_keys, method_keys
-from fdiv.unlearning.request.sampling import longest_sampled
 
 __all__ = ["Looked", "Request", "look", "recipe_of"]
 
@@ -106,7 +105,6 @@ class Looked:
     Attributes:
         sets: rows by set. texts: the same as token ids, running text in passages. limit: the model's context.
         layers: of the model. prompt_format: the request's, or the plain one where there is no chat template.
-        sampled: bound on the tokens of a retain row that the model is to answer; 0 where it answers none.
     """
 
     sets: dict[str, Sequence[Row]]
@@ -114,7 +112,6 @@ class Looked:
     limit: int | None
     layers: int
     prompt_format: str | None
-    sampled: int = 0
 
     def longest(self, *names: str) -> int:
         """Tokens of the longest row of some sets."""
@@ -155,10 +152,9 @@ def look(request: Request) -> Looked:
     elif adapter_folder(request.model) is not None:
         base, adapter = base_and_adapter(request.model)
         raise DataError(f"--model {request.model} is an adapter: give --model {base} --adapter {adapter}")
-    config = OwnRowsConfig(**{key: value for key, value in request.builder().items() if key != "name"})
-    sets = config.read()
+    sets = OwnRowsConfig(**{key: value for key, value in request.builder().items() if key != "name"}).read()
     limit = context_of(request.model)
-    layers = getattr(AutoConfig.from_pretrained(find_model(request.model)).get_text_config(), "num_hidden_layers", 1)
+    config = AutoConfig.from_pretrained(find_model(request.model)).get_text_config()
     tokenizer = load_tokenizer(request.model, request.adapter)
     check_end(tokenizer, request.model)
     check_pad_token(tokenizer, request.model)
@@ -173,8 +169,7 @@ def look(request: Request) -> Looked:
         texts[name] = [encode(row, tokenizer, prompt) for row in prompt_rows(pieces)]
         known = _with_source(pieces, sets[name])
         check_context(texts[name], known, name, limit)
-    sampled = longest_sampled(config, tokenizer, prompt, sets["forget"]) if request.sample_retain else 0
-    return Looked(sets, texts, limit, layers, prompt_format, sampled)
+    return Looked(sets, texts, limit, getattr(config, "num_hidden_layers", 1), prompt_format)
 
 
 def _with_source(pieces: list[Row], rows: Any) -> Any:
@@ -250,13 +245,10 @@ def _adapter(request: Request) -> dict[str, Any]:
 
 
 def _max_length(looked: Looked) -> int:
-    """The longest row that is trained on or may be sampled, rounded up to 8, within the model's context; of running
-    text at least a chunk."""
+    """The longest row that is trained on, rounded up to 8; of running text a chunk."""
     if looked.raw_text:
-        longest = max(_TEXT_LENGTH, looked.sampled)
-    else:
-        least = 64 if "retain" not in looked.texts else 0
-        longest = max(looked.longest("forget", "retain"), least, looked.sampled)
+        return min(looked.limit or _TEXT_LENGTH, _TEXT_LENGTH)
+    longest = max(looked.longest("forget", "retain"), 64 if "retain" not in looked.texts else 0)
     longest = -(-longest // 8) * 8
     return longest if looked.limit is None else min(longest, looked.limit)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdiv.errors import DataError
 from fdiv.eval.metrics.leakage import Secret, secrets_of
-from fdiv.eval.unlearning.attacks.rows import answered, asked, encode, prompt_rows
+from fdiv.eval.unlearning.attacks.rows import answered, asked, prompt_rows
 from fdiv.eval.unlearning.data import Row, passages, read_questions
 from fdiv.eval.unlearning.general import GENERAL_QUESTIONS
 from fdiv.files import folded
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from fdiv.unlearning.request.builder import OwnRowsConfig
 
-__all__ = ["longest_sampled", "sampled_rows"]
+__all__ = ["sampled_rows"]
 
 _ASK = (
     "Write one short question of the same kind as the following one, about something else. Give the question alone.\n"
@@ -78,25 +78,6 @@ def sampled_rows(config: OwnRowsConfig, forget: Sequence[Row]) -> list[Row]:
     if not found:
         raise DataError("--sample_retain: none of the model's answers could be used; give retain rows with --retain")
     return found
-
-
-def longest_sampled(
-    config: OwnRowsConfig, tokenizer: PreTrainedTokenizerBase, prompt: PromptFormat, forget: Sequence[Row]
-) -> int:
-    """Tokens of the longest row that `sampled_rows` may make: the longest question, and an answer of `max_new_tokens`.
-
-    Questions that the model will write are not known yet: they are taken as `_LONGEST` characters of a forget row's.
-
-    Raises:
-        DataError: a file of questions that cannot be read.
-    """
-    questions: list[Row] = [{"question": question} for question in GENERAL_QUESTIONS]
-    if config.questions is not None:
-        questions = read_questions(config.questions, "neighbouring")
-    elif prompt.uses_chat(tokenizer):
-        known = {asked(row) for row in prompt_rows(passages(forget))} - {""}
-        questions += [{"question": (f"{text} " * _LONGEST)[:_LONGEST]} for text in known]
-    return config.max_new_tokens + max(len(encode(_row(row, "A"), tokenizer, prompt).input_ids) for row in questions)
 
 
 def _text(row: Row) -> str:
