@@ -219,8 +219,14 @@ def write_rows(folder: Path, count: int) -> None:
 
 
 def read_rows(folder: Path, count: int) -> list[dict[str, Any]]:
-    """`count` forget rows, evenly spaced."""
-    lines = (folder / f"{SETS[0]}.json").read_text(encoding="utf-8").splitlines()
+    """`count` different forget rows, evenly spaced; the program ends with one line where the file has fewer."""
+    file = folder / f"{SETS[0]}.json"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    if len(lines) < count:
+        sys.exit(
+            f"{file} has {len(lines)} rows and {count} are asked for: lower --rows, --batch, --padded_batch and "
+            "--curve_rows to that, or give --data with more"
+        )
     return [json.loads(lines[i * len(lines) // count]) for i in range(count)]
 
 
@@ -587,10 +593,11 @@ def main() -> None:
     content["settings"] |= {"model": Path(options.model).name, "data": "TOFU" if options.data else "made up"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        needed = max(options.rows, options.batch, options.padded_batch, *options.curve_rows)
         if options.data is None:
-            write_rows(folder, 16)
+            write_rows(folder, max(needed, options.tofu_rows))
         data = Path(options.data) if options.data else folder
-        rows = read_rows(data, max(options.rows, options.batch, options.padded_batch, *options.curve_rows))
+        rows = read_rows(data, needed)
         parts = {
             "shares": lambda: shares(options.model, folder, rows, options),
             "tofu": lambda: tofu(options.model, data, options),

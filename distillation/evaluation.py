@@ -32,7 +32,7 @@ class ToTeacherEvalConfig(RowOptions):
     answers for each divergence, and `to_teacher/agreement`, the share of tokens where both would say the same.
 
     Args:
-        teacher: path or hub name; left out: the run's `teacher_model_name_or_path`.
+        teacher: path or hub name; left out: the run's `teacher_model_name_or_path`, loaded as the run loads it.
         split: of the data. divergences: names or mappings, also without an f.
         max_rows: at most this many rows; None: all.
         max_tokens: answers are cut to it. batch_size: rows scored at once.
@@ -61,9 +61,11 @@ class ToTeacherEvalConfig(RowOptions):
             raise ValueError("divergences is empty: name at least one")
         for spec in self.divergences:
             get_distance(spec)
-        for name in ("max_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_tokens", "batch_size", "max_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                left_out = "; leave it out for all rows" if name == "max_rows" else ""
+                raise ValueError(f"{name} must be at least 1, got {value}{left_out}")
 
     @torch.no_grad()
     def evaluate(
@@ -75,16 +77,15 @@ class ToTeacherEvalConfig(RowOptions):
             DataError: no such rows, no teacher, or a teacher of another vocabulary.
             ValueError: neither `teacher` nor the run names one.
         """
-        name = self.teacher or getattr(context.training_args, "teacher_model_name_or_path", None)
-        if name is None:
-            raise ValueError("to_teacher needs a teacher: set `teacher`, or teacher_model_name_or_path of the run")
+        name, loading = self._teacher(context.training_args)
         given = list(check_rows(datasets.get(self.split), f"the {self.split} split", given=True))
         rows = given[: self.max_rows]
         context.report_rows(self._report(tokenizer, len(given), rows), self.min_used_fraction)
         with whole_models():
-            teacher = load_teacher(name).to(model.device)
+            teacher = load_teacher(name, **loading).to(model.device)
         widths = [part.config.get_text_config().vocab_size for part in (model, teacher)]
-        shared = shared_tokens(tokenizer, teacher_tokenizer(name), *widths)
+        remote = {key: loading[key] for key in ("trust_remote_code",) if key in loading}
+        shared = shared_tokens(tokenizer, teacher_tokenizer(name, **remote), *widths)
         read = [[*prompt, *ids] for prompt, ids in (self._tokens(tokenizer, row) for row in rows)]
         check_known_tokens(read, tokenizer, shared, f"the {self.split} split")
         columns: dict[str, list[Tensor]] = {}
@@ -93,6 +94,25 @@ class ToTeacherEvalConfig(RowOptions):
             for key, values in self._score(model, teacher, shared, tokenizer, batch).items():
                 columns.setdefault(key, []).append(values)
         return _reduce({key: torch.cat(parts).double().cpu() for key, parts in columns.items()})
+
+    def _teacher(self, args: Any) -> tuple[str, dict[str, Any]]:
+        """Name and loading options of the teacher: the run's own, loaded as the run loads it, where none is named.
+
+        Raises:
+            ValueError: neither `teacher` nor the run names one.
+        """
+        if self.teacher is not None:
+            return self.teacher, {}
+        name = getattr(args, "teacher_model_name_or_path", None)
+        if name is None:
+            raise ValueError("to_teacher needs a teacher: set `teacher`, or teacher_model_name_or_path of the run")
+        stated = getattr(args, "teacher_model_init_kwargs", None) or {}
+        loading = {
+            "revision": getattr(args, "teacher_model_revision", None),
+            "trust_remote_code": getattr(args, "trust_remote_code", False),
+            **stated,
+        }
+        return name, loading
 
     def _report(self, tokenizer: Any, read: int, rows: list[Any]) -> RowReport:
         lengths = [len(self._whole(tokenizer, row)[1]) for row in rows]

@@ -60,7 +60,7 @@ class Screen:
     """`screen:`: try the values of one key with the first seed, and give the other seeds the best of them.
 
     A tie goes to the smaller value. Without `split` and `settings` the first seed is not run again. Where no candidate
-    keeps what `at_least` asks for, the one is chosen that keeps the largest share of it.
+    reaches the levels of `at_least`, the one nearest to them is chosen, and results and terminal say so.
     """
 
     key: str = field(metadata={"help": "The key to choose, such as learning_rate."})
@@ -69,7 +69,9 @@ class Screen:
     better: Literal["higher", "lower"] = field(default="higher", metadata={"help": "Which way the metric improves."})
     at_least: dict[str, float] | None = field(
         default=None,
-        metadata={"help": "Numbers of result.json and what a candidate must keep of each, such as {after/x: 0.8}."},
+        metadata={
+            "help": "Numbers of result.json and the level each must reach: {after/x: 0.8} is at least 0.8, no share."
+        },
     )
     split: str | None = field(
         default=None, metadata={"help": "`dataset_test_split` of the screening runs, such as validation."}
@@ -355,7 +357,12 @@ def _check_screen(block: SweepBlock, where: Where) -> None:
     reported = {staged(name) for name in block.table}
     for key, metrics in (("metric", [screen.metric]), ("at_least", screen.at_least or {})):
         for metric in metrics:
-            if metric.startswith("after/") and metric in reported and not screen.split:
+            if is_crossing(metric):
+                raise RecipeError(
+                    f"{where((*path, key))}: {metric!r} is read from a log for table and plots, and no number of "
+                    "result.json; choose by one of those, such as train/best_metric"
+                )
+            if staged(metric).startswith("after/") and staged(metric) in reported and not screen.split:
                 raise RecipeError(
                     f"{where((*path, key))}: {metric!r} is reported in the table, so choosing by it chooses on the "
                     "test; give `split: validation`, or another metric"

@@ -48,7 +48,7 @@ RESULTS = {
     "axes?": ["*", _TEXT],
     "table?": ["*", (dict,)],
     "screen?": (dict,),
-    "chosen?": [{"settings": (dict,)}],
+    "chosen?": [{"settings": (dict,), "at_least_reached?": (bool,)}],
     "start?": {"label": (str,), "values": (dict,)},
 }
 

@@ -16,11 +16,11 @@ from fdiv.named import shown
 from fdiv.recipe.load import load_cell, load_recipe, read_sweep
 from fdiv.recipe.model import Recipe
 from fdiv.recipe.schema import CommandLineValue
-from fdiv.recipe.sweep import Arm, Screen, SweepBlock
+from fdiv.recipe.sweep import Arm, Screen, SweepBlock, staged
 from fdiv.recipe.variables import interpolate
 from fdiv.report.records import read_result
 from fdiv.report.table import cell_label
-from fdiv.run.check import check_sweep_names
+from fdiv.run.check import check_screen_names, check_sweep_names
 from fdiv.run.directory import RunDirectory
 from fdiv.run.plan import RunPlan, plan_run
 
@@ -55,25 +55,30 @@ class Cell:
 
 @dataclass(frozen=True)
 class Choice:
-    """What screening found for a row: the value chosen, and the metric at every value that finished."""
+    """What screening found for a row: the value chosen, the metric at every value that finished, and whether the
+    chosen one reaches all of `at_least`; None where nothing is asked for."""
 
     settings: Mapping[str, Any]
     key: str
     value: Any
     scores: Mapping[str, float | None]
+    at_least_reached: bool | None = None
 
 
 def _number(folder: Path, key: str, metric: str) -> float | None:
-    """A number of a finished screening run."""
-    result = read_result(folder)
-    if metric not in result:
+    """A number of a finished screening run; a metric without a stage is that after training, as in the table."""
+    result, name = read_result(folder), staged(metric)
+    if name not in result:
         known = ", ".join(sorted(name for name in result if "/" in name))
-        raise FdivError(f"screen.{key}: {metric!r} is not in {folder}/result.json; it has: {known}")
-    return result[metric]
+        raise FdivError(
+            f"screen.{key}: {name!r} is not in {folder}/result.json; correct the name and run the same command again "
+            f"(finished cells are kept); it has: {known}"
+        )
+    return result[name]
 
 
-def _share_kept(folder: Path, at_least: Mapping[str, float]) -> float:
-    """The smallest share of what is asked for, 1 where all of it is kept; 0 where a number has no value."""
+def _nearness(folder: Path, at_least: Mapping[str, float]) -> float:
+    """The smallest ratio of a number to its level, 1 where all reach theirs; 0 where a number has no value."""
     numbers = {metric: _number(folder, "at_least", metric) for metric in at_least}
     return min((1.0, *((numbers[metric] or 0.0) / least for metric, least in at_least.items())))
 
@@ -129,7 +134,7 @@ class SweepPlan:
         for seeds in dict.fromkeys(row.seeds for row in self.rows):
             rows = [row for row in self.rows if row.seeds == seeds]
             if screen is not None:
-                judges = dict.fromkeys(self._judge(row).label for row in rows)
+                judges = {self._judge(row).label for row in rows}
                 for row in (row for row in self.rows if row.label in judges):
                     yield from (self.screen_cell(row, value) for value in screen.values)
             if screen is not None or self.block.arms:
@@ -188,14 +193,14 @@ class SweepPlan:
         """What screening chose for a row; None until all its screening runs have finished or failed.
 
         A failed run is no candidate, nor is one whose metric has no value. In a tie the smaller number wins. Of the
-        candidates that keep all of `at_least` the best is chosen; where none does, the one that keeps most.
+        candidates that reach all levels of `at_least` the best is chosen; where none does, the one nearest to them.
 
         Raises:
             FdivError: a metric is not in a run's result.
         """
         screen, judge = self._screen(), self._judge(row)
         scores: dict[Any, float] = {}
-        kept: dict[Any, float] = {}
+        near: dict[Any, float] = {}
         shown: dict[str, float | None] = {}
         for value in screen.values:
             folder = self.root / self.screen_cell(judge, value).name
@@ -207,14 +212,39 @@ class SweepPlan:
             score = shown[str(value)] = _number(folder, "metric", screen.metric)
             if score is not None:
                 scores[value] = score
-                kept[value] = _share_kept(folder, screen.at_least or {})
+                near[value] = _nearness(folder, screen.at_least or {})
         if not scores:
             return None
         numbers = all(isinstance(value, (int, float)) for value in scores)
         sign = 1 if screen.better == "higher" else -1
-        # All that keep enough have the share 1, so the metric decides among them.
-        best = max(sorted(scores) if numbers else scores, key=lambda value: (kept[value], sign * scores[value]))
-        return Choice({**row.settings, screen.key: best}, screen.key, best, shown)
+        # All that reach the levels have the nearness 1, so the metric decides among them.
+        best = max(sorted(scores) if numbers else scores, key=lambda value: (near[value], sign * scores[value]))
+        reached = near[best] == 1 if screen.at_least else None
+        return Choice({**row.settings, screen.key: best}, screen.key, best, shown, reached)
+
+    def choices(self) -> list[Choice]:
+        """What screening has chosen so far.
+
+        Raises:
+            FdivError: a metric is not in a run's result.
+        """
+        found = [self.choice(row) for row in self.rows] if self.block.screen is not None else []
+        return [choice for choice in found if choice is not None]
+
+    def check_screened(self) -> None:
+        """Look up in every finished screening run the numbers that it is judged by, before the others have run.
+
+        Raises:
+            FdivError: a metric is not in a run's result.
+        """
+        if self.block.screen is None:
+            return
+        judges = {judge.label: judge for judge in map(self._judge, self.rows)}
+        for judge, value in itertools.product(judges.values(), self.block.screen.values):
+            folder = self.root / self.screen_cell(judge, value).name
+            if RunDirectory(folder).finished:
+                _number(folder, "metric", self.block.screen.metric)
+                _nearness(folder, self.block.screen.at_least or {})
 
     def plan(self, cell: Cell) -> RunPlan:
         """The cell's recipe, resolved.
@@ -255,6 +285,9 @@ class SweepPlan:
             if names.setdefault(cell.name, cell.settings) != cell.settings:
                 raise RecipeError(f"{self.source}: sweep: two cells are called {cell.name!r}")
             self.plan(cell)
+        screen = self.block.screen
+        for row in self.rows if screen is not None else ():
+            check_screen_names(screen, self.plan(self.screen_cell(self._judge(row), screen.values[0])).recipe)
 
     def _candidates(self) -> Iterator[Cell]:
         """The first seed's run of every row at every screened value."""

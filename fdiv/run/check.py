@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +23,11 @@ from fdiv.files import DATA_FORMATS, home_path, one_line, read_json
 from fdiv.named import hint, is_path, shown, split_spec
 from fdiv.recipe.model import Block, Configs, Recipe
 from fdiv.recipe.schema import Key, coerce
-from fdiv.recipe.sweep import SweepBlock
+from fdiv.recipe.sweep import Screen, SweepBlock, staged
 from fdiv.report.metrics import GLOSSARY, describe
 from fdiv.run.batch_log import EXCLUDED
 
-__all__ = ["check_configs", "check_sweep_names", "wanted_splits"]
+__all__ = ["check_configs", "check_screen_names", "check_sweep_names", "wanted_splits"]
 
 # What a library raises for a value that it cannot use.
 _REFUSALS = (
@@ -269,10 +270,38 @@ def check_sweep_names(block: SweepBlock, recipe: Recipe) -> None:
     if not known or block.arms:  # rows of other methods have metrics of their own
         return
     parts = {"metrics": list((block.metrics or {}).values()), "table": list(block.table)}
-    parts |= {"screen.metric": [block.screen.metric]} if block.screen else {}
+    if block.screen is not None:
+        parts |= {"screen.metric": [block.screen.metric], "screen.at_least": list(block.screen.at_least or {})}
     for part, metrics in parts.items():
         where = recipe.place_of(OptionError("", f"sweep.{part}"), {})
         _check_metric_names(metrics, recipe.method_name, f"{where}: `sweep.{part}`")
+
+
+def check_screen_names(screen: Screen, recipe: Recipe) -> None:
+    """Refuse a number of an evaluation that a screening run cannot have; what a training logs shows in the first run.
+
+    Args:
+        screen: of the sweep. recipe: of one of its screening runs.
+
+    Raises:
+        RecipeError: the run has no evaluation, or this package has no such metric.
+    """
+    for part, names in (("metric", [screen.metric]), ("at_least", list(screen.at_least or {}))):
+        for name in names:
+            stage, _, plain = staged(name).partition("/")
+            if stage not in ("before", "after"):
+                continue
+            where = f"{recipe.place_of(OptionError('', f'sweep.screen.{part}'), {})}: `sweep.screen.{part}`"
+            if not recipe.evaluations:
+                raise RecipeError(
+                    f"{where}: {shown(name)} is a number of an evaluation, and the screening runs have no `eval:`; "
+                    "give them one, or choose by a number of the training, such as train/best_metric"
+                )
+            if all(map(_of_this_package, recipe.evaluations)):
+                prefixes = "|".join(re.escape(block.name) for block in recipe.evaluations)
+                own = re.sub(rf"^({prefixes})_(\d+_)?", "", plain)  # the name of a second evaluation's metric
+                if describe(own, recipe.method_name) is None:
+                    _check_metric_names([plain], recipe.method_name, where)
 
 
 def _check_metric_names(names: Mapping[str, Any] | Sequence[str], method: str | None, where: str) -> None:

@@ -19,7 +19,10 @@ from fdiv.rows.report import RowReport
 from fdiv.sealed import read_record, write_record
 from fdiv.training.evaluation import preserved_random_state
 
-__all__ = ["Evaluations", "unmet_requirements"]
+__all__ = ["Evaluations", "Names", "add_metrics", "summary_metrics", "unmet_requirements"]
+
+Names = Sequence[Mapping[str, str]]
+"""Of every `eval:` block: metric as the block calls it → its name in the results; empty where it did not measure."""
 
 
 class Evaluations(TrainerCallback):
@@ -36,6 +39,7 @@ class Evaluations(TrainerCallback):
         self.evaluations, self.datasets, self.output_dir = evaluations, datasets, output_dir
         self.trainer: Any = None
         self.results: dict[str, dict[str, float | None]] = {}
+        self.names: dict[str, Names] = {}
         self.notes: dict[str, str] = {}
         self.row_reports: list[RowReport] = []
         self.seconds = 0.0
@@ -48,7 +52,10 @@ class Evaluations(TrainerCallback):
         if state.global_step == 0:
             self.measure("before")
         elif earlier.is_file():
-            self.results["before"] = read_record(earlier, "remove it: the start is then not measured")["metrics"]
+            record = read_record(earlier, "remove it: the start is then not measured")
+            self.results["before"] = record["metrics"]
+            if "names" in record:  # not in a record of an earlier release
+                self.names["before"] = record["names"]
         else:
             self.results["before"] = {}
             self.notes["before"] = f"not measured: the run was resumed at step {state.global_step}"
@@ -59,21 +66,24 @@ class Evaluations(TrainerCallback):
         trainer = self.trainer
         model, was_training = trainer.model, trainer.model.training
         metrics: dict[str, float | None] = {}
+        names: list[dict[str, str]] = []
         notes: dict[str, str] = {}
         model.eval()
         with preserved_random_state(), torch.no_grad():
             for block, evaluation in self.evaluations:
                 if stage == "before" and not block.before:
+                    names.append({})
                     continue
                 found = dict(evaluation.evaluate(model, trainer.processing_class, self.datasets, self._context(stage)))
                 notes.update(found.pop("notes", {}))
-                add_metrics(metrics, found, block.name)
+                names.append(add_metrics(metrics, found, block.name))
         model.train(was_training)
-        self.results[stage] = metrics
+        self.results[stage], self.names[stage] = metrics, names
         self.notes.update(notes)
         self.seconds += time.perf_counter() - started
         if trainer.is_world_process_zero():
-            write_record(self.output_dir / f"eval_{stage}.json", {"metrics": metrics, "notes": notes})
+            record = {"metrics": metrics, "names": names, "notes": notes}
+            write_record(self.output_dir / f"eval_{stage}.json", record)
         return metrics
 
     def _context(self, stage: str) -> EvalContext:
@@ -90,38 +100,86 @@ class Evaluations(TrainerCallback):
         )
 
 
-def add_metrics(metrics: dict[str, float | None], found: Mapping[str, Any], evaluation: str) -> None:
-    """Add what an evaluation found; a name that is taken becomes `EVALUATION_NAME`, then `EVALUATION_2_NAME` …"""
+def add_metrics(metrics: dict[str, float | None], found: Mapping[str, Any], evaluation: str) -> dict[str, str]:
+    """Add what an evaluation found; a name that is taken becomes `EVALUATION_NAME`, then `EVALUATION_2_NAME` …
+
+    Returns:
+        The name that each metric got.
+    """
     taken = set(metrics)
+    given = {}
     for name, value in found.items():
         names = itertools.chain(
             (name, f"{evaluation}_{name}"), (f"{evaluation}_{count}_{name}" for count in itertools.count(2))
         )
-        metrics[next(free for free in names if free not in taken)] = None if value is None else float(value)
+        given[name] = next(free for free in names if free not in taken)
+        metrics[given[name]] = None if value is None else float(value)
+    return given
 
 
 def unmet_requirements(
-    evaluations: Sequence[tuple[Block, Any]], before: Mapping[str, Any], after: Mapping[str, Any], method: str
+    evaluations: Sequence[tuple[Block, Any]],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    method: str,
+    names: Mapping[str, Names] | None = None,
 ) -> list[str]:
     """One line for every `require:` entry that does not hold.
 
     `improved` goes the way that `lower_is_better` of the evaluation, else the glossary of metrics, says is better:
     down, or towards 0; up where neither says anything.
 
+    Args:
+        evaluations: `(block, instance)` pairs.
+        before, after: the metrics of all of them. method: of the run.
+        names: stage → the names that the blocks' metrics got there; None: their own.
+
     Raises:
         FdivError: a required metric was not measured.
     """
     unmet = []
-    for block, evaluation in evaluations:
+    for number, (block, evaluation) in enumerate(evaluations):
         lower = getattr(evaluation, "lower_is_better", ())  # optional class attribute, see fdiv.catalog.EVALUATIONS
         for metric, direction in block.require.items():
-            start, end = before.get(metric), after.get(metric)
+            shown, start, end = _required(metric, number, before, after, names or {})
             if start is None or end is None:
                 known = ", ".join(sorted(after)) or "none"
-                raise FdivError(f"eval.require: {metric!r} was not measured before and after; metrics are: {known}")
+                raise FdivError(f"eval.require: {shown!r} was not measured before and after; metrics are: {known}")
             way = "lower" if metric in lower else better(metric, method)
             falls = direction == "decreased" or (direction == "improved" and way == "lower")
             nears = direction == "improved" and way == "zero"
             if not (abs(end) < abs(start) if nears else end < start if falls else end > start):
-                unmet.append(f"{metric} has not {direction}: {start:.6g} before training, {end:.6g} after")
+                unmet.append(f"{shown} has not {direction}: {start:.6g} before training, {end:.6g} after")
     return unmet
+
+
+def _required(
+    metric: str, number: int, before: Mapping[str, Any], after: Mapping[str, Any], names: Mapping[str, Names]
+) -> tuple[str, float | None, float | None]:
+    """The name in the results of what block `number` calls `metric`, and its values before and after.
+
+    A metric that the block itself does not give is another block's, by its name in the results.
+    """
+    late = names["after"][number] if "after" in names else {}
+    # Without names of the start (a record of an earlier release) those of the end hold: the same blocks gave them.
+    early = names["before"][number] if "before" in names else late
+    if metric not in late and metric not in early:
+        return metric, before.get(metric), after.get(metric)
+    start = before.get(early[metric]) if metric in early else None
+    end = after.get(late[metric]) if metric in late else None
+    return late.get(metric, metric), start, end
+
+
+def summary_metrics(evaluations: Sequence[tuple[Block, Any]], after: Mapping[str, Any], names: Names) -> list[str]:
+    """The metrics of the end-of-run table: those an evaluation puts forward, all of them where it does not say.
+
+    Args:
+        evaluations: `(block, instance)` pairs.
+        after: the metrics of all of them. names: those that the blocks' metrics got in it.
+    """
+    chosen: list[str] = []
+    for (block, evaluation), given in zip(evaluations, names, strict=True):
+        # `summary_metrics` is an optional class attribute, see fdiv.catalog.EVALUATIONS
+        wanted = block.summary or getattr(evaluation, "summary_metrics", ())
+        chosen += [given.get(name, name) for name in wanted]
+    return [name for name in dict.fromkeys(chosen) if name in after] or list(after)

@@ -27,7 +27,7 @@ from fdiv.models.fetch import find_model
 from fdiv.models.reference import REFERENCE_ADAPTER
 from fdiv.provenance import command_line, environment
 from fdiv.recipe.dump import resolved_yaml
-from fdiv.recipe.model import Block, Recipe
+from fdiv.recipe.model import Recipe
 from fdiv.rows.report import RowReport, records_of
 from fdiv.run.data import load_datasets, load_tokenizer, model_arguments, starting_model
 from fdiv.run.directory import AFTER_TRAINING, RunDirectory
@@ -276,8 +276,9 @@ def _hub_dataset(plan: RunPlan) -> str | None:
 
 def _result(plan: RunPlan, trainer: Any, evaluations: Any) -> dict[str, Any]:
     """The flat summary: settings, then `before/…`, `after/…`, `train/…` (last logged values)."""
-    from fdiv.run.evaluation import unmet_requirements
+    from fdiv.run.evaluation import summary_metrics, unmet_requirements
 
+    blocks, names = evaluations.evaluations, evaluations.names
     before, after = evaluations.results.get("before", {}), evaluations.results.get("after", {})
     last: dict[str, Any] = {}
     for entry in trainer.state.log_history:
@@ -290,8 +291,8 @@ def _result(plan: RunPlan, trainer: Any, evaluations: Any) -> dict[str, Any]:
         "beta": trainer.objective_settings().get("beta"),  # None for a method without one
         "seed": args.seed,
         "steps": trainer.state.global_step,
-        "unmet_requirements": unmet_requirements(evaluations.evaluations, before, after, plan.recipe.method_name),
-        "summary_metrics": _summary_metrics(evaluations.evaluations, after),
+        "unmet_requirements": unmet_requirements(blocks, before, after, plan.recipe.method_name, names),
+        "summary_metrics": summary_metrics(blocks, after, names.get("after", ())),
         "notes": {**getattr(trainer, "notes", {}), **evaluations.notes},
         "encoding": _encoding(trainer, evaluations.datasets["train"]),
         "rows": records_of([*getattr(trainer, "row_reports", ()), *evaluations.row_reports]),
@@ -351,7 +352,7 @@ def _measure(plan: RunPlan, command: str | None, prepared: Path | None) -> dict[
 
     from fdiv.evaluation import EvalContext
     from fdiv.inference.processes import whole_models
-    from fdiv.run.evaluation import add_metrics
+    from fdiv.run.evaluation import add_metrics, summary_metrics
 
     started = time.perf_counter()
     state = PartialState()
@@ -363,6 +364,7 @@ def _measure(plan: RunPlan, command: str | None, prepared: Path | None) -> dict[
     with whole_models():
         model = AutoModelForCausalLM.from_pretrained(name, **model_arguments(plan.configs)).to(state.device).eval()
     found: dict[str, Any] = {}
+    names: list[dict[str, str]] = []
     notes: dict[str, str] = {}
     reports: list[RowReport] = []
     folder = directory.path / "eval" / "standalone"
@@ -372,10 +374,10 @@ def _measure(plan: RunPlan, command: str | None, prepared: Path | None) -> dict[
             context = EvalContext(args, folder, seed=args.seed, stage="standalone", row_reports=reports)
             values = dict(evaluation.evaluate(model, tokenizer, datasets, context))
             notes |= values.pop("notes", {})
-            add_metrics(found, values, block.name)
+            names.append(add_metrics(found, values, block.name))
     result = {
         "recipe": plan.recipe.name, "method": None, "divergence": None, "beta": None, "seed": args.seed, "steps": 0,
-        "unmet_requirements": [], "summary_metrics": _summary_metrics(plan.evaluations, found), "notes": notes,
+        "unmet_requirements": [], "summary_metrics": summary_metrics(plan.evaluations, found, names), "notes": notes,
         "rows": records_of(reports),
         **{f"after/{name}": value for name, value in found.items()},
         "wall_seconds": round(time.perf_counter() - started, 3),
@@ -386,15 +388,6 @@ def _measure(plan: RunPlan, command: str | None, prepared: Path | None) -> dict[
         directory.finish(result)
     state.wait_for_everyone()
     return result
-
-
-def _summary_metrics(evaluations: Sequence[tuple[Block, Any]], after: Mapping[str, Any]) -> list[str]:
-    """The metrics of the end-of-run table: those an evaluation puts forward, all of them where it does not say."""
-    chosen: list[str] = []
-    for block, evaluation in evaluations:
-        # `summary_metrics` is an optional class attribute, see fdiv.catalog.EVALUATIONS
-        chosen += block.summary or getattr(evaluation, "summary_metrics", ())
-    return [name for name in dict.fromkeys(chosen) if name in after] or list(after)
 
 
 def _append_results(card: Path, recipe: Recipe, result: Mapping[str, Any], command: str) -> None:

@@ -62,6 +62,7 @@ def run_sweep(plan: SweepPlan, command: str, minutes: float | None = None, resul
 def _run_sweep(plan: SweepPlan, command: str, minutes: float | None, results: Path | None) -> list[str]:
     for cell in plan.cells():
         _check_unchanged(plan, cell)
+    plan.check_screened()
     _quiet_loading_bars()
     minutes = plan.block.minutes if minutes is None else minutes
     stop = None if minutes is None else time.monotonic() + 60 * minutes
@@ -70,6 +71,7 @@ def _run_sweep(plan: SweepPlan, command: str, minutes: float | None, results: Pa
         info(f"{len(before)} cells finished before")
     failed: dict[str, str] = {}
     started: list[str] = []
+    said: set[str] = set()
     while (cell := _next(plan, started)) is not None and not _is_over(stop):
         started.append(cell.name)
         left = sum(not _finished(plan, other) for other in plan.cells())
@@ -77,6 +79,11 @@ def _run_sweep(plan: SweepPlan, command: str, minutes: float | None, results: Pa
         failure = _run_cell(plan, cell, command)
         if failure:
             failed[cell.name] = failure
+        plan.check_screened()
+        for line in _unreached(plain(plan.block.screen), [plain(choice) for choice in plan.choices()]):
+            if line not in said:
+                info(line)
+            said.add(line)
     records = [_record(plan, cell, failed) for cell in plan.cells()] + _waiting(plan)
     missing = [record["name"] for record in records if record["status"] == "not run"]
     if missing:
@@ -218,7 +225,6 @@ def _waiting(plan: SweepPlan) -> list[dict[str, Any]]:
 def _write(plan: SweepPlan, records: list[dict[str, Any]], command: str, folder: Path) -> None:
     """`results.json`, then everything that is plotted from it."""
     screen = plan.block.screen
-    choices = [plan.choice(row) for row in plan.rows] if screen else []
     results = {
         "recipe": plan.name,
         "command": command,
@@ -229,7 +235,7 @@ def _write(plan: SweepPlan, records: list[dict[str, Any]], command: str, folder:
         "columns": _columns(records),
         "table": {name: plain(column) for name, column in plan.block.table.items()},
         "screen": None if screen is None else plain(screen),
-        "chosen": [dataclasses.asdict(choice) for choice in choices if choice is not None],
+        "chosen": [dataclasses.asdict(choice) for choice in plan.choices()],
         "start": _start(plan.block, records),
         "cells": records,
         "aggregate": aggregate(records),
@@ -241,6 +247,16 @@ def _write(plan: SweepPlan, records: list[dict[str, Any]], command: str, folder:
         from fdiv.report import write_report
 
         info(f"report: {write_report([folder], folder / 'report.html', plan.report.get('title'))}")
+
+
+def _unreached(screen: Mapping[str, Any] | None, chosen: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for every row of which no candidate reached the levels of `screen.at_least`."""
+    levels = ", ".join(f"{metric} {level:g}" for metric, level in ((screen or {}).get("at_least") or {}).items())
+    return [
+        f"{cell_label(choice['settings'])}: no candidate reached screen.at_least ({levels}); the nearest was chosen"
+        for choice in chosen
+        if choice.get("at_least_reached") is False
+    ]
 
 
 def _columns(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -303,7 +319,8 @@ def _show(block: SweepBlock, results: Mapping[str, Any], folder: Path) -> None:
     write_text(folder / "table.md", markdown(*wide))
     title = f"{results['recipe']}: {len(results['cells'])} cells"
     shown = meanings(block.table or columns, method, {name: column.title for name, column in block.table.items()})
-    print_table(title, header, rows, [note, *shown, f"everything is in {folder}"])
+    unreached = _unreached(results.get("screen"), results.get("chosen") or ())
+    print_table(title, header, rows, [note, *unreached, *shown, f"everything is in {folder}"])
     write_frontier(folder)
     write_plots(results, block.plots, folder)
 

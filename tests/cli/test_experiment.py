@@ -198,18 +198,75 @@ def test_a_failed_screening_run_is_no_candidate(experiment, runs):
         (2.0, {"KL": 0.001, "JS": 0.001}),  # neither does: the one that keeps most
     ],
 )
-def test_a_candidate_keeps_what_is_asked_for(experiment, runs, least, chosen):
+def test_a_candidate_keeps_what_is_asked_for(experiment, runs, capsys, least, chosen):
     asked = f"metric: train/best_metric, at_least: {{late/kept: {least}}}}}"
     plan = plan_sweep(experiment(EXPERIMENT.replace("metric: train/best_metric}", asked)), ROOT)
     run_sweep(plan, "x")
     assert {row.label: plan.choice(row).value for row in plan.rows if row.label in chosen} == chosen
-    assert json.loads((Path("cells") / "results.json").read_text())["screen"]["at_least"] == {"late/kept": least}
+    results = json.loads((Path("cells") / "results.json").read_text())
+    assert results["screen"]["at_least"] == {"late/kept": least}
+    assert [choice["at_least_reached"] for choice in results["chosen"]] == [least < 2] * 3
+    said = (
+        f"KL, learning_rate 0.001: no candidate reached screen.at_least (late/kept {least:g}); the nearest was chosen"
+    )
+    printed = capsys.readouterr()
+    assert (said in printed.err) == (least == 2) and printed.err.count(said) <= 1
+    assert ("no candidate reached" in printed.out) == (least == 2)
 
 
 def test_what_is_to_be_kept_and_not_there_is_named(experiment, runs):
     asked = "metric: train/best_metric, at_least: {late/lost: 0.9}}"
     with pytest.raises(FdivError, match=r"screen\.at_least: 'late/lost' is not in .*late/kept"):
         run_sweep(plan_sweep(experiment(EXPERIMENT.replace("metric: train/best_metric}", asked)), ROOT), "x")
+
+    assert runs.ran == ["KL_learning_rate-0.001_seed-0"]  # the first screening run shows it
+
+
+def test_a_metric_that_a_log_does_not_have_ends_after_the_first_run(experiment, runs):
+    """Also where every value is run with every seed, and nothing waits for the choice."""
+    text = EXPERIMENT.replace("metric: train/best_metric}", "metric: late/lost, keep: all}")
+    with pytest.raises(
+        FdivError, match=r"screen\.metric: 'late/lost' is not in .*; correct the name and run the same"
+    ):
+        run_sweep(plan_sweep(experiment(text), ROOT), "x")
+    assert runs.ran == ["KL_learning_rate-0.001_seed-0"]
+
+
+def test_a_screened_metric_has_its_stage_as_in_the_table(experiment, runs):
+    """`score` is `after/score`: 100·lr for KL's first seed, and 10 more for JS."""
+    text = EXPERIMENT.replace("metric: train/best_metric}", "metric: score, better: lower, at_least: {score: 0.5}}")
+    text = text.replace("    score: {title: S, better: higher, format: .2f}\n", "")
+    text = text.replace("warmup_steps: 1", "warmup_steps: 1\neval: {name: preferences}")
+    run_sweep(plan_sweep(experiment(text), ROOT), "x")
+    chosen = json.loads((Path("cells") / "results.json").read_text())["chosen"]
+    assert [(choice["value"], choice["at_least_reached"]) for choice in chosen] == [
+        (0.01, True),
+        (0.001, True),
+        (0.01, True),
+    ]
+    assert chosen[0]["scores"] == {"0.001": pytest.approx(0.1), "0.01": pytest.approx(1.0)}
+
+
+@pytest.mark.parametrize("key", ["metric", "at_least"])
+def test_a_number_of_an_evaluation_is_checked_in_every_row(experiment, runs, key):
+    """Before the first run: rows of a `method:` axis, each with its own evaluation."""
+    wrong = {"metric": "after/reward_acuracy", "at_least": "train/best_metric, at_least: {after/reward_acuracy: 0.5}"}[
+        key
+    ]
+    base = EXPERIMENT.replace("warmup_steps: 1", "warmup_steps: 1\neval: {name: preferences}")
+    with pytest.raises(RecipeError, match=rf"`sweep\.screen\.{key}`: no metric 'reward_acuracy'.* 'reward_accuracy'"):
+        plan_sweep(experiment(base.replace("metric: train/best_metric", f"metric: {wrong}")), ROOT)
+    right = wrong.replace("reward_acuracy", "preferences_2_reward_accuracy")  # of a third evaluation of that name
+    plan_sweep(experiment(base.replace("metric: train/best_metric", f"metric: {right}")), ROOT)
+
+
+def test_a_number_of_an_evaluation_needs_one(experiment, runs):
+    asked = "metric: train/best_metric, at_least: {reward_accuracy: 0.5}, settings: {eval: null}"
+    text = EXPERIMENT.replace("warmup_steps: 1", "warmup_steps: 1\neval: {name: preferences}")
+    with pytest.raises(
+        RecipeError, match=r"'reward_accuracy' is a number of an evaluation, and the screening runs have"
+    ):
+        plan_sweep(experiment(text.replace("metric: train/best_metric", asked)), ROOT)
 
 
 def test_a_bar_in_a_heading_stays_in_its_cell():
@@ -228,7 +285,8 @@ def test_one_row_decides_for_all(experiment, runs):
 
 def test_screening_apart_on_another_split(experiment, runs, tmp_path):
     screen = "metric: after/score, split: validation, settings: {max_steps: 9}}"
-    path = experiment(EXPERIMENT.replace("metric: train/best_metric}", screen))
+    text = EXPERIMENT.replace("warmup_steps: 1", "warmup_steps: 1\neval: {name: preferences}")
+    path = experiment(text.replace("metric: train/best_metric}", screen))
     shutil.copyfile(tmp_path / "data" / "test.jsonl", tmp_path / "data" / "validation.jsonl")
     plan = plan_sweep(path, ROOT)
     cells = {cell.name: plan.plan(cell) for cell in plan.cells()}
@@ -299,6 +357,8 @@ def test_methods_of_the_command_line(experiment, write_recipe, runs, capsys):
         ("metric: train/best_metric}", "metrc: x}", "unknown key 'metrc' in `sweep.screen`; did you mean 'metric'?"),
         ("key: learning_rate, ", "", "`sweep.screen.key` is missing"),
         ("best_metric}", "best_metric, at_least: {after/score: 0.1}}", "'after/score' is reported in the table"),
+        ("best_metric}", "best_metric, at_least: {score: 0.1}}", "'score' is reported in the table"),
+        ("metric: train/best_metric}", "metric: when score>=1/cost}", "is read from a log for table and plots"),
         *(
             ("best_metric}", f"best_metric, at_least: {{late/kept: {value}}}}}", "of late/kept must be a number above 0, got")
             for value in ("0", "-0.5", "much", "null", "true", "[0.5]", "{a: 1}", ".nan", ".inf")

@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from fdiv.cli import main
 from fdiv.errors import FdivError
 from fdiv.recipe.load import load_recipe
 from fdiv.run.directory import RunDirectory
-from fdiv.run.evaluation import add_metrics
+from fdiv.run.evaluation import add_metrics, summary_metrics, unmet_requirements
 from fdiv.run.run import run_recipe
 from tests.cli.conftest import recipe_values, write_pairs
 
@@ -486,9 +487,9 @@ def test_every_long_verb_says_how_to_go_on(verb, number, monkeypatch, fails):
 def test_evaluations_of_one_name_do_not_overwrite_each_other():
     """Of three evaluations `tofu` the second and the third get the name and a number in front."""
     metrics: dict[str, float | None] = {}
-    for value in (1, 2, None):
-        add_metrics(metrics, {"a": value, "b": 0.5}, "tofu")
-    add_metrics(metrics, {"a": 4, "c": 5}, "muse")
+    given = [add_metrics(metrics, {"a": value, "b": 0.5}, "tofu") for value in (1, 2, None)]
+    assert given == [{"a": "a", "b": "b"}, {"a": "tofu_a", "b": "tofu_b"}, {"a": "tofu_2_a", "b": "tofu_2_b"}]
+    assert add_metrics(metrics, {"a": 4, "c": 5}, "muse") == {"a": "muse_a", "c": "c"}
     assert metrics == {
         "a": 1.0, "b": 0.5, "tofu_a": 2.0, "tofu_b": 0.5, "tofu_2_a": None, "tofu_2_b": 0.5, "muse_a": 4.0, "c": 5.0,
     }  # fmt: skip
@@ -508,6 +509,51 @@ def test_require_decides_the_exit_code(write_recipe, tmp_path, monkeypatch, caps
     assert "norm " in captured.out
     assert ("fdiv: eval.require: norm has not decreased: 1 before training, 2 after" in captured.err) == bool(code)
     assert (tmp_path / "out" / "result.json").is_file()
+
+
+def test_a_second_block_is_held_to_its_own_numbers(write_recipe, tmp_path, monkeypatch):
+    """The first block's norm falls and the second's rises; each block's `require` and `summary` mean its own."""
+    norms = iter([5.0, 1.0, 4.0, 2.0])  # before: first, second; after: first, second
+    monkeypatch.setattr(WeightEval, "evaluate", lambda self, *_: {"norm": next(norms)})
+    path = write_recipe(
+        "eval:\n- {name: weights, require: {norm: increased}}\n"
+        "- {name: weights, require: {norm: decreased}, summary: [norm]}\n"
+    )
+    result = run_recipe(load_recipe(path))
+    assert result["unmet_requirements"] == [
+        "norm has not increased: 5 before training, 4 after",
+        "weights_norm has not decreased: 1 before training, 2 after",
+    ]
+    assert result["summary_metrics"] == ["weights_norm"]
+    written = json.loads((tmp_path / "out" / "eval_before.json").read_text())
+    assert written["names"] == [{"norm": "norm"}, {"norm": "weights_norm"}]
+
+
+def test_a_requirement_by_the_name_in_the_results():
+    """Names of the start differ from those of the end where the first block leaves the start out."""
+    skipped = SimpleNamespace(require={}, summary=[])
+    own = SimpleNamespace(require={"norm": "increased"}, summary=["norm"])
+    names = {"before": [{}, {"norm": "norm"}], "after": [{"norm": "norm"}, {"norm": "weights_norm"}]}
+    before, after = {"norm": 1.0}, {"norm": 0.5, "weights_norm": 2.0}
+    pairs = [(skipped, object()), (own, object())]
+    assert unmet_requirements(pairs, before, after, "f_dpo", names) == []
+    # What it does not measure itself is another's, by the name that it has in the results.
+    other = SimpleNamespace(require={"weights_norm": "increased"}, summary=[])
+    one = {"norm": 1.0, "weights_norm": 1.0}
+    assert unmet_requirements([(other, object())], one, after, "f_dpo", {"before": [{}], "after": [{}]}) == []
+    # A block that did not measure the start has no number there, whatever another block has by that name.
+    with pytest.raises(FdivError, match="'norm' was not measured before and after; metrics are: norm, weights_norm"):
+        unmet_requirements(
+            [(own, object()), (skipped, object())],
+            before,
+            after,
+            "f_dpo",
+            {"before": [{}, {}], "after": [{"norm": "norm"}, {}]},
+        )
+    # An earlier release wrote no names of the start: those of the end hold.
+    assert unmet_requirements(pairs, one, after, "f_dpo", {"after": names["after"]}) == []
+    assert summary_metrics(pairs, after, names["after"]) == ["weights_norm"]
+    assert summary_metrics([(skipped, object())], after, [{}]) == ["norm", "weights_norm"]
 
 
 def test_improved_knows_which_metrics_should_fall(write_recipe, monkeypatch):

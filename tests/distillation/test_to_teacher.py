@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, SmolLM3Config, SmolLM3ForCausalLM
 
 from fdiv.distillation.evaluation import ToTeacherEvalConfig
 from fdiv.divergences import get_distance
@@ -13,7 +13,7 @@ from fdiv.errors import DataError
 from fdiv.evaluation import EvalContext
 from fdiv.models.tiny import build_tiny_model
 from fdiv.recipes.tasks.novels.distillation import ThinnedStudentConfig
-from fdiv.recipes.tasks.thinned import kept_layers
+from fdiv.recipes.tasks.thinned import kept_layers, write_thinned
 from fdiv.recipes.tasks.tiny.distillation import TinyDistillationConfig
 from fdiv.recipes.tasks.tofu.distillation import TofuDistillationConfig
 from tests.support.runs.f_distill import make_teacher, messages, rows
@@ -74,6 +74,46 @@ def test_a_student_is_at_no_distance_from_itself(tiny_model_dir, tmp_path):
     assert all(abs(value) < 1e-6 for name, value in found.items() if name != "to_teacher/agreement")
 
 
+def test_the_teacher_is_loaded_as_the_run_loads_it(tiny_model_dir, teacher_dir, tmp_path, monkeypatch):
+    """Revision, loading options and trust of the run's own teacher; none of them for one that `teacher` names."""
+    from fdiv.distillation import evaluation
+
+    loaded, tokenizers = [], []
+
+    def load(name, revision=None, **loading):
+        loaded.append((name, revision, loading))
+        return AutoModelForCausalLM.from_pretrained(name, dtype=loading.get("dtype", "float32"))
+
+    def read_tokenizer(name, **loading):
+        tokenizers.append(loading)
+        return AutoTokenizer.from_pretrained(name)
+
+    monkeypatch.setattr(evaluation, "load_teacher", load)
+    monkeypatch.setattr(evaluation, "teacher_tokenizer", read_tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    student = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    data, name = {"test": Dataset.from_list(rows(2))}, str(teacher_dir)
+    run = context(
+        tmp_path, teacher_model_name_or_path=name, teacher_model_revision="v2", trust_remote_code=True,
+        teacher_model_init_kwargs={"attn_implementation": "eager"},
+    )  # fmt: skip
+    ToTeacherEvalConfig().evaluate(student, tokenizer, data, run)
+    ToTeacherEvalConfig(name).evaluate(student, tokenizer, data, run)
+    assert loaded == [(name, "v2", {"trust_remote_code": True, "attn_implementation": "eager"}), (name, None, {})]
+    assert tokenizers == [{"trust_remote_code": True}, {}]
+
+
+def test_the_teacher_of_the_run_keeps_its_own_depth(tiny_model_dir, teacher_dir, tmp_path):
+    """A run whose teacher is loaded with one of its three layers: the evaluation measures against that one."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    one_layer = AutoModelForCausalLM.from_pretrained(teacher_dir, num_hidden_layers=1)
+    run = context(
+        tmp_path, teacher_model_name_or_path=str(teacher_dir), teacher_model_init_kwargs={"num_hidden_layers": 1}
+    )
+    found = ToTeacherEvalConfig().evaluate(one_layer, tokenizer, {"test": Dataset.from_list(rows(3))}, run)
+    assert found["to_teacher/agreement"] == 1 and found["to_teacher/reverse_kl"] == pytest.approx(0, abs=1e-6)
+
+
 def test_what_it_refuses(tiny_model_dir, teacher_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     student = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
@@ -90,7 +130,7 @@ def test_what_it_refuses(tiny_model_dir, teacher_dir, tmp_path):
     other = build_tiny_model(tmp_path / "other", vocab_texts=["quite other words, and no others"], vocab_size=300)
     with pytest.raises(DataError, match="different vocabularies"):
         ToTeacherEvalConfig(str(other)).evaluate(student, tokenizer, data, context(tmp_path))
-    for options, message in (({"divergences": []}, "is empty"), ({"divergences": ["kl"]}, "ambiguous"), ({"batch_size": 0}, "batch_size")):  # fmt: skip
+    for options, message in (({"divergences": []}, "is empty"), ({"divergences": ["kl"]}, "ambiguous"), ({"batch_size": 0}, "batch_size"), ({"max_rows": 0}, "max_rows must be at least 1, got 0; leave it out for all"), ({"max_rows": -2}, "got -2")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             ToTeacherEvalConfig(**options)
 
@@ -129,6 +169,51 @@ def test_a_thinned_student_has_its_teachers_layers(teacher_dir, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             ThinnedStudentConfig(**(options | changes))
+
+
+def smollm3(folder, tokenizer_dir, layers=8, **options):
+    """A tiny SmolLM3, every fourth layer of which does not see positions, with a tokenizer beside it."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    config = SmolLM3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=0,
+        eos_token_id=list(range(layers)), **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    SmolLM3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_thinned_smollm3_keeps_its_layers_positions(tiny_model_dir, tmp_path):
+    """Of 8 layers 0, 4 and 7 stay, the last of which sees no positions; written and read again, the student says what
+    the teacher says without its other layers."""
+    source = smollm3(tmp_path / "teacher", tiny_model_dir)
+    teacher = AutoModelForCausalLM.from_pretrained(source)
+    assert teacher.config.no_rope_layers == [1, 1, 1, 0, 1, 1, 1, 0]
+    write_thinned(str(source), 3, tmp_path / "student")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert student.config.no_rope_layers == [1, 1, 0] and student.config.num_hidden_layers == 3
+    assert student.config.layer_types == ["full_attention"] * 3
+    assert student.config.eos_token_id == list(range(8))  # as many as layers, by chance
+    assert [layer.self_attn.use_rope for layer in student.model.layers] == [1, 1, 0]
+    teacher.model.layers = torch.nn.ModuleList([teacher.model.layers[number] for number in (0, 4, 7)])
+    teacher.config.num_hidden_layers = 3
+    ids = torch.arange(12).unsqueeze(0)
+    torch.testing.assert_close(student(ids, use_cache=False).logits, teacher(ids, use_cache=False).logits)
+    assert student.generate(ids, max_new_tokens=2, min_new_tokens=2).shape == (1, 14)
+
+
+def test_layers_without_attention_are_refused(tiny_model_dir, tmp_path, monkeypatch):
+    source = smollm3(tmp_path / "teacher", tiny_model_dir, layers=2)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    del model.model.layers[1].self_attn
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    with pytest.raises(
+        ValueError, match=r"layer 1 of SmolLM3ForCausalLM has no `self_attn`.*; take a teacher"
+    ) as error:
+        write_thinned(str(source), 1, tmp_path / "student")
+    assert "\n" not in str(error.value)
 
 
 def test_the_tiny_pair(tmp_path):

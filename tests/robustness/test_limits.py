@@ -101,6 +101,41 @@ def test_a_share_is_flops_over_time_over_rate():
     assert limits.summary(SimpleNamespace(**{**vars(task), "name": "generation"}), [turn])["meets_goal"] is None
 
 
+def test_no_row_is_read_twice(tmp_path):
+    """As many made-up rows as are asked for, all different; of a file with more every second, of one with fewer none."""
+    limits.write_rows(tmp_path, 40)
+    rows = limits.read_rows(tmp_path, 40)
+    assert len({row["question"] for row in rows}) == 40
+    assert limits.read_rows(tmp_path, 20) == rows[::2]
+    with pytest.raises(SystemExit, match=r"forget10_perturbed\.json has 40 rows and 41 are asked for: lower --rows"):
+        limits.read_rows(tmp_path, 41)
+
+
+def test_rows_are_made_up_for_every_option(tmp_path, monkeypatch):
+    """The largest of the options says how many: with 40 of `--rows` no row stands in two places."""
+    asked = {}
+
+    def shares(model, folder, rows, options):
+        asked["rows"] = rows
+        return {}
+
+    def tofu(model, folder, options):
+        asked["tofu"] = (folder / "holdout10.json").read_text().splitlines()
+        return {}
+
+    monkeypatch.setattr(limits, "shares", shares)
+    monkeypatch.setattr(limits, "tofu", tofu)
+    words = ["--model", "none", "--output", str(tmp_path / "limits.json"), "--parts", "shares", "tofu"]
+    monkeypatch.setattr(sys, "argv", ["limits", *words, "--rows", "40", "--tofu_rows", "50"])
+    threads = torch.get_num_threads()
+    try:
+        limits.main()
+    finally:
+        torch.set_num_threads(threads)
+    assert len(asked["rows"]) == len({row["question"] for row in asked["rows"]}) == 40
+    assert len(set(asked["tofu"])) == 50
+
+
 def test_it_runs_and_writes_every_part(tmp_path, monkeypatch):
     from fdiv.models.tiny import build_tiny_model
 
