@@ -74,7 +74,7 @@ def _measure(
         notes.append(f"{len(chosen) - len(fitting)} rows are longer than the model's context and left out")
         view = evaluation.under_attack(attacked.rows, fitting, weights)
     # A scaled adapter has the same weights as one that is not: what is cached depends on the attack as well.
-    view.salt = fingerprint(label, str(sorted(named.settings.items())), evaluation.config.attack_seed)
+    view.salt = fingerprint(label, sorted(map(str, named.resolved.items())), evaluation.config.attack_seed)
     if attacked.sampling is not None:
         found = {"leak": {"value_by_index": _leaks(view, attacked, attacked.sampling, title)}}
     else:
