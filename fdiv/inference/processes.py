@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,9 @@ import torch
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-__all__ = ["SharedCount", "join_processes", "process_state", "whole_models"]
+__all__ = ["SharedCount", "alone", "join_processes", "process_state", "whole_models"]
 
+_ALONE: list[SimpleNamespace] = []
 _PATIENCE = datetime.timedelta(days=7)
 _EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 _counts = itertools.count()  # every process counts the same passes in the same order
@@ -27,6 +29,8 @@ def process_state() -> PartialState:
     Without an accelerator, accelerate joins the processes of a launcher only when it is told to use the CPU;
     otherwise each would believe to be alone.
     """
+    if _ALONE:
+        return _ALONE[-1]
     return _state()
 
 
@@ -73,6 +77,28 @@ class SharedCount:
         """Add `number`, 0 to read; the sum over all processes."""
         self._own += number
         return self._own if self._store is None else int(self._store.add(self._key, number))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, `process_state()` is that of a single process on this one's device, and loaded models are whole.
+
+    For an evaluation or a generation that the main process does while the others wait. A stock trainer inside still
+    finds the group: what trains runs in a process of its own (`fdiv.run.build`).
+    """
+    state = SimpleNamespace(
+        device=process_state().device,
+        num_processes=1,
+        process_index=0,
+        is_main_process=True,
+        wait_for_everyone=lambda: None,
+    )
+    _ALONE.append(state)
+    try:
+        with whole_models():
+            yield
+    finally:
+        _ALONE.remove(state)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from fdiv.inference.processes import whole_models
+from fdiv.inference.processes import alone, process_state, whole_models
 from fdiv.models.loading import load_model
 
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -58,3 +58,12 @@ def test_under_zero3_they_are_whole_and_the_configuration_comes_back(zero3, stor
         assert not is_deepspeed_zero3_enabled()
         raise KeyError
     assert is_deepspeed_zero3_enabled() and zero3.is_zero3()
+
+
+def test_alone_there_is_one_process_and_models_are_whole(zero3):
+    state = process_state()
+    with alone():
+        assert process_state() is not state and process_state().num_processes == 1 and process_state().is_main_process
+        assert not is_deepspeed_zero3_enabled()
+    assert type(process_state()) is type(state)
+    assert is_deepspeed_zero3_enabled()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from fdiv.errors import FdivError
@@ -63,7 +62,7 @@ def prepared(root: str, model: str, fails: str, said: str) -> None:
     found: dict[str, Any] = {"group": state.num_processes}
     with state.main_process_first():
         try:
-            folder, keys = build("tests.support.runs.builders:Trains", Trains(model, fails), Path(root))
+            _, keys = build("tests.support.runs.builders:Trains", Trains(model, fails), Path(root))
             found |= json.loads(Path(keys["dataset_name"]).read_text())
         except (FdivError, OSError) as error:
             found |= {"error": type(error).__name__, "message": str(error)}
