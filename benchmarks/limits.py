@@ -243,15 +243,15 @@ def texts_of(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[Any]:
 
 
 # ---------------------------------------------------------------- the passes
-def scoring_task(model: Any, texts: Sequence[Any], name: str = "scoring") -> Task:
-    """`score_texts` of all texts, with its defaults."""
+def scoring_task(model: Any, texts: Sequence[Any], name: str = "scoring", **settings: Any) -> Task:
+    """`score_texts` of all texts, with its defaults where `settings` do not say otherwise."""
     from fdiv.inference.scoring import ScoringRequest, score_texts
 
     requests = [ScoringRequest(f"text/{number:05d}", text) for number, text in enumerate(texts)]
     passes = scoring_passes(texts)
     return Task(
         name,
-        lambda: score_texts(model, requests, pad_id=0, progress=False),
+        lambda: score_texts(model, requests, pad_id=0, progress=False, **settings),
         passes.flops(architecture(model)),
         len(texts),
         passes.tokens,
@@ -520,7 +520,8 @@ def work(options: argparse.Namespace) -> None:
 
     state = process_state()
     model, tokenizer = load_model(options.model, dtype="float32").eval(), load_tokenizer(options.model)
-    task = scoring_task(model, texts_of(read_rows(Path(options.data), options.rows), tokenizer))
+    # Processes share batches: of two rows, so that a few rows make more batches than there are processes.
+    task = scoring_task(model, texts_of(read_rows(Path(options.data), options.rows), tokenizer), batch_size=2)
     task.run()
     state.wait_for_everyone()
     started = time.process_time()
