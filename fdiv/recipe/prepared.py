@@ -14,9 +14,10 @@ from fdiv.files import plain
 from fdiv.sealed import file_digest, read_record, write_record
 from fdiv.terminal import info
 
-__all__ = ["build_once", "moved"]
+__all__ = ["build_once", "is_built", "moved"]
 
 _HERE = "${prepare}"
+_MARKER = "recipe_keys.json"
 _LARGE = 2**28
 
 
@@ -31,11 +32,8 @@ def build_once(name: str, builder: Any, root: Path) -> tuple[Path, dict[str, Any
         builder: its settings, a dataclass with `build(folder)`.
         root: where builds stand beside each other.
     """
-    settings = plain(builder)
-    inputs = dict(_inputs(settings))
-    identity = json.dumps([name, settings, inputs] if inputs else [name, settings], sort_keys=True)
-    folder = root / f"{name.replace(':', '.')}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    marker = folder / "recipe_keys.json"
+    folder, identity = _place(name, builder, root)
+    marker = folder / _MARKER
     if marker.is_file():
         info(f"prepare: {name} was built before: {folder}")
     else:
@@ -49,6 +47,19 @@ def build_once(name: str, builder: Any, root: Path) -> tuple[Path, dict[str, Any
         write_record(marker, {"prepare": json.loads(identity), "keys": relative})
     built = read_record(marker, f"remove {folder}, so that it is built again")
     return folder, {key: moved(value, _HERE, folder) for key, value in built["keys"].items()}
+
+
+def is_built(name: str, builder: Any, root: Path) -> bool:
+    """Whether `build_once` would find the build of this description under `root`."""
+    return (_place(name, builder, root)[0] / _MARKER).is_file()
+
+
+def _place(name: str, builder: Any, root: Path) -> tuple[Path, str]:
+    """The folder of a build, and its description as text."""
+    settings = plain(builder)
+    inputs = dict(_inputs(settings))
+    identity = json.dumps([name, settings, inputs] if inputs else [name, settings], sort_keys=True)
+    return root / f"{name.replace(':', '.')}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}", identity
 
 
 def _inputs(settings: Any) -> Iterator[tuple[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from fdiv import errors
 from fdiv.files import plain
-from fdiv.recipe.prepared import build_once
+from fdiv.recipe.prepared import build_once, is_built
 
 __all__ = ["build"]
 
@@ -41,7 +41,7 @@ def build(name: str, builder: Any, root: Path) -> tuple[Path, dict[str, Any]]:
     """
     from accelerate import PartialState
 
-    if PartialState().num_processes > 1:
+    if PartialState().num_processes > 1 and not is_built(name, builder, root):
         _build_apart(name, builder, root)
     return build_once(name, builder, root)  # finds the build where there is one
 

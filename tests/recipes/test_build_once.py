@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fdiv.recipe import prepared
-from fdiv.recipe.prepared import build_once
+from fdiv.recipe.prepared import build_once, is_built
 
 
 @dataclass
@@ -42,8 +42,10 @@ def rows(tmp_path):
 
 def test_an_edited_file_is_built_again_and_the_old_build_stays(rows, tmp_path):
     root = tmp_path / "prepared"
-    assert built(Copies(str(rows)), root) == "one\n"
+    assert not is_built("copies", Copies(str(rows)), root)
+    assert built(Copies(str(rows)), root) == "one\n" and is_built("copies", Copies(str(rows)), root)
     rows.write_text("two\n")  # as long as before
+    assert not is_built("copies", Copies(str(rows)), root)
     assert built(Copies(str(rows)), root) == "two\n"
     rows.write_text("one\n")
     assert built(Copies(str(rows)), root) == "one\n" and len(list(root.iterdir())) == 2
