@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 from fdiv import lazy
 from fdiv.secrets import redacted
 
-__all__ = ["binary_size", "error", "info", "is_main_process", "number", "print_table"]
+__all__ = ["binary_size", "error", "error_of_any", "info", "is_main_process", "number", "print_table"]
 
 _ERRORS = "FDIV_EVAL_ERRORS"  # the folder for errors of processes that share an evaluation (fdiv.cli.shared_processes)
+_LATE = 3.0  # seconds in which a launcher ends the other processes of one that has failed
 _LONGEST = 1_000  # characters of an error: less than ten lines of a terminal
 
 
@@ -32,14 +34,33 @@ def info(message: str) -> None:
 
 def error(message: str) -> None:
     """An error as exactly one line on stderr; of one that fills the screen the middle is left out."""
-    line = "".join(char if char.isprintable() else "�" for char in " ".join(message.split()))
-    if len(line) > _LONGEST:
-        line = f"{line[: _LONGEST - 300]} … {line[-297:]}"
+    line = _as_line(message)
     if _ERRORS in os.environ:  # whoever started this process shows one line for all of them
         with suppress(OSError), open(os.path.join(os.environ[_ERRORS], os.environ.get("RANK", "0")), "a") as file:
             file.write(f"{redacted(line)}\n")
             return
     info(f"fdiv: {line}")
+
+
+def error_of_any(message: str) -> None:
+    """`error` of whichever process: one other than the main one waits a little, then says its line and its number.
+
+    What is wrong with data or options all find at about the same time. The main process says it, and its launcher ends
+    the others while they wait; an error that one process has alone would go unsaid, and the launcher names its exit
+    code only.
+    """
+    if is_main_process() or _ERRORS in os.environ:
+        error(message)
+        return
+    time.sleep(_LATE)
+    with suppress(OSError):
+        sys.stderr.write(redacted(f"fdiv: process {os.environ['RANK']}: {_as_line(message)}\n"))
+        sys.stderr.flush()
+
+
+def _as_line(message: str) -> str:
+    line = "".join(char if char.isprintable() else "�" for char in " ".join(message.split()))
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 300]} … {line[-297:]}"
 
 
 def number(value: Any) -> str:

@@ -20,7 +20,7 @@ from typing import NoReturn
 import fdiv
 from fdiv import terminal
 from fdiv.catalog import EVAL_COMMANDS
-from fdiv.errors import DataError, FdivError, RecipeError
+from fdiv.errors import DataError, FdivError, RecipeError, TerminatedError
 from fdiv.files import place_fault
 from fdiv.interrupts import stoppable
 from fdiv.models.dtypes import add_dtype
@@ -254,7 +254,11 @@ def _fail(error: Exception, args: argparse.Namespace, code: int) -> int:
     """One line for an error with a remedy; its traceback under --debug."""
     if vars(args).get("debug"):
         raise error
-    terminal.error(place_fault(error) if isinstance(error, OSError) else str(error))
+    line = place_fault(error) if isinstance(error, OSError) else str(error)
+    if isinstance(error, TerminatedError):  # every process has heard the signal
+        terminal.error(line)
+    else:
+        terminal.error_of_any(line)
     return code
 
 

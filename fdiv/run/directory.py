@@ -102,16 +102,19 @@ class RunDirectory:
     def claimed(self, overwrite: bool, resume: bool | str | None) -> Iterator[None]:
         """`check`, then make the directory and hold its lock: what was checked stays true in the body.
 
+        Of several processes of one run, the main one does so; the others would look at what it is writing.
+
         Raises:
             FdivError: see `check`; another process writes there; it cannot be written.
         """
+        if not is_main_process():
+            yield
+            return
         refuse_locked(self.path)
         self.check(overwrite, resume)
-        if is_main_process():
-            self.open()
+        self.open()
         with output_lock(self.path):
-            if is_main_process():
-                self.check(overwrite, resume)  # it may have been another's between the first look and the lock
+            self.check(overwrite, resume)  # it may have been another's between the first look and the lock
             yield
 
     def open(self) -> None:

@@ -15,6 +15,7 @@ import yaml
 from safetensors import SafetensorError
 
 from fdiv import catalog as methods
+from fdiv import terminal
 from fdiv.cli import main
 from fdiv.errors import FdivError
 from fdiv.recipe.load import load_recipe
@@ -196,6 +197,31 @@ def test_directories_that_may_and_may_not_be_written(tmp_path):
         RunDirectory(tmp_path / "new").check(overwrite=False, resume=True)
     with pytest.raises(FdivError, match="no such directory"):
         RunDirectory(half).check(overwrite=False, resume="nowhere")
+
+
+@pytest.mark.parametrize("seen", [".writable", "..writable.part", "anything"])
+def test_other_processes_do_not_look_at_what_the_main_one_is_writing(tmp_path, monkeypatch, seen):
+    """The main process opens the directory while they start, and what they would see of it is no run of fdiv."""
+    (tmp_path / seen).write_text("")
+    with pytest.raises(FdivError, match="is not empty and not a run of fdiv"):
+        RunDirectory(tmp_path).check(overwrite=False, resume=None)
+    monkeypatch.setenv("RANK", "1")
+    with RunDirectory(tmp_path).claimed(overwrite=False, resume=None):
+        assert [path.name for path in tmp_path.iterdir()] == [seen]  # nor do they write there
+
+
+def test_an_error_that_another_process_has_alone_is_said(tmp_path, monkeypatch, capsys):
+    """With its number, and late: the main process has the word where it fails as well."""
+    waited = []
+    monkeypatch.setattr(terminal.time, "sleep", waited.append)
+    words = ["run", str(tmp_path / "missing.yaml")]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fdiv: ") and "missing.yaml" in said and not waited
+    monkeypatch.setenv("RANK", "3")
+    assert main(words) == 2
+    assert capsys.readouterr().err == said.replace("fdiv: ", "fdiv: process 3: ", 1)
+    assert waited == [terminal._LATE]
 
 
 def test_a_resumed_run_ends_as_the_uninterrupted_one(write_recipe, tmp_path, monkeypatch):
