@@ -13,7 +13,7 @@ import torch
 TRAINERS = ("f_dpo", "f_dpg", "d2o", "flat", "dph")
 EVERY = (*TRAINERS, "f_distill")  # with the one that has a teacher in place of a reference
 ROLLOUT_TRAINERS = ("f_dpg", "d2o", "dph")
-ROUNDING = {"f_dpo": 1e-5, "f_dpg": 1e-4, "d2o": 1e-5, "flat": 1e-5, "dph": 1e-5, "f_distill": 1e-5}
+ROUNDING = {"f_dpo": 1e-5, "f_dpg": 1e-4, "d2o": 1e-5, "flat": 1e-5, "dph": 1e-5, "f_distill": 1e-5, "sinkhorn": 1e-5}
 """How far the losses of two runs that should be one may lie apart, on any processor.
 
 Sums of 30 log-probabilities, 1e-5 apart, times β. f-DPG's loss is a mean of coefficient · log π(y) with log π(y) ≈ -25 and
@@ -78,6 +78,17 @@ def _f_distill(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
     return make_trainer(model_dir, teacher, data, output, **{"divergence": "jensen_shannon", **options})
 
 
+def _sinkhorn(model_dir: Path, output: Path, options: dict[str, Any]) -> Any:
+    """Distillation with the Sinkhorn term over label words. The term of a micro-batch weighs with its tokens, so all
+    completions are equally long; rows are groups of their own, for each process shuffles its rows."""
+    from tests.support.runs.f_distill import make_trainer, rows
+
+    data = [{**row, "completion": " of course it does."} for row in rows(12)]
+    teacher = options.pop("teacher", None) or _other_weights(model_dir)
+    term = {"sinkhorn_weight": 3.0, "sinkhorn_words": ["a", "o", "?"], "sinkhorn_group": 1}
+    return make_trainer(model_dir, teacher, data, output, **{"divergence": "jensen_shannon", **term, **options})
+
+
 def _other_weights(model_dir: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -89,7 +100,10 @@ def _other_weights(model_dir: Path) -> Any:
     return teacher
 
 
-_BUILDERS = {"f_dpo": _f_dpo, "f_dpg": _f_dpg, "d2o": _d2o, "flat": _flat, "dph": _dph, "f_distill": _f_distill}
+_BUILDERS = {
+    **{"f_dpo": _f_dpo, "f_dpg": _f_dpg, "d2o": _d2o, "flat": _flat, "dph": _dph, "f_distill": _f_distill},
+    "sinkhorn": _sinkhorn,
+}
 
 
 def flat_weights(trainer: Any) -> torch.Tensor:

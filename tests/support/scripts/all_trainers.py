@@ -49,9 +49,9 @@ def options(name: str, recorded: Path, processes: int) -> dict[str, Any]:
         chosen["rollout_func"] = RecordedRollouts(recorded / "rollouts.jsonl")
     if name == "dph":  # scored beforehand: a bare forward fails while ZeRO-3 is on
         chosen["rehearsal_cache"] = str(recorded / "rehearsal.safetensors")
-    if name == "f_distill":  # loaded as a run would: weights changed in place are shards under ZeRO-3
+    if name in ("f_distill", "sinkhorn"):  # loaded as a run would: weights changed in place are shards under ZeRO-3
         chosen["teacher"] = recorded / "teacher"
-        chosen["learning_rate"] = 0.1  # its gradients are far below that epsilon
+        chosen["learning_rate"] = 0.1 if name == "f_distill" else 0.03  # its gradients are far below that epsilon
     if name == "d2o":
         chosen["given_anchors"] = 3  # a column of the data: nothing is sampled
     return chosen
