@@ -255,15 +255,18 @@ class AnchorCache:
             )
         return group[:count]
 
-    def take(self, path: Path, keys: Set[str]) -> None:
+    def take(self, path: Path, keys: Set[str], *, write: bool = True) -> None:
         """Add the anchors of some prompts from another run's file, which is checked as one's own is.
+
+        Args:
+            path: the file. keys: the prompts. write: see `add`; of several processes, one writes.
 
         Raises:
             DataError: see the class.
         """
         theirs = AnchorCache(path, self.settings, self.vocab_size)
         self.notes += theirs.notes
-        self.add({key: group for key, group in theirs._groups.items() if key in keys})
+        self.add({key: group for key, group in theirs._groups.items() if key in keys}, write=write)
 
     def add(self, groups: Mapping[str, list[Anchor]], *, write: bool = True) -> None:
         """Add anchors by `prompt_key`, and write the file (whole, then renamed: it is never half written)."""

@@ -367,7 +367,8 @@ class D2OTrainer(RolloutMixin, ObjectiveTrainerMixin, GRPOTrainer):
         theirs = folder.parent / ANCHORS_FILE
         if not len(self.anchors) and theirs.is_file():
             rows = [row for dataset in self.all_datasets() for row in self._held(dataset)]
-            self.anchors.take(theirs, {prompt_key(row["prompt_ids"]) for row in rows})
+            keys = {prompt_key(row["prompt_ids"]) for row in rows}
+            self.anchors.take(theirs, keys, write=self.accelerator.is_main_process)
         if self.args.refresh_every is not None:
             self.start_reference.load(folder / "reference")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fdiv.sealed import LISTING, listed, write_record
 from fdiv.terminal import is_main_process
 from fdiv.training.checkpoints import checkpoint_folders
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "raise_on_all"]
 
 FINISHED = "result.json"
 AFTER_TRAINING = "measure it with `fdiv eval`, or train again with --overwrite_output_dir true"
@@ -102,19 +103,24 @@ class RunDirectory:
     def claimed(self, overwrite: bool, resume: bool | str | None) -> Iterator[None]:
         """`check`, then make the directory and hold its lock: what was checked stays true in the body.
 
-        Of several processes of one run, the main one does so; the others would look at what it is writing.
+        Of several processes of one run, the main one does so; the others would look at what it is writing. All of them
+        raise what it found: one that went on alone would meet the others in another run of a sweep.
 
         Raises:
             FdivError: see `check`; another process writes there; it cannot be written.
         """
-        if not is_main_process():
-            yield
-            return
-        refuse_locked(self.path)
-        self.check(overwrite, resume)
-        self.open()
-        with output_lock(self.path):
-            self.check(overwrite, resume)  # it may have been another's between the first look and the lock
+        refused = None
+        with ExitStack() as held:
+            if is_main_process():
+                try:
+                    refuse_locked(self.path)
+                    self.check(overwrite, resume)
+                    self.open()
+                    held.enter_context(output_lock(self.path))
+                    self.check(overwrite, resume)  # it may have been another's between the first look and the lock
+                except FdivError as error:
+                    refused = error
+            raise_on_all(refused)
             yield
 
     def open(self) -> None:
@@ -155,3 +161,18 @@ class RunDirectory:
     def write(self, name: str, content: str) -> None:
         """Write a file so that it is either whole or absent."""
         write_text(self.path / name, content)
+
+
+def raise_on_all(error: FdivError | None) -> None:
+    """Raise what the main process found, on every process of the run; all of them call it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+
+        said = [None if error is None else str(error)]
+        if PartialState().num_processes > 1:
+            broadcast_object_list(said)
+        if error is None and said[0] is not None:
+            error = FdivError(said[0])
+    if error is not None:
+        raise error

@@ -30,7 +30,7 @@ from fdiv.recipe.dump import resolved_yaml
 from fdiv.recipe.model import Recipe
 from fdiv.rows.report import RowReport, records_of
 from fdiv.run.data import load_datasets, load_tokenizer, model_arguments, starting_model
-from fdiv.run.directory import AFTER_TRAINING, RunDirectory
+from fdiv.run.directory import AFTER_TRAINING, RunDirectory, raise_on_all
 from fdiv.run.plan import RunPlan, plan_run, prepare
 from fdiv.sealed import write_record
 from fdiv.terminal import info
@@ -180,8 +180,15 @@ def _opened(plan: RunPlan, prepared: Path | None) -> RunPlan:
     state = PartialState()
     state.wait_for_everyone()
     set_seed(plan.configs.training.seed)
-    with state.main_process_first():
-        return prepare(plan, prepared or plan.output_dir / "prepared")
+    root = prepared or plan.output_dir / "prepared"
+    made, failed = None, None
+    if state.is_main_process:
+        try:
+            made = prepare(plan, root)
+        except FdivError as error:
+            failed = error
+    raise_on_all(failed)
+    return prepare(plan, root) if made is None else made  # the others find what was built
 
 
 def _trainer(plan: RunPlan, record: Mapping[str, Any]) -> tuple[Any, Any, Any]:

@@ -37,6 +37,7 @@ __all__ = ["collect", "plan_sweep", "print_cells", "run_sweep"]
 
 # What may go wrong in one cell without saying anything about the others (RuntimeError holds out-of-memory).
 _CELL_FAILURES = (FdivError, ValueError, RuntimeError, OSError, ArithmeticError)
+_GIVING_UP = 60.0  # seconds in which what makes a cell fail is found by all processes
 _IGNORED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "use_cpu")
 
 
@@ -162,14 +163,43 @@ def _run_cell(plan: SweepPlan, cell: Cell, command: str) -> str | None:
         raise KeyboardInterrupt(f"interrupted (Ctrl-C): {_in_sweep(cell)}") from None
     except _CELL_FAILURES as error:
         folder = plan.root / cell.name
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "error.txt", traceback.format_exc())
+        if is_main_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "error.txt", traceback.format_exc())
+        _check_given_up(cell, error)
         return f"{type(error).__name__}: {one_line(error)} (traceback in {folder / 'error.txt'})"
     finally:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return None
+
+
+def _check_given_up(cell: Cell, error: BaseException) -> None:
+    """Of several processes, see that all have failed in this cell.
+
+    One that failed alone must not go on to the next cell: the others, which wait for it in this one, would take what
+    it does there for their own work.
+
+    Raises:
+        FdivError: another process has not failed within a while.
+    """
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.num_processes == 1 or not torch.distributed.is_initialized():
+        return
+    store, key = torch.distributed.distributed_c10d._get_default_store(), f"fdiv/sweep/given up/{cell.name}"
+    store.add(key, 1)
+    stop = time.monotonic() + _GIVING_UP
+    while store.add(key, 0) < state.num_processes:
+        if time.monotonic() > stop:
+            raise FdivError(
+                f"sweep cell {cell.name}: process {state.process_index} failed and others did not, so the sweep ends: "
+                f"{one_line(error)}. Run the same command again; finished cells are kept"
+            ) from error
+        time.sleep(0.1)
 
 
 def _in_sweep(cell: Cell) -> str:
