@@ -101,23 +101,33 @@ def launch(
     child_environment = {_SHUTDOWN_VARIABLE: str(_SHUTDOWN_SECONDS), **os.environ}
     received: list[int] = []
     started: set[psutil.Process] = set()
-    with subprocess.Popen(command, start_new_session=True, env=child_environment) as process:
+    running: list[subprocess.Popen[bytes]] = []
+    told = 0
 
-        def forward(number: int, _: object) -> None:
-            received.append(number)
-            started.update(descendants(process.pid))
+    def forward(number: int, _: object) -> None:
+        received.append(number)
+        tell()
+
+    def tell() -> None:
+        nonlocal told
+        while running and told < len(received):
+            told += 1
+            started.update(descendants(running[0].pid))
             with suppress(ProcessLookupError):  # it has just ended
-                os.killpg(process.pid, number)
+                os.killpg(running[0].pid, received[told - 1])
 
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = [signal.signal(number, forward) for number in numbers]
-        try:
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, forward) for number in numbers]  # first: a signal while it starts reaches it, too
+    try:
+        with subprocess.Popen(command, start_new_session=True, env=child_environment) as process:
+            running.append(process)
+            tell()
             code = process.wait()
             if received:
                 wait_until_gone(started, _SHUTDOWN_SECONDS)
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
     return 128 + received[-1] if received and code else code
 
 

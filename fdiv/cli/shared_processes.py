@@ -10,8 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,7 @@ from fdiv.errors import RecipeError
 from fdiv.memory.accelerate import process_count, read_accelerate_config
 from fdiv.secrets import redacted
 
-__all__ = ["join", "processes_asked_for", "run_together"]
+__all__ = ["join", "processes_asked_for", "reserved_port", "run_together"]
 
 _ERRORS = "FDIV_EVAL_ERRORS"  # the folder where `fdiv.terminal.error` leaves the errors of these processes
 _GRACE = 5.0  # seconds between SIGTERM and SIGKILL: a process in a collective call hears only the second
@@ -80,8 +80,8 @@ def run_together(words: Sequence[str], count: int, environment: Mapping[str, str
     The main process writes and shows the progress. Where one fails or is killed, the others are ended, and one line
     says what happened, with `go_on`; they end with this process, too.
     """
-    with tempfile.TemporaryDirectory(prefix="fdiv-eval-") as folder:
-        shared = {**os.environ, **environment, **_group(count), _ERRORS: folder}
+    with tempfile.TemporaryDirectory(prefix="fdiv-eval-") as folder, reserved_port() as port:
+        shared = {**os.environ, **environment, **_group(count, port), _ERRORS: folder}
         started: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(count):
@@ -108,11 +108,21 @@ def _heard(folder: str | Path, rank: int) -> Path:
     return Path(folder) / f"heard-{rank}"
 
 
-def _group(count: int) -> dict[str, str]:
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A free port that the system gives to no one else inside, until a process that is told of it listens there.
+
+    The processes of a group need seconds before they meet, in which a port that was let go is often another's. Torch's
+    store reuses addresses (`SO_REUSEADDR`), so it can listen where this socket is bound and does not listen.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("", 0))
+        yield held.getsockname()[1]
+
+
+def _group(count: int, port: int) -> dict[str, str]:
     """Where the processes meet, and their share of the threads, unless that is set."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // count))
     return {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
@@ -137,18 +147,20 @@ def _ends_with(parent: int) -> Callable[[], None] | None:
 def _wait_for_the_same(started: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
     """What is wrong with data or options all find at about the same time: give the main process a moment to say it."""
     stop = time.monotonic() + _MOMENT
-    while time.monotonic() < stop and not (folder / "0").is_file() and started[0].poll() is None:
+    while time.monotonic() < stop and not _words(folder / "0") and started[0].poll() is None:
         time.sleep(_LOOK)
+
+
+def _words(errors: Path) -> str:
+    """What a process left there; empty also while it writes."""
+    return errors.read_text(encoding="utf-8").strip() if errors.is_file() else ""
 
 
 def _said(rank: int, code: int, count: int, folder: Path, go_on: str) -> int:
     """Show why process `rank` ended, as one line; the exit code."""
     who = f"process {rank} of {count}"
-    errors = folder / str(rank)
-    if errors.is_file():
-        text, main = errors.read_text(encoding="utf-8").strip(), folder / "0"
-        same = main.is_file() and main.read_text(encoding="utf-8").strip() == text
-        terminal.error(text if same else f"{who}: {text}")
+    if text := _words(folder / str(rank)):
+        terminal.error(text if _words(folder / "0") == text else f"{who}: {text}")
         return code
     if code < 0:
         with suppress(ValueError):

@@ -1,6 +1,5 @@
 """`--accelerate`: configurations that cannot be used, and what a signal does to the processes that were started."""
 
-import json
 import os
 import re
 import signal
@@ -10,8 +9,11 @@ import time
 
 import pytest
 
+from fdiv.cli import launch
+from fdiv.interrupts import stoppable
 from fdiv.memory.placement import read_placement
 from fdiv.training.checkpoints import checkpoint_fault, newest_checkpoint
+from tests.support.processes import wait_for_step
 
 
 # ---------------------------------------------------------------- configurations
@@ -102,6 +104,27 @@ def test_sigterm_waits_for_what_the_launcher_started(launcher, tmp_path, monkeyp
     assert (tmp_path / "saved").read_text() == "3600"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_launcher_starts_reaches_it(number, monkeypatch):
+    """It comes between the start and the next line: the launcher must not go on alone."""
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(launch.subprocess, "Popen", Interrupted)
+    monkeypatch.setattr(launch, "launch_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        with stoppable(lambda: "again"):
+            assert launch.launch("x", []) == 128 + number
+        assert started[0].poll() is not None
+    finally:
+        started[0].kill()
+
+
 def test_an_exit_code_without_a_signal_is_the_launchers(monkeypatch):
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "7")  # stated: kept
     ends = "import os, sys; sys.exit(int(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT']))"
@@ -115,13 +138,7 @@ def test_sigterm_under_accelerate_saves_and_returns_143(write_recipe, tmp_path):
         [sys.executable, "-m", "fdiv", "run", str(path), "--accelerate", "cpu_ddp"],
         stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    metrics, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
-        if metrics.is_file() and any(
-            json.loads(line).get("step", 0) >= 3 for line in metrics.read_text().splitlines()
-        ):
-            break
-        time.sleep(0.2)
+    wait_for_step(process, tmp_path / "out" / "metrics.jsonl", 3)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 143, stderr[-3000:]

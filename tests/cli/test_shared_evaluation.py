@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -111,7 +112,8 @@ def test_a_count_is_shared_by_a_hook_of_torch():
 WORKER = """
 import os, pathlib, sys, time
 rank, folder = int(os.environ["RANK"]), pathlib.Path(sys.argv[1])
-(folder / f"pid{rank}").write_text(str(os.getpid()))
+(folder / f"{rank}.part").write_text(str(os.getpid()))
+(folder / f"{rank}.part").rename(folder / f"pid{rank}")
 while len(list(folder.glob("pid*"))) < 3:
     time.sleep(0.02)
 if rank == 1:
@@ -142,13 +144,34 @@ def test_where_one_process_fails_all_end(ending, tmp_path, monkeypatch, capfd):
             os.kill(int((tmp_path / f"pid{rank}").read_text()), 0)
 
 
+SAYS_THE_SAME = """
+import os, pathlib, sys, time
+rank = os.environ["RANK"]
+with open(pathlib.Path(os.environ["FDIV_EVAL_ERRORS"], rank), "w") as file:
+    time.sleep(0.5 if rank == "0" else 0)  # its file is there, and nothing in it yet
+    file.write("no such file: x")
+sys.exit(1)
+"""
+
+
 def test_what_all_find_is_said_once_and_plainly(tmp_path, monkeypatch, capfd):
     real = shared_processes.subprocess.Popen
-    says = "(pathlib.Path(os.environ['FDIV_EVAL_ERRORS']) / os.environ['RANK']).write_text('no such file: x'); sys.exit(1)"
-    program = [sys.executable, "-c", f"import os, pathlib, sys; {says}"]
+    program = [sys.executable, "-c", SAYS_THE_SAME]
     monkeypatch.setattr(shared_processes.subprocess, "Popen", lambda command, **options: real(program, **options))
+    monkeypatch.setattr(shared_processes, "_MOMENT", 30.0)  # the main process ends long before
     assert shared_processes.run_together(["eval"], 4, {}, "again") == 1
     assert capfd.readouterr().err == "fdiv: no such file: x\n"
+
+
+def test_the_port_of_a_group_is_no_one_elses_until_torch_takes_it():
+    from torch.distributed import TCPStore
+
+    with shared_processes.reserved_port() as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        store.set("key", "value")
+        assert TCPStore("127.0.0.1", port).get("key") == b"value"
 
 
 def test_sigterm_ends_them_too(tmp_path, monkeypatch):

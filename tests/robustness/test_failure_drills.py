@@ -9,7 +9,8 @@ import resource
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from fdiv.training.checkpoints import (
 )
 from fdiv.training.signals import StopOnSigterm
 from tests.cli.conftest import pairs, write_recipe  # noqa: F401 (fixtures)
+from tests.support.processes import wait_for_step
 from tests.support.runs.all_trainers import EVERY, build, flat_weights
 from tests.support.runs.dph import cache
 from tests.support.runs.unlearning import retain_rows
@@ -165,25 +167,25 @@ def test_a_prompt_that_leaves_no_room(name, tiny_model_dir, tmp_path):
 
 
 # ---------------------------------------------------------------- signals and ranks
+def test_a_line_that_is_being_written_is_waited_for(tmp_path, monkeypatch):
+    """Whoever reads `metrics.jsonl` of a run that goes on may see half of its last line."""
+    metrics, process, seen = tmp_path / "metrics.jsonl", SimpleNamespace(poll=lambda: None), []
+
+    def go_on(_):
+        seen.append(metrics.is_file())
+        metrics.write_text('{"step": 2}\n{"step": 3, "lo' + ('ss": 0.5}\n' if len(seen) > 1 else ""))
+
+    monkeypatch.setattr("tests.support.processes.time.sleep", go_on)
+    wait_for_step(process, metrics, 3)
+    assert seen == [False, True]
+
+
 def start(*words, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", *map(str, words)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )  # fmt: skip
-
-
-def wait_for_step(process, metrics, step, seconds=240):
-    """Until `metrics.jsonl` has a line of that step."""
-    stop = time.monotonic() + seconds
-    while time.monotonic() < stop and process.poll() is None:
-        if metrics.is_file() and any(
-            json.loads(line).get("step", 0) >= step for line in metrics.read_text().splitlines()
-        ):
-            return
-        time.sleep(0.2)
-    process.kill()
-    raise AssertionError(f"no step {step}: {process.communicate()[1][-2000:]}")
 
 
 def test_sigterm_saves_the_step_and_logs_nothing_of_its_own(tiny_model_dir, tmp_path):
@@ -206,7 +208,7 @@ def test_sigterm_saves_the_step_and_logs_nothing_of_its_own(tiny_model_dir, tmp_
 def test_sigterm_saves_stops_and_can_be_resumed(write_recipe, tmp_path):  # noqa: F811
     path = write_recipe(max_steps=40, save_strategy="no", use_cpu=True)
     output = tmp_path / "out"
-    process = start("fdiv", "run", path)
+    process = start("tests.support.scripts.slow_run", "run", path)
     wait_for_step(process, output / "metrics.jsonl", 3)
     process.terminate()
     _, stderr = process.communicate(timeout=120)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fdiv.cli.launch import descendants
+from fdiv.cli.shared_processes import reserved_port
 
 ROOT = str(Path(__file__).resolve().parents[2])
 if ROOT not in sys.path:  # pytest imports the tests without it; the new processes take it over
@@ -41,13 +42,11 @@ def run(function: Callable[..., Any], *arguments: Any, processes: int = 1, timeo
     # A server without threads of torch's, which every fork would lack.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.preload"])
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with tempfile.TemporaryDirectory() as folder, reserved_port() as port:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         if processes > 1:
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        free.close()
         started = [
             context.Process(target=_call, args=(folder, rank, environment, os.getcwd(), function, arguments))
             for rank in range(processes)
@@ -88,6 +87,20 @@ def end_with_group(command: Sequence[str], timeout: float, **options: Any) -> su
             stdout, stderr = process.communicate()
             raise AssertionError(f"not ended after {timeout} s: {command}\n{stderr[-8000:]}") from None
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def wait_for_step(
+    process: subprocess.Popen[Any], metrics: Path, step: int, seconds: float = 240, look: float = 0.2
+) -> None:
+    """Until `metrics.jsonl`, which `process` is writing, has a whole line of that step."""
+    stop = time.monotonic() + seconds
+    while time.monotonic() < stop and process.poll() is None:
+        lines = metrics.read_text().rpartition("\n")[0].splitlines() if metrics.is_file() else ()
+        if any(json.loads(line).get("step", 0) >= step for line in lines):
+            return
+        time.sleep(look)
+    process.kill()
+    raise AssertionError(f"no step {step}: {process.communicate()[1][-2000:]}")
 
 
 def run_script(script: Path, folder: Path) -> None:
