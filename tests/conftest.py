@@ -17,6 +17,7 @@ os.environ.update(
 
 import signal
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,10 @@ import torch
 # A shell starts background jobs with Ctrl-C ignored, which the tests of signals need.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples in every run, and no limit on their time: 200 ms is what a busy machine may take for anything.
+hypothesis.settings.register_profile("fdiv", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("fdiv")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -125,8 +125,8 @@ def test_a_server_that_cannot_just_now_is_asked_again(status):
 
 
 def test_a_timeout_is_asked_again():
-    with CompletionServer("m", first_waits=2.0) as server:
-        assert len(asking(server, timeout=0.5).draw(requests(1, 2), memory(), "sampling")) == 2
+    with CompletionServer("m", first_waits=8.0) as server:
+        assert len(asking(server, timeout=2.0).draw(requests(1, 2), memory(), "sampling")) == 2
 
 
 def test_what_a_dead_server_had_goes_to_the_others(capsys):
@@ -309,24 +309,36 @@ def test_all_servers_die_half_way_and_the_run_goes_on_later(passk, tiny_model_di
         assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
+def _kept(output: Path) -> int:
+    """Whole lines in the cache of samples."""
+    return sum(file.read_text().count("\n") for file in output.glob("cache/samples-*/rank*.jsonl"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_killed_and_resumed(passk, tiny_model_dir, tasks, tmp_path, number, code):
     """What was answered before the kill and kept is not asked again; at most what was under way is."""
-    answered = threading.Event()
+    ended = threading.Event()
 
     def slowly(asked: int, body: dict) -> None:
-        answered.set() if asked > 9 else None
-        time.sleep(0.1)
+        if 9 < asked < 12:  # both threads wait, with nine answers kept, until the process has ended
+            ended.wait(300)
 
     with CompletionServer(str(tiny_model_dir), plan=slowly) as server:
         words = ["--model", tiny_model_dir, "--dataset", tasks, "--n", "4", "--k", "1,2", "--max_new_tokens", "9"]
         words += ["--server_url", server.url, "--batch_size", "2", "--output", tmp_path / "out"]
         command = [sys.executable, "-m", "fdiv", "eval", "passk", *map(str, words)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert answered.wait(240)
+        stop = time.monotonic() + 240
+        while (len(server.asked), _kept(tmp_path / "out")) != (11, 9):
+            assert time.monotonic() < stop and process.poll() is None, (
+                len(server.asked),
+                process.communicate(timeout=60),
+            )
+            time.sleep(0.02)
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
+        ended.set()
         assert process.returncode == code
         assert ("fdiv: terminated (SIGTERM): run the same command again" in said) == (code == 143)
         before = len(server.asked)

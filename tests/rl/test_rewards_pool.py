@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fdiv.rl.rewards import Outcome, WorkerError, WorkerPool
+from fdiv.rl.rewards.pool.processes import usage
 
 TASK = Path(__file__).parents[1] / "support" / "sleepy_task.py"
 BAD = [
@@ -117,10 +118,18 @@ def test_killed_while_idle_costs_nothing(pool):
 def test_worker_killed_from_outside_in_the_middle_of_a_batch():
     with WorkerPool(TASK, workers=1, time_limit=60.0) as pool:
         pid = pool.map([{"pid": True}])[0].value["pid"]
-        timer = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
-        timer.start()
+        limit = usage(pid)[0] + 0.2  # seconds of processor time, which only the item that hangs takes
+
+        def kill():
+            until = time.monotonic() + 50
+            while usage(pid)[0] < limit and time.monotonic() < until:
+                time.sleep(0.01)
+            os.kill(pid, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
         outcomes = pool.map([{"number": 3}, {"hang": True}, {"number": 4}])
-        timer.join()
+        killer.join()
         assert [outcome.status for outcome in outcomes] == ["ok", "crash", "ok"]
         assert outcomes[2].value["square"] == 16 and pool.restarts == 1
 

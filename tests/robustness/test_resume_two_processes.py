@@ -3,20 +3,20 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.cli.conftest import pairs, write_recipe  # noqa: F401  (fixtures)
+from tests.support.processes import end_with_group
 
 
 def run(recipe, accelerate, output, repository, *words):
     """`fdiv run` in a process of its own."""
     command = [sys.executable, "-m", "fdiv", "run", recipe, "--accelerate", accelerate, "--output_dir", output, *words]
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=500, check=False, cwd=repository,
+    done = end_with_group(
+        [str(word) for word in command], timeout=560, cwd=repository,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -31,6 +31,7 @@ def numbers(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # two launches
 @pytest.mark.parametrize("accelerate", ["cpu_ddp", "cpu_zero3"])
 def test_a_resumed_run_is_the_uninterrupted_one(accelerate, write_recipe, tmp_path, repository):  # noqa: F811
     recipe = write_recipe(max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=1)

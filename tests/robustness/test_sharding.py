@@ -38,7 +38,7 @@ def launch(launcher, model_dir, folder, repository, *names):
     words = ["-m", SCRIPT, model_dir, folder, output, *names]
     remove_stale_locks()  # as `fdiv run --accelerate` does: extensions are compiled in the first run
     done = end_with_group(
-        [*LAUNCHERS[launcher], *map(str, words)], timeout=560,
+        [*LAUNCHERS[launcher], *map(str, words)], timeout=1100,
         cwd=repository, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -64,6 +64,7 @@ def runs(tiny_model_dir, tmp_path_factory, repository):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # two launches, and the first one may compile an extension of DeepSpeed
 @pytest.mark.parametrize(
     ("launcher", "names"),
     [
@@ -83,6 +84,7 @@ def test_losses_are_those_of_one_process(runs, launcher, names):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_zero3_holds_half_of_the_parameters_per_process(tmp_path, repository):
     """DeepSpeed keeps tensors of up to 100,000 elements whole on every process, so this model has larger ones."""
     model = build_tiny_model(tmp_path / "model", hidden_size=512, layers=1)
@@ -98,6 +100,7 @@ RECIPES = {  # with what makes the steps comparable: no clipping, no Adam of sig
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_build_and_evaluate_with_whole_models_and_train_sharded_ones(recipe, tmp_path, repository):
     """`prepare:` runs on one process while the other waits: a model that is sharded there would wait for ever.
@@ -121,7 +124,7 @@ def test_recipes_build_and_evaluate_with_whole_models_and_train_sharded_ones(rec
     for name, batch, more in (("one", 4, []), ("two", 2, ["--accelerate", "cpu_zero3", "--num_processes", "2"])):
         own = ["--per_device_train_batch_size", str(batch), "--output_dir", str(tmp_path / name), *more]
         done = end_with_group(
-            [sys.executable, "-m", "fdiv", *words, *RECIPES[recipe], *own], timeout=280, cwd=repository,
+            [sys.executable, "-m", "fdiv", *words, *RECIPES[recipe], *own], timeout=560, cwd=repository,
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
