@@ -177,10 +177,12 @@ def _opened(plan: RunPlan, prepared: Path | None) -> RunPlan:
     from accelerate import PartialState
     from transformers import set_seed
 
+    from fdiv.inference.processes import main_process_first
+
     state = PartialState()
     state.wait_for_everyone()
     set_seed(plan.configs.training.seed)
-    with state.main_process_first():
+    with main_process_first():
         return prepare(plan, prepared or plan.output_dir / "prepared")
 
 
