@@ -203,10 +203,12 @@ def _say(request: Request, looked: Looked, plan: RunPlan) -> None:
             "questions to suffer, and read the neighbours of the report (give --neighbours). Better: --retain FILE, "
             "or --sample_retain N for N answers of the model itself"
         )
+    if "neighbours" in request.rows:
+        return
     apart = held_out(looked.retain_rows + request.sample_retain) if request.sample_retain else 0
-    apart = apart or (len(looked.sets["neighbours"]) if "neighbours" not in request.rows else 0)
+    apart = apart or len(looked.sets["neighbours"])
     if apart:
-        most = "up to " if request.sample_retain and "neighbours" not in request.rows else ""
+        most = "up to " if request.sample_retain else ""
         info(f"neighbours: {most}{apart} of the retain rows are not trained on, and measured")
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import itertools
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,11 @@ import torch
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-__all__ = ["SharedCount", "alone", "join_processes", "process_state", "whole_models"]
+__all__ = ["SharedCount", "alone", "join_processes", "main_process_first", "process_state", "whole_models"]
 
 _ALONE: list[SimpleNamespace] = []
 _PATIENCE = datetime.timedelta(days=7)
+_LOOK = 0.5
 _EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 _counts = itertools.count()  # every process counts the same passes in the same order
 
@@ -77,6 +79,25 @@ class SharedCount:
         """Add `number`, 0 to read; the sum over all processes."""
         self._own += number
         return self._own if self._store is None else int(self._store.add(self._key, number))
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """The main process runs the body before the others do, however long that takes.
+
+    accelerate's context of this name waits in a collective call, which ends the waiting processes when the time of the
+    group is up: half an hour, or what `ddp_timeout` says.
+    """
+    ended, state = SharedCount(), process_state()
+    if not ended.shared:  # one process, or no store to look into
+        with state.main_process_first() if state.num_processes > 1 else nullcontext():
+            yield
+        return
+    while not state.is_main_process and not ended.add(0):
+        time.sleep(_LOOK)
+    yield
+    if state.is_main_process:
+        ended.add(1)
 
 
 @contextmanager

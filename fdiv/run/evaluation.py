@@ -79,12 +79,31 @@ class Evaluations(TrainerCallback):
                 names.append(add_metrics(metrics, found, block.name))
         model.train(was_training)
         self.results[stage], self.names[stage] = metrics, names
+        if stage == "after" and "before" in self.names:
+            self._name_the_start_as_the_end()
         self.notes.update(notes)
         self.seconds += time.perf_counter() - started
         if trainer.is_world_process_zero():
             record = {"metrics": metrics, "names": names, "notes": notes}
             write_record(self.output_dir / f"eval_{stage}.json", record)
         return metrics
+
+    def _name_the_start_as_the_end(self) -> None:
+        """Give the numbers of the start the names that their blocks' metrics got at the end.
+
+        A block with `before: false` takes names at the end only, so another's may differ there.
+        """
+        before, early, late = self.results["before"], self.names["before"], self.names["after"]
+        renamed: dict[str, float | None] = {}
+        given = [
+            {metric: end[metric] for metric in start if metric in end} for start, end in zip(early, late, strict=True)
+        ]
+        for start, names in zip(early, given, strict=True):
+            renamed |= {names[metric]: before[start[metric]] for metric in names}
+        for (block, _), start, names in zip(self.evaluations, early, given, strict=True):
+            alone = {metric: before[old] for metric, old in start.items() if metric not in names}
+            names |= add_metrics(renamed, alone, block.name)
+        self.results["before"], self.names["before"] = renamed, given
 
     def _context(self, stage: str) -> EvalContext:
         folder = self.output_dir / "eval" / stage

@@ -177,16 +177,19 @@ def _opened(plan: RunPlan, prepared: Path | None) -> RunPlan:
     from accelerate import PartialState
     from transformers import set_seed
 
+    from fdiv.inference.processes import main_process_first
+
     state = PartialState()
     state.wait_for_everyone()
     set_seed(plan.configs.training.seed)
     root = prepared or plan.output_dir / "prepared"
     made, failed = None, None
-    if state.is_main_process:
-        try:
-            made = prepare(plan, root)
-        except FdivError as error:
-            failed = error
+    with main_process_first():
+        if state.is_main_process:
+            try:
+                made = prepare(plan, root)
+            except FdivError as error:
+                failed = error
     raise_on_all(failed)
     return prepare(plan, root) if made is None else made  # the others find what was built
 

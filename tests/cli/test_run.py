@@ -19,8 +19,9 @@ from fdiv import terminal
 from fdiv.cli import main
 from fdiv.errors import FdivError
 from fdiv.recipe.load import load_recipe
+from fdiv.recipe.model import Block
 from fdiv.run.directory import RunDirectory
-from fdiv.run.evaluation import add_metrics, summary_metrics, unmet_requirements
+from fdiv.run.evaluation import Evaluations, add_metrics, summary_metrics, unmet_requirements
 from fdiv.run.run import run_recipe
 from tests.cli.conftest import recipe_values, write_pairs
 
@@ -519,6 +520,31 @@ def test_evaluations_of_one_name_do_not_overwrite_each_other():
     assert metrics == {
         "a": 1.0, "b": 0.5, "tofu_a": 2.0, "tofu_b": 0.5, "tofu_2_a": None, "tofu_2_b": 0.5, "muse_a": 4.0, "c": 5.0,
     }  # fmt: skip
+
+
+def test_the_start_is_named_as_the_end(tmp_path):
+    """The first block measures the end alone and takes the plain name there; at the start it was the second's."""
+
+    class Counts:
+        def __init__(self, start, end):
+            self.values = {"before": start, "after": end}
+
+        def evaluate(self, model, tokenizer, datasets, context):
+            return dict(self.values[context.stage])
+
+    late, both = (Block("eval", name, Counts, {}, "here", before=name == "both") for name in ("late", "both"))
+    pairs = [(late, Counts({}, {"a": 1.0})), (both, Counts({"a": 2.0, "once": 3.0}, {"a": 4.0}))]
+    evaluations = Evaluations(pairs, {}, tmp_path)
+    evaluations.trainer = SimpleNamespace(
+        model=torch.nn.Linear(1, 1),
+        processing_class=None,
+        args=SimpleNamespace(seed=0),
+        is_world_process_zero=lambda: True,
+    )
+    assert evaluations.measure("before") == {"a": 2.0, "once": 3.0}
+    assert evaluations.measure("after") == {"a": 1.0, "both_a": 4.0}
+    assert evaluations.results["before"] == {"both_a": 2.0, "once": 3.0}
+    assert evaluations.names["before"] == [{}, {"a": "both_a", "once": "once"}]
 
 
 @pytest.mark.parametrize(("direction", "code"), [("increased", 0), ("decreased", 1)])

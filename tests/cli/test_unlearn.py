@@ -129,6 +129,16 @@ def test_a_dry_run_writes_nothing_and_says_what_it_takes(known_models, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_only_rows_without_neighbours_of_their_own_are_said_to_be_held_out(known_models, tmp_path, capsys):
+    sampled = ("--dry_run", "--sample_retain", "10")
+    assert main(command(known_models, tmp_path / "out", *sampled, retain=False)) == 0
+    assert "neighbours: up to 2 of the retain rows are not trained on" in capsys.readouterr().err
+    write(tmp_path / "near.jsonl", [{"question": "Who wrote the near book?", "answer": "Ann Near."}])
+    words = (*sampled, "--neighbours", tmp_path / "near.jsonl")
+    assert main(command(known_models, tmp_path / "out", *words, retain=False)) == 0
+    assert "are not trained on" not in capsys.readouterr().err
+
+
 def test_without_retain_rows_it_says_what_is_lost(known_models, tmp_path, capsys):
     assert main(command(known_models, tmp_path / "out", "--dry_run", retain=False)) == 0
     said = capsys.readouterr()

@@ -56,11 +56,12 @@ def prepared(root: str, model: str, fails: str, said: str) -> None:
 
     from accelerate import PartialState
 
+    from fdiv.inference.processes import main_process_first
     from fdiv.run.build import build
 
     state = PartialState(cpu=True)
     found: dict[str, Any] = {"group": state.num_processes}
-    with state.main_process_first():
+    with main_process_first():
         try:
             _, keys = build("tests.support.runs.builders:Trains", Trains(model, fails), Path(root))
             found |= json.loads(Path(keys["dataset_name"]).read_text())
@@ -68,3 +69,22 @@ def prepared(root: str, model: str, fails: str, said: str) -> None:
             found |= {"error": type(error).__name__, "message": str(error)}
     state.wait_for_everyone()
     Path(f"{said}.{os.environ.get('RANK', '0')}").write_text(json.dumps(found))
+
+
+def order(folder: str, group_seconds: float, build_seconds: float) -> None:
+    """Both processes append their rank to a file, the main one first and late; they wait in a group with little time."""
+    import datetime
+    import os
+    import time
+
+    from accelerate import PartialState
+
+    from fdiv.inference.processes import main_process_first, process_state
+
+    PartialState(cpu=True, timeout=datetime.timedelta(seconds=group_seconds))
+    with main_process_first():
+        if process_state().is_main_process:
+            time.sleep(build_seconds)
+        with open(Path(folder) / "order", "a") as file:
+            file.write(os.environ["RANK"])
+    process_state().wait_for_everyone()
