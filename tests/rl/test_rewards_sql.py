@@ -260,7 +260,7 @@ def test_whole_numbers_are_exact_and_others_within_the_tolerance(executor):
 def test_slow_answers_are_wrong_and_slow_golds_are_unusable(shop):
     """None of them ends the run, under the default failure_limit."""
     slow = "SELECT count(*) FROM big a, big b, big c, big d, big e"
-    reward = SQLReward(shop, workers=1, time_limit=0.1)
+    reward = SQLReward(shop, workers=1, time_limit=0.4)
     rows = [("SELECT count(*) FROM item", slow), (slow, "SELECT count(*) FROM item"), (slow, slow)]
     reward._recent.extend([False] * 200)
     scores = reward(["?"] * 30, [answer for _, answer in rows] * 10, query=[gold for gold, _ in rows] * 10)

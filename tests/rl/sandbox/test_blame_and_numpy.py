@@ -8,10 +8,19 @@ from fdiv.rl.rewards.sandbox import interpreter
 
 
 @pytest.fixture(scope="module")
-def reward(bubblewrap):
-    reward = CodeReward(allow_execution=True, numpy=True, workers=1, time_limit=4.0)
-    yield reward
-    reward.close()
+def rewards(bubblewrap):
+    """With much time, and with little: a machine that is busy may take seconds for what takes none."""
+    rewards = {
+        seconds: CodeReward(allow_execution=True, numpy=True, workers=1, time_limit=seconds) for seconds in (60, 4)
+    }
+    yield rewards
+    for reward in rewards.values():
+        reward.close()
+
+
+@pytest.fixture
+def reward(rewards):
+    return rewards[60]
 
 
 def score(reward, program, test):
@@ -38,16 +47,18 @@ TESTS = {
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_an_answer_in_its_own_limit_scores_0_and_is_counted(reward, name):
+def test_an_answer_in_its_own_limit_scores_0_and_is_counted(rewards, name):
     program, test, verdict = ANSWERS[name]
+    reward = rewards[4 if verdict == "over_time" else 60]
     before = reward.summary()[verdict]
     assert score(reward, program, test) == 0.0
     assert reward.summary()[verdict] == before + 1
 
 
 @pytest.mark.parametrize("name", TESTS)
-def test_tests_that_cannot_be_passed_are_not_scored_and_named(reward, name):
+def test_tests_that_cannot_be_passed_are_not_scored_and_named(rewards, name):
     test, reason = TESTS[name]
+    reward = rewards[4 if name == "an endless loop" else 60]
     program = RIGHT if isinstance(test, str) else "print('x')"
     assert score(reward, program, test) is None
     assert reason in list(reward.unusable_golds.values())[-1]

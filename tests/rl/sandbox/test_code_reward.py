@@ -92,7 +92,7 @@ def test_root_is_dropped(reward):
 
 
 def test_endless_programs_are_killed_and_count_as_failed(bubblewrap):
-    reward = CodeReward(allow_execution=True, workers=2, time_limit=6.0)
+    reward = CodeReward(allow_execution=True, workers=2, time_limit=12.0)
     programs = ["while True: pass", "import time\ntime.sleep(600)", "f = lambda x: 4"]
     assert reward(["?"] * 3, programs, test=["assert f(2) == 4"] * 3) == [0.0, 0.0, 1.0]
     summary = reward.summary()
@@ -284,7 +284,7 @@ def test_scripts_are_compared_by_what_they_print(reward, test):
 
 
 def test_a_script_without_end_and_one_that_prints_without_end(bubblewrap):
-    reward = CodeReward(allow_execution=True, workers=1, time_limit=3.0)
+    reward = CodeReward(allow_execution=True, workers=1, time_limit=10.0)
     test = [{"input": "", "output": "x"}]
     programs = ["while True: pass", "while True: print('x' * 10000)", "print('x')"]
     assert reward(["?"] * 3, programs, test=[test] * 3) == [0.0, 0.0, 1.0]
