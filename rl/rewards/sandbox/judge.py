@@ -172,7 +172,7 @@ def _lines(text: str) -> list[str]:
 
 def _read(descriptor: int, deadline: float) -> bytes | None:
     """What comes through a pipe until it closes or is too much; None when the time is over."""
-    output = b""
+    output = bytearray()  # bytes would be copied whole with every piece, 16 MiB in pieces of a few KiB
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
         while len(output) <= MOST_OUTPUT:
@@ -183,7 +183,7 @@ def _read(descriptor: int, deadline: float) -> bytes | None:
             if not data:
                 break
             output += data
-    return output
+    return bytes(output)
 
 
 # By path: importing it as part of the package would bring the whole package into the worker.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import platform
@@ -21,6 +22,7 @@ from fdiv.rl.rewards.sandbox import check_sandbox, seccomp, unconfined
 from fdiv.rl.rewards.sandbox.inside import survey
 from fdiv.rl.rewards.sandbox.inside.wire import Channel
 from fdiv.rl.rewards.sandbox.judge import RIGHT, Judge
+from fdiv.rl.rewards.sandbox.judge import _read as read_output
 from fdiv.rl.rewards.sandbox.server import CrashError
 from tests.rl.sandbox.attack import processes_below
 
@@ -217,3 +219,23 @@ def test_a_sandbox_serves_many_answers_and_is_replaced_after_files(judge):
     assert judge.verdict(writes) == {"verdict": "correct"}
     assert judge.verdict(RIGHT) == {"verdict": "correct"}
     assert judge.program.process.pid != first
+
+
+def test_what_a_script_prints_is_read_in_linear_time():
+    """Quadratic time, sixteen times as much for four times the output, took most of a script's own limit for 16 MiB."""
+
+    def seconds(size: int) -> float:
+        reading, writing = os.pipe()
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)  # small pieces
+        with os.fdopen(writing, "wb") as output:
+            writer = threading.Thread(target=lambda: (output.write(bytes(size)), output.close()))
+            began = time.process_time()
+            writer.start()
+            found = read_output(reading, time.monotonic() + 300)
+            took = time.process_time() - began
+            writer.join()
+        os.close(reading)
+        assert found == bytes(size)
+        return took
+
+    assert seconds(16 << 20) < 8 * min(seconds(4 << 20) for _ in range(3)) + 0.2
