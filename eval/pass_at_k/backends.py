@@ -141,6 +141,7 @@ def _vllm(args: argparse.Namespace, config: PassKEvalConfig, loaded: LoadedTasks
 def _server(args: argparse.Namespace, config: PassKEvalConfig, loaded: LoadedTasks, tokenizer: Any) -> Backend:
     from fdiv.inference.greedy import stop_token_ids
     from fdiv.inference.servers import CompletionServers
+    from fdiv.models.loading import vocabulary_of
 
     stop_ids = end_tokens(args.model) | stop_token_ids(None, tokenizer)
     servers = CompletionServers(
@@ -150,6 +151,7 @@ def _server(args: argparse.Namespace, config: PassKEvalConfig, loaded: LoadedTas
         count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
         stop=loaded.stop,
         stop_token_ids=stop_ids,
+        vocabulary=vocabulary_of(args.model),
         temperature=config.temperature,
         top_p=config.top_p,
         seed=args.seed,

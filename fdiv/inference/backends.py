@@ -20,6 +20,7 @@ from fdiv.inference.cache import ItemCache
 from fdiv.inference.greedy import VLLMSource
 from fdiv.inference.processes import process_state
 from fdiv.inference.sampling import SamplingRequest, sample_completions
+from fdiv.inference.vllm_server import VLLMServer, asked_again, choices_of, token_ids_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["SAMPLING_BACKENDS", "EngineSource", "ServerSource", "TransformersSource", "vllm_engine"]
 
 SAMPLING_BACKENDS = ("transformers", "vllm", "server")
+_RETRIES = 4  # of a request to a server that does not answer
 
 Drawn = dict[str, tuple[int, ...]]
 
@@ -63,7 +65,8 @@ class TransformersSource:
 
 
 class ServerSource:
-    """A vLLM server; `batch_size` requests are under way at once from each process.
+    """A vLLM server; `batch_size` requests are under way at once from each process. One without an answer (429, 5xx, a
+    broken connection) is made again, four times at most; what was answered is kept.
 
     Args:
         url: http(s)://host:port.
@@ -71,6 +74,7 @@ class ServerSource:
         served_model: the name the server gives it, where that is another; None: it must serve `model`.
         stop_token_ids: end tokens beside those of the model's generation config.
         temperature, top_p, seed, batch_size: of the draws.
+        vocabulary: token ids of the reference; None: not known. first_wait: seconds before the first retry.
 
     Raises:
         RolloutError: no answer, or it serves another model.
@@ -87,12 +91,13 @@ class ServerSource:
         top_p: float,
         seed: int,
         batch_size: int,
+        vocabulary: int | None = None,
+        first_wait: float = 1.0,
     ) -> None:
-        from fdiv.inference.vllm_server import VLLMServer
-
         self.server = VLLMServer(url, setting="server_url")
         self.stop_token_ids, self.temperature, self.top_p = list(stop_token_ids), temperature, top_p
         self.seed, self.batch_size = seed, batch_size
+        self.vocabulary, self.first_wait = vocabulary, first_wait
         self.served = self._served(model, served_model)
 
     def _served(self, model: str, name: str | None) -> str:
@@ -103,8 +108,17 @@ class ServerSource:
         """Token ids of one completion per request, by key; call it on all processes."""
 
         def compute(batch: list[SamplingRequest]) -> list[dict[str, Any]]:
-            with ThreadPoolExecutor(len(batch)) as pool:
-                return list(pool.map(self._one, batch))
+            left = [request for request in batch if request.key not in cache.items]
+            if not left:
+                return []
+            with ThreadPoolExecutor(len(left)) as pool:
+                asked = [pool.submit(self._one, request) for request in left]
+            failures = [error for one in asked if (error := one.exception()) is not None]
+            answers = [one.result() for one in asked if one.exception() is None]
+            if failures:  # the others' answers stay
+                cache.add(answers)
+                raise failures[0]
+            return answers
 
         records = run_batches(requests, compute, batch_size=self.batch_size, cache=cache, title=title)
         return {key: tuple(record["ids"]) for key, record in records.items()}
@@ -124,9 +138,10 @@ class ServerSource:
             "stop_token_ids": self.stop_token_ids,
             "return_token_ids": True,
         }
-        choices = self.server.post("/v1/completions", body).get("choices", [])
-        ids = choices[0].get("token_ids") if len(choices) == 1 else None
-        return {"key": request.key, "ids": _checked_ids(ids, request, self.server.base_url)}
+        answer = asked_again(lambda: self.server.post("/v1/completions", body), _RETRIES, self.first_wait)
+        choices = choices_of(answer, 1)
+        ids = None if choices is None else choices[0].get("token_ids")
+        return {"key": request.key, "ids": _checked_ids(ids, request, self.server.base_url, self.vocabulary)}
 
 
 @functools.cache
@@ -210,20 +225,20 @@ class EngineSource:
             use_tqdm=False,
         )
         return [
-            {"key": request.key, "ids": _checked_ids(output.outputs[0].token_ids, request, "vLLM")}
+            {"key": request.key, "ids": _checked_ids(list(output.outputs[0].token_ids), request, "vLLM")}
             for request, output in zip(part, outputs, strict=True)
         ]
 
 
-def _checked_ids(ids: Any, request: SamplingRequest, source: str) -> list[int]:
+def _checked_ids(ids: Any, request: SamplingRequest, source: str, vocabulary: int | None = None) -> list[int]:
     """The token ids of one answer.
 
     Raises:
-        RolloutError: none, which no model can draw: a completion holds at least its end token.
+        RolloutError: none, which no model can draw: a completion holds at least its end token; or ids that are none.
     """
     if not ids:
         raise RolloutError(
             f"{source} returned no tokens for sample {request.key}: the server must be vLLM and return token ids "
             "(0.10 or newer); check its context length"
         )
-    return [int(token) for token in ids]
+    return token_ids_of(ids, f"{source}, sample {request.key}", most=request.max_new_tokens, vocabulary=vocabulary)

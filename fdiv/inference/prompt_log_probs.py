@@ -8,7 +8,6 @@ gives at most 20 unless it was started with `--max-logprobs`.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -17,12 +16,11 @@ import torch
 from torch import Tensor
 
 from fdiv.errors import RolloutError
-from fdiv.inference.vllm_server import NoAnswerError, VLLMServer
+from fdiv.inference.vllm_server import VLLMServer, asked_again, choices_of
 
 __all__ = ["PromptLogProbs", "ServedTokens"]
 
 _AT_ONCE = 8  # requests under way from one process
-_LONGEST_WAIT = 30.0
 _IMPOSSIBLE = -9990.0  # vLLM writes −9999 for −∞, which JSON lacks
 _ROUNDING = 1e-3  # how far above 0 a log-probability, above 1 their mass may be by rounding
 _LEAST_REST = float(torch.finfo(torch.float32).eps)
@@ -94,8 +92,8 @@ class PromptLogProbs:
 
     def _places(self, answer: Any, length: int) -> list[Any]:
         """`prompt_logprobs` of the one choice, one entry for each token that was sent."""
-        choices = answer.get("choices") if isinstance(answer, Mapping) else None
-        found = choices[0].get("prompt_logprobs") if isinstance(choices, list) and len(choices) == 1 else None
+        choices = choices_of(answer, 1)
+        found = None if choices is None else choices[0].get("prompt_logprobs")
         if not isinstance(found, list) or len(found) != length:
             what = f"{len(found)} entries" if isinstance(found, list) else "nothing"
             raise RolloutError(
@@ -131,16 +129,7 @@ class PromptLogProbs:
 
     def _again(self, ask: Any) -> Any:
         """Ask until there is an answer, at most `retries` times more."""
-        started, wait = time.monotonic(), self.first_wait
-        for attempt in range(self.retries + 1):
-            try:
-                return ask()
-            except NoAnswerError as error:
-                if attempt == self.retries:
-                    seconds = time.monotonic() - started
-                    raise RolloutError(f"{error}; asked {attempt + 1} times in {seconds:.0f} s") from error
-                time.sleep(min(wait, _LONGEST_WAIT))
-                wait *= 2
+        return asked_again(ask, self.retries, self.first_wait)
 
 
 def _numbers(place: Any) -> dict[int, float]:

@@ -18,7 +18,7 @@ from fdiv.errors import DataError, RolloutError
 from fdiv.inference.backends import request_seed
 from fdiv.inference.cache import ItemCache
 from fdiv.inference.sampling import SamplingRequest
-from fdiv.inference.vllm_server import NoAnswerError, VLLMServer
+from fdiv.inference.vllm_server import NoAnswerError, VLLMServer, choices_of, token_ids_of
 from fdiv.terminal import info
 
 __all__ = ["KEY_VARIABLE", "CompletionServers", "addresses"]
@@ -123,6 +123,7 @@ class CompletionServers:
         served_model: the name that the servers give it; None: `model`.
         count_tokens: number of tokens of a text, for servers that do not say it.
         stop: texts that end a completion. stop_token_ids: end tokens, which vLLM is told.
+        vocabulary: token ids of the model; None: not known.
         temperature, top_p, seed: of the completions.
         concurrency: requests under way at each server.
         timeout: seconds for one answer. pause: seconds before the first retry, doubled for each that follows.
@@ -140,6 +141,7 @@ class CompletionServers:
         count_tokens: Callable[[str], int],
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
+        vocabulary: int | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -152,7 +154,7 @@ class CompletionServers:
             raise DataError(f"{KEY_VARIABLE} holds characters that no key has: set it again")
         self.servers = [VLLMServer(url, timeout=timeout, setting=_SETTING, key=key) for url in addresses(urls)]
         self.count_tokens, self.stop, self.stop_token_ids = count_tokens, list(stop), sorted(stop_token_ids)
-        self.temperature, self.top_p, self.seed = temperature, top_p, seed
+        self.vocabulary, self.temperature, self.top_p, self.seed = vocabulary, temperature, top_p, seed
         self.concurrency, self.pause = concurrency, pause
         self.dead: dict[int, str] = {}
         self._served: list[dict[str, Any]] = []
@@ -290,9 +292,9 @@ class CompletionServers:
     def _answer(self, number: int, request: SamplingRequest, temperature: float) -> dict[str, Any]:
         server = self.servers[number]
         answer = server.post("/v1/completions", self._body(number, request) | {"temperature": temperature})
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
-        if not isinstance(choice, dict) or not (isinstance(choice.get("text"), str) or choice.get("token_ids")):
+        choices = choices_of(answer, 1)
+        choice = None if choices is None else choices[0]
+        if choice is None or not (isinstance(choice.get("text"), str) or choice.get("token_ids")):
             raise RolloutError(
                 f"{server.base_url} gave no completion for sample {request.key}: the server must have OpenAI's "
                 "/v1/completions"
@@ -300,7 +302,9 @@ class CompletionServers:
         if choice.get("finish_reason") in ("abort", "error"):
             raise NoAnswerError(f"{server.base_url} broke off sample {request.key} ({choice['finish_reason']})")
         if choice.get("token_ids"):
-            return {"key": request.key, "ids": [int(token) for token in choice["token_ids"]]}
+            what, most = f"{server.base_url}, sample {request.key}", request.max_new_tokens
+            ids = token_ids_of(choice["token_ids"], what, most=most, vocabulary=self.vocabulary)
+            return {"key": request.key, "ids": ids}
         return {"key": request.key, **self._text_record(choice, answer.get("usage"), request)}
 
     def _text_record(self, choice: dict[str, Any], usage: Any, request: SamplingRequest) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,17 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["NoAnswerError", "VLLMServer", "VLLMServerRollouts", "merged_state_dict"]
+__all__ = [
+    "NoAnswerError",
+    "VLLMServer",
+    "VLLMServerRollouts",
+    "asked_again",
+    "choices_of",
+    "merged_state_dict",
+    "token_ids_of",
+]
+
+_LONGEST_WAIT = 30.0
 
 
 class NoAnswerError(RolloutError):
@@ -112,8 +124,7 @@ class VLLMServer:
                 content = answer.read()
             return json.loads(content, object_pairs_hook=_unique) if content else None
         except urllib.error.HTTPError as error:
-            detail = " ".join(error.read(1000).decode(errors="replace").split())[:200]
-            said = f"vLLM server: {request.full_url} answered {error.code}: {detail}"
+            said = f"vLLM server: {request.full_url} answered {error.code}: {_detail(error)}"
             if error.code >= 500 or error.code in (408, 429):
                 wait = str(error.headers.get("Retry-After") or "")
                 raise NoAnswerError(said, error.code, float(wait) if wait.isdecimal() else None) from error
@@ -127,6 +138,70 @@ class VLLMServer:
             ) from error
         except (ValueError, RecursionError) as error:
             raise RolloutError(f"{request.full_url} answered something that is no JSON: {error}") from error
+
+
+def _detail(error: urllib.error.HTTPError) -> str:
+    """The first words of an error's text, which may be cut off like any other."""
+    try:
+        return " ".join(error.read(1000).decode(errors="replace").split())[:200]
+    except (OSError, http.client.HTTPException) as cut:
+        return f"its text did not come ({cut})"
+
+
+def asked_again(ask: Callable[[], Any], retries: int, first_wait: float = 1.0) -> Any:
+    """`ask()`, made again while there is no answer: after 1, 2, 4 … times `first_wait` seconds or as the server says,
+    at most 30.
+
+    Raises:
+        RolloutError: no answer after `retries` further tries.
+    """
+    started, wait = time.monotonic(), first_wait
+    for attempt in range(retries + 1):
+        try:
+            return ask()
+        except NoAnswerError as error:
+            if attempt == retries:
+                seconds = time.monotonic() - started
+                raise RolloutError(f"{error}; asked {attempt + 1} times in {seconds:.0f} s") from error
+            time.sleep(min(wait if error.wait is None else error.wait, _LONGEST_WAIT))
+            wait *= 2
+    return None
+
+
+def choices_of(answer: Any, count: int) -> list[dict[str, Any]] | None:
+    """The `count` choices of a completion, by `index` where there are several; None: it holds something else."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or len(choices) != count or not all(isinstance(one, dict) for one in choices):
+        return None
+    if count > 1:
+        if sorted(one["index"] for one in choices if isinstance(one.get("index"), int)) != list(range(count)):
+            return None
+        choices = sorted(choices, key=lambda one: one["index"])
+    return choices
+
+
+def token_ids_of(ids: Any, what: str, *, most: int, vocabulary: int | None = None) -> list[int]:
+    """The token ids of a completion that a server gave.
+
+    Args:
+        ids: as it gave them. what: server and sample, for messages. most: tokens that were asked for.
+        vocabulary: token ids of the model; None: not known.
+
+    Raises:
+        RolloutError: something that is no token id of the model, or more of them than were asked for.
+    """
+    known = isinstance(ids, list | tuple)
+    wrong = [one for one in ids if not _is_token(one, vocabulary)][:1] if known else [ids]
+    if wrong:
+        size = "" if vocabulary is None else f" of {vocabulary}"
+        raise RolloutError(f"{what}: {wrong[0]!r:.60} in place of a token id{size}: does it serve this model?")
+    if len(ids) > most:
+        raise RolloutError(f"{what}: {len(ids)} tokens, and {most} at most were asked for: is it a vLLM server?")
+    return list(ids)
+
+
+def _is_token(one: Any, vocabulary: int | None) -> bool:
+    return isinstance(one, int) and not isinstance(one, bool) and 0 <= one and (vocabulary is None or one < vocabulary)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -165,14 +240,23 @@ class VLLMServerRollouts(VLLMServer):
         self._hand_over(trainer)
         prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
         answer = self.post("/v1/completions", self._request(prompt_ids, trainer))
-        choices = sorted(answer.get("choices", []), key=lambda choice: choice["index"])
-        if len(choices) != len(prompts):
-            raise RolloutError(f"{self.base_url} returned {len(choices)} completions for {len(prompts)} prompts")
-        return {
-            "prompt_ids": prompt_ids,
-            "completion_ids": [choice["token_ids"] for choice in choices],
-            "logprobs": [choice["logprobs"]["token_logprobs"] for choice in choices],
-        }
+        choices = choices_of(answer, len(prompts))
+        if choices is None:
+            given = answer.get("choices") if isinstance(answer, dict) else None
+            count = len(given) if isinstance(given, list) else "no"
+            raise RolloutError(
+                f"{self.base_url} returned {count} completions for {len(prompts)} prompts, or not one for each: is it "
+                "a vLLM server?"
+            )
+        ids, log_probs = [], []
+        for number, choice in enumerate(choices):
+            what = f"{self.base_url}, completion {number}"
+            ids.append(token_ids_of(choice.get("token_ids"), what, most=trainer.max_completion_length))
+            said = choice.get("logprobs")
+            log_probs.append(said.get("token_logprobs") if isinstance(said, dict) else None)
+            if not isinstance(log_probs[-1], list) or not all(isinstance(one, int | float) for one in log_probs[-1]):
+                raise RolloutError(f"{what}: no log-probabilities of its tokens: is it a vLLM server?")
+        return {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": log_probs}
 
     def _request(self, prompt_ids: list[list[int]], trainer: Any) -> dict[str, Any]:
         if self._model is None:

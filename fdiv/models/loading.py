@@ -32,6 +32,7 @@ __all__ = [
     "load_model",
     "load_second_model",
     "load_tokenizer",
+    "vocabulary_of",
 ]
 
 
@@ -179,6 +180,15 @@ def context_of(model: str) -> int | None:
     Raises:
         DataError: the config cannot be read, or is that of an encoder-decoder model.
     """
+    return getattr(_text_config(model), "max_position_embeddings", None)
+
+
+def vocabulary_of(model: str) -> int | None:
+    """How many token ids a model takes, with errors as in `context_of`; None where its config does not say."""
+    return getattr(_text_config(model), "vocab_size", None)
+
+
+def _text_config(model: str) -> Any:
     from transformers import AutoConfig
 
     name = find_model(base_and_adapter(model)[0])
@@ -189,7 +199,7 @@ def context_of(model: str) -> int | None:
     except (OSError, ValueError) as error:
         raise DataError(f"cannot load the model {model!r}: {one_line(error)}") from error
     check_causal(config)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return config.get_text_config()
 
 
 def check_fits(tokens: int, model: nn.Module, what: str, remedy: str) -> None:

@@ -81,8 +81,8 @@ class Head(NamedTuple):
 class TopK(NamedTuple):
     """A teacher's most likely tokens: `log_probs[N, k]`, their `ids[N, k]` (−1: no token), `log_tail[N]` or None.
 
-    `log_tail` is the log of the mass of all other tokens; None stands for log(1 − ∑ e^log_probs), at least the
-    rounding of the type of `log_probs`.
+    `log_tail` is the log of the mass of all other tokens; None stands for log(1 − ∑ e^log_probs). Where that is below
+    the rounding r of the type of `log_probs`, it is the student's own rest, at most r.
     """
 
     log_probs: Tensor
@@ -700,7 +700,7 @@ def _top_cells(log_p: Tensor, top: TopK, tail: bool) -> tuple[Tensor, Tensor]:
     chosen = torch.zeros_like(log_p, dtype=torch.bool)
     _put_(chosen, top.ids, torch.ones_like(absent))
     rest_p = log_sum_exp(log_p.masked_fill(chosen, -math.inf))
-    return torch.cat([cells_p, rest_p.unsqueeze(-1)], -1), _teacher_cells(top, log_p.shape[-1])
+    return torch.cat([cells_p, rest_p.unsqueeze(-1)], -1), _teacher_cells(top, log_p.shape[-1], rest_p.detach())
 
 
 def _top_cells_(log_p: Tensor, top: TopK, tail: bool) -> tuple[Tensor, Tensor]:
@@ -713,7 +713,7 @@ def _top_cells_(log_p: Tensor, top: TopK, tail: bool) -> tuple[Tensor, Tensor]:
     _put_(log_p, top.ids, torch.full_like(at_top, -math.inf))
     rest_p = _log_rest(log_p)
     _put_(log_p, top.ids, at_top)
-    return torch.cat([cells_p, rest_p.unsqueeze(-1)], -1), _teacher_cells(top, log_p.shape[-1])
+    return torch.cat([cells_p, rest_p.unsqueeze(-1)], -1), _teacher_cells(top, log_p.shape[-1], rest_p)
 
 
 def _put_(block: Tensor, ids: Tensor, values: Tensor) -> None:
@@ -726,15 +726,18 @@ def _put_(block: Tensor, ids: Tensor, values: Tensor) -> None:
     block[rows[present], ids[present]] = values[present]
 
 
-def _teacher_cells(top: TopK, vocabulary: int) -> Tensor:
-    """log-masses `[N, k + 1]` of the teacher, the last that of all other tokens."""
+def _teacher_cells(top: TopK, vocabulary: int, rest_p: Tensor) -> Tensor:
+    """log-masses `[N, k + 1]` of the teacher, the last that of all other tokens; `rest_p[N]` is the student's."""
     absent = top.ids < 0
     cells = top.log_probs.masked_fill(absent, -math.inf)
     rest = top.log_tail
     if rest is None:
-        # Below the rounding of the log-probs nothing is known of the rest, and 0 would make some f infinite.
+        # Below the rounding of the log-probs nothing is known of the rest. Of what it may be, the student's own is
+        # taken, or what comes nearest: any other would make some f larger than it is over the whole vocabulary.
         least = torch.finfo(cells.dtype).eps
-        rest = (1.0 - cells.double().exp().sum(-1)).clamp(min=least).log()
+        rest = 1.0 - cells.double().exp().sum(-1)
+        unknown, rest = rest <= least, rest.clamp(min=least).log()
+        rest = torch.where(unknown, torch.minimum(rest, rest_p.double()), rest)
         rest = rest.masked_fill((~absent).sum(-1) == vocabulary, -math.inf)
     exact = torch.promote_types(cells.dtype, torch.float32)
     return torch.cat([cells.to(exact), rest.unsqueeze(-1).to(exact)], -1)

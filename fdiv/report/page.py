@@ -127,7 +127,6 @@ def _runs(page: Canvas, runs: Sequence[RunRecord]) -> None:
     finished = {run.name: run.result for run in runs if run.finished}
     several = len(runs) > 1
     if several and len(finished) > 1:
-        page.section("Comparison")
         _comparison(page, finished)
     if not several:
         _run(page, runs[0], "before_after")
@@ -138,7 +137,7 @@ def _runs(page: Canvas, runs: Sequence[RunRecord]) -> None:
     page.curves(runs, "" if several else "Bands: standard errors, and 5–95 % quantiles of log-ratios.")
     page.examples(runs)
     for run in runs if several else ():
-        _run(page, run, f"before_after_{run.name}")
+        _run(page, run, f"before_after_{run.name.replace('/', '_')}")
     for run in runs:
         page.provenance(run.environment.get("command", ""), _versions(run.environment), run.recipe, run.name)
 
@@ -157,7 +156,7 @@ def _run(page: Canvas, run: RunRecord, plot: str) -> None:
 
 
 def _comparison(page: Canvas, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Every metric after training, a column for each run; the summary metrics first."""
+    """Every metric after training, a column for each run, summary metrics first; nothing where none was measured."""
     methods = {result["method"] for result in results.values()}
     method = methods.pop() if len(methods) == 1 else None
     first = [name for result in results.values() for name in result.get("summary_metrics", ())]
@@ -167,6 +166,9 @@ def _comparison(page: Canvas, results: Mapping[str, Mapping[str, Any]]) -> None:
         errors = [result.get(f"after/{name}_se") for result in results.values()]
         best = {column + 1 for column in best_of(values, better(name, method))}
         rows.append(_Row(name, [_value(*pair) for pair in zip(values, errors, strict=True)], best))
+    if not rows:
+        return
+    page.section("Comparison")
     _metric_table(page, ("after training", *results), rows, first, method)
     page.add(sheet.paragraph("± standard error over rows, where it was measured. ★ the best.", "sub"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,26 +63,48 @@ class SweepRecord:
 def read_records(directories: list[Path]) -> tuple[list[RunRecord], list[SweepRecord]]:
     """The runs and the sweeps of some output directories (a `results.json` alone is a sweep without its runs).
 
+    One that is given twice is read once. A run is named by its folder, with those above where another is called so.
+
     Raises:
         FdivError: a directory that is neither.
         DataError: a record that is cut off or damaged.
     """
     runs, sweeps = [], []
+    given: dict[Path, Path] = {}
     for path in directories:
+        given.setdefault(path.resolve(), path)
+    if len(given) < len(directories):
+        info(f"{len(directories)} directories, of which {len(given)} are different: each is shown once")
+    names = _apart(list(given))
+    for place, path in given.items():
         file = path if path.name == "results.json" else path / "results.json"
         if file.is_file():
             sweeps.append(_read_sweep(file))
         elif (path / "metrics.jsonl").is_file() or (path / "result.json").is_file():
-            runs.append(_read_run(path, path.name))
+            runs.append(_read_run(path, names[place]))
         else:
             raise FdivError(f"{path} is not the output of `fdiv run` or `fdiv sweep`: no result.json or results.json")
     for run in runs:
         run.setting = run.setting or divergence_label(run.result.get("divergence")) if run.result else run.name
-    settings = [run.setting for run in runs]
-    if len(set(settings)) < len(settings):  # several runs of one divergence that are no seeds of one sweep
+    settings, methods = [run.setting for run in runs], {run.result.get("method") for run in runs}
+    # Several runs of one divergence that are no seeds of one sweep; of several methods a divergence says too little.
+    if len(set(settings)) < len(settings) or len(methods) > 1:
         for run in runs:
             run.setting = run.name
     return runs, sweeps
+
+
+def _apart(places: Sequence[Path]) -> dict[Path, str]:
+    """A name for each of some different paths: the end of it, as long as it takes to tell it from all others."""
+    names = {}
+    for place in places:
+        parts = place.parts
+        for count in range(1, len(parts) + 1):
+            end = parts[-count:]
+            if sum(other.parts[-count:] == end for other in places) == 1:
+                break
+        names[place] = "/".join(end).replace("//", "/")
+    return names
 
 
 def encoding_notes(runs: list[RunRecord]) -> list[tuple[str, str]]:

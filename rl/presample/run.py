@@ -130,7 +130,8 @@ def _source(
     if config.backend == "transformers":
         return TransformersSource(model, tokenizer, **settings)
     if config.backend == "server":
-        return ServerSource(config.server_url, config.model, config.server_model, stop_token_ids=stop_ids, **settings)
+        settings |= {"stop_token_ids": stop_ids, "vocabulary": vocabulary_size(model)}
+        return ServerSource(config.server_url, config.model, config.server_model, **settings)
     place = VLLMSource(*base_and_adapter(config.model, config.adapter), config.dtype, config.vllm_memory)
     return EngineSource(place, stop_token_ids=stop_ids, **settings)
 

@@ -210,6 +210,46 @@ def test_runs_that_are_no_seeds_of_each_other_keep_their_names(run_folder, tmp_p
     assert sweeps == []
 
 
+def _copy(run_folder, folder, **changes):
+    folder.mkdir(parents=True)
+    for file in run_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    result = json.loads((folder / "result.json").read_text()) | changes
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_runs_in_folders_of_one_name_are_told_apart(run_folder, tmp_path, capsys):
+    """`fdiv report A/run B/run`: one left the comparison without a word, and their curves were averaged as seeds."""
+    folders = [_copy(run_folder, tmp_path / group / "run", **{"after/accuracy": value})
+               for group, value in (("one", 0.25), ("two", 0.75))]  # fmt: skip
+    runs, _ = read_records([*folders, run_folder])
+    assert [run.name for run in runs] == [run.setting for run in runs] == ["one/run", "two/run", "run-a"]
+    output = tmp_path / "r.html"
+    main(["report", *map(str, [*folders, folders[0] / ".." / "run", run_folder]), "--output", str(output)])
+    page = Page(output.read_text())
+    place = page.cells.index("after training")
+    assert page.cells[place + 1 : place + 4] == ["one/run", "two/run", "run-a"]
+    place = page.cells.index("accuracy")
+    assert page.cells[place + 1 : place + 4] == ["0.2500", "0.7500", "0.8125"]
+    assert "4 directories, of which 3 are different" in capsys.readouterr().err
+
+
+def test_runs_of_other_methods_are_named_by_folder_and_a_comparison_of_nothing_is_left_out(run_folder, tmp_path):
+    plain = {"after/accuracy": None, "before/accuracy": None, "summary_metrics": []}
+    other = _copy(run_folder, tmp_path / "b", method="flat", divergence="forward_kl", **plain)
+    assert [run.setting for run in read_records([run_folder, other])[0]] == ["run-a", "b"]
+    bare = [_copy(other, tmp_path / name) for name in ("c", "d")]
+    for folder in bare:
+        result = json.loads((folder / "result.json").read_text())
+        kept = {key: value for key, value in result.items() if not key.startswith(("before/", "after/"))}
+        (folder / "result.json").write_text(json.dumps(kept))
+    main(["report", *map(str, bare), "--output", str(tmp_path / "r.html")])
+    assert ">Comparison<" not in (tmp_path / "r.html").read_text()
+    main(["report", str(run_folder), str(other), "--output", str(tmp_path / "r.html")])
+    assert ">Comparison<" in (tmp_path / "r.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(None, "–"), (0.5, "0.5000"), (0.0, "0.0"), (12.3456, "12.35"), (1234.5678, "1235"), (-0.00012, "-0.00012"),

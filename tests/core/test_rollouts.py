@@ -217,3 +217,29 @@ def test_mixin_passes_position_ids(tiny_gpt2_dir):
     torch.testing.assert_close(ours, exact, rtol=0, atol=1e-5)
     theirs = Base()._get_per_token_logps_and_entropies(model, padded, mask, 3)
     assert (theirs - exact).abs().max() > 1e-2
+
+
+def _said(**parts):
+    return {"choices": [{"index": 0, "token_ids": [5], "logprobs": {"token_logprobs": [-0.1]}, **parts}]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, "returned no completions for 1 prompts"),
+        ([1], "returned no completions"),
+        ({"choices": ["x"]}, "returned 1 completions for 1 prompts, or not one for each"),
+        (_said(token_ids=None), "completion 0: None in place of a token id"),
+        (_said(token_ids=["a"]), "completion 0: 'a' in place of a token id"),
+        (_said(token_ids=[5] * 5), "5 tokens, and 4 at most were asked for"),
+        (_said(logprobs=None), "completion 0: no log-probabilities"),
+        (_said(logprobs={"token_logprobs": [None]}), "completion 0: no log-probabilities"),
+    ],
+)
+def test_answers_of_a_rollout_server_that_are_none(answer, message, tiny_model_dir, tmp_path, monkeypatch):
+    trainer = fake_trainer(AutoModelForCausalLM.from_pretrained(tiny_model_dir))
+    rollouts = VLLMServerRollouts("http://127.0.0.1:9", tmp_path)
+    rollouts._model, rollouts._version = "m", 0
+    monkeypatch.setattr(rollouts, "post", lambda path, body: answer)
+    with pytest.raises(RolloutError, match=message):
+        rollouts(["a"], trainer)

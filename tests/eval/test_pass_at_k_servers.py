@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from fdiv.inference.cache import ItemCache
 from fdiv.inference.sampling import SamplingRequest
 from fdiv.inference.servers import CompletionServers, addresses
 from tests.support.completion_server import CompletionServer, echo
+from tests.support.json_handler import JsonHandler
 
 
 def requests(tasks: int = 4, samples: int = 3) -> list[SamplingRequest]:
@@ -165,11 +169,52 @@ def test_all_dead_keeps_what_came_and_asks_the_rest_again(tmp_path):
         ({"choices": []}, "gave no completion for sample t0#00000.: the server must have OpenAI's"),
         ({"choices": [{"text": None}]}, "gave no completion"),
         ({"nothing": 1}, "gave no completion"),
+        ({"choices": [{"text": "x", "token_ids": ["a"]}]}, "sample t0#00000.: 'a' in place of a token id of 500"),
+        ({"choices": [{"text": "x", "token_ids": [4, None]}]}, "None in place of a token id"),
+        ({"choices": [{"text": "x", "token_ids": [-5]}]}, "-5 in place of a token id"),
+        ({"choices": [{"text": "x", "token_ids": [500]}]}, "500 in place of a token id of 500"),
+        ({"choices": [{"text": "x", "token_ids": [4] * 21}]}, "21 tokens, and 20 at most were asked for"),
     ],
 )
 def test_answers_that_cannot_be_used_end_the_run(reply, message):
     with CompletionServer("m", plan=lambda number, body: reply) as server, pytest.raises(RolloutError, match=message):
-        asking(server).draw(requests(), memory(), "sampling")
+        asking(server, vocabulary=500).draw(requests(), memory(), "sampling")
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_an_error_whose_text_does_not_come_is_asked_again(reset):
+    """The head of a 500, and then a broken connection or nothing: it ended the run as `Connection reset by peer`."""
+    seen = []
+
+    class Broken(JsonHandler):
+        def do_GET(self):
+            self.answer({"data": [{"id": "m"}]})
+
+        def do_POST(self):
+            self.read_json()
+            seen.append(1)
+            if len(seen) > 1:
+                self.answer({"choices": [{"text": "x", "finish_reason": "stop"}]})
+                return
+            self.wfile.write(b"HTTP/1.1 500 X\r\nContent-Length: 1000\r\n\r\nab")
+            self.wfile.flush()
+            if reset:
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+            else:
+                time.sleep(1.5)
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    try:
+        made = CompletionServers(
+            [f"http://127.0.0.1:{running.server_port}"], "m", count_tokens=len, pause=0.01, timeout=0.5
+        )
+        found = made.draw(requests(1, 1), memory(), "sampling")
+    finally:
+        running.shutdown()
+        running.server_close()
+    assert len(seen) == 2 and [record["completion"] for record in found.values()] == ["x"]
 
 
 def test_a_server_with_another_model_and_one_that_is_absent(capsys):

@@ -550,6 +550,29 @@ def test_a_tail_below_rounding_is_not_taken_for_none():
     assert topk_divergence(log_p, every, "neyman_chi2").isfinite()
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "jeffreys", "neyman_chi2", "jensen_shannon", "reverse_kl"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_tail_below_rounding_never_raises_the_lower_bound(name, masked):
+    """The teacher's 2 tokens are all it has; the student has nothing, or e^-40, elsewhere: 7e-9, 1e5 or inf was added."""
+    logits = torch.tensor([[0.3, -0.2, -40.0, -41.0]], dtype=torch.float64)
+    if masked:
+        logits[:, 2:] = -math.inf
+    log_p = logits.log_softmax(-1)
+    log_q = torch.tensor([[-0.4, 0.1, *(2 * ([-math.inf] if masked else [-39.0]))]], dtype=torch.float64).log_softmax(
+        -1
+    )
+    whole = logits_divergence(log_p, log_q, name)
+    top = log_q[:, :2].float(), torch.tensor([[0, 1]])
+    leaf = log_p.clone().requires_grad_()
+    bound = topk_divergence(leaf, top, name)
+    assert bound.item() <= whole.item() + 1e-7
+    torch.testing.assert_close(bound, whole, rtol=1e-6, atol=1e-6)
+    bound.sum().backward()
+    assert torch.isfinite(leaf.grad).all()
+    blocks = topk_vocabulary_divergence(torch.ones(1, 1, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64), top, name, bias_p=logits[0])  # fmt: skip
+    torch.testing.assert_close(blocks, bound.detach(), rtol=1e-9, atol=1e-12)
+
+
 # A gate that reads the student takes no gradient, so differences would see more than the gradient does.
 @pytest.mark.parametrize(
     "name", ["cauchy_schwarz", gated("le_cam", "cauchy_schwarz", {**TEACHER_ENTROPY, "threshold": 1.5})], ids=str
