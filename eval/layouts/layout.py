@@ -206,12 +206,17 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _of_folder(folder: Path) -> Layout:
     """A folder without `benchmark.yaml`: its files are the sets of their names."""
-    files = {path.stem: path.name for path in sorted(folder.iterdir()) if path.suffix in DATA_FORMATS}
+    files = _row_files(folder)
     sets = {name: RowSet((files[name],)) for name in KINDS["questions"] if name in files}
     if "forget" not in sets:
         held = ", ".join(list(files.values())[:8]) or "no files of rows"
         raise DataError(f"{folder} has no {FILE} and no forget{'|'.join(DATA_FORMATS)}; it holds {held}")
     return Layout(folder.resolve().name, "questions", sets, folder)
+
+
+def _row_files(folder: Path) -> dict[str, str]:
+    """Stem → name of the files of rows in a folder."""
+    return {path.stem: path.name for path in sorted(folder.iterdir()) if path.suffix in DATA_FORMATS}
 
 
 def _checked(content: Mapping[str, Any], file: Path, folder: Path | None) -> Layout:
@@ -227,6 +232,9 @@ def _checked(content: Mapping[str, Any], file: Path, folder: Path | None) -> Lay
     if kind not in KINDS:
         raise DataError(f"{where}: kind: {kind!r}: choose {' or '.join(KINDS)}")
     sets, tasks = content.get("sets") or {}, content.get("tasks") or []
+    if content.get("sets") is None and content.get("source") is None and folder is not None:
+        files = _row_files(folder)  # as in a folder without this file
+        sets = {name: files[name] for name in KINDS[kind] if name in files}
     check_keys(sets, KINDS[kind], f"{where}: sets ({kind})", "set", error=DataError)
     if not tasks and not {"forget", "verbmem", "forget_knowmem"} & set(sets):
         raise DataError(f"{where}: sets: there is no forget set")

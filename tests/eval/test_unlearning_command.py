@@ -200,6 +200,8 @@ def test_what_is_refused_in_a_line(known_models, tmp_path, capsys):
     tokens["model"]["vocab"] = {word: number for number, word in enumerate(reversed(tokens["model"]["vocab"]))}
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokens))
     assert "has another tokenizer than the model" in refused(capsys, *given, "--retrained", tmp_path / "other")
+    line = refused(capsys, *given[:-1], tmp_path / "other")
+    assert line.startswith("fdiv: --base: ") and "has another vocabulary than the model" in line
     assert "unknown attack 'relarn'; did you mean 'relearn'?" in refused(capsys, *given, "--attacks", "relarn")
 
 

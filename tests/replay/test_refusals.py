@@ -52,6 +52,22 @@ def change_recipe(run, **keys):
     path.write_text(yaml.safe_dump(values))
 
 
+def test_a_folder_in_use_is_said_with_the_options_of_the_command(made, copied, refused, tmp_path):
+    run, without = copied
+    line = refused("replay", run, "--without", without, "--output", run)
+    assert line == f"fdiv: {run} holds a finished run, which is left alone; choose another --output"
+    other = tmp_path / "other"  # a replay that was killed
+    shutil.copytree(run, other)
+    (other / "result.json").unlink()
+    everything = write_rows(tmp_path / "everything.jsonl", made[0].rows)
+    line = refused("replay", run, "--without", everything, "--output", other)
+    assert line == (f"fdiv: {other} holds checkpoints of an unfinished run; remove it, or choose another --output")
+    for checkpoint in other.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    line = refused("replay", run, "--without", everything, "--output", other)
+    assert line.endswith("not finished; remove it, or choose another --output")
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

@@ -108,6 +108,19 @@ def test_the_recipe_bounds_rows_by_the_longest(looked, known_models):
     assert keys["prepare"]["forget"] == str(known_models / "forget.jsonl") and keys["per_device_train_batch_size"] == 4
 
 
+def test_no_text_is_too_short_to_be_trained_on(known_models, tmp_path):
+    """The prompt of running text is at most half of the shortest: none is left without a token that is scored."""
+    model, long = str(known_models / "model"), "Ann Lee lives in Porto and works as a baker. " * 20
+    tokenizer = load_tokenizer(model)
+    for texts, expected in (
+        ([long], 16),
+        ([long, "Ann Lee lives."], len(tokenizer("Ann Lee lives.")["input_ids"]) // 2),
+    ):
+        write(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+        request = Request(model, {"forget": str(tmp_path / "texts.jsonl")}, str(tmp_path / "out"), "npo")
+        assert recipe_of(request, look(request))["text_prompt_tokens"] == expected < 17
+
+
 @pytest.mark.parametrize(("words", "expected"), [(1, None), (5, None), (400, 256)])
 def test_the_recipe_has_room_for_sampled_rows(words, expected, known_models, tmp_path):
     """The longest question of the file, its answer's frame, and 128 tokens of an answer; at most the context."""

@@ -24,7 +24,7 @@ from fdiv.unlearning.request.sampling import longest_sampled
 __all__ = ["Looked", "Request", "look", "recipe_of"]
 
 _PLAIN_PROMPT = "Question: {question}\nAnswer:"
-_TEXT_LENGTH, _CHEAP_ROWS = 256, 100
+_TEXT_LENGTH, _TEXT_PROMPT, _CHEAP_ROWS = 256, 16, 100
 
 
 @dataclass
@@ -107,6 +107,7 @@ class Looked:
         sets: rows by set. texts: the same as token ids, running text in passages. limit: the model's context.
         layers: of the model. prompt_format: the request's, or the plain one where there is no chat template.
         sampled: bound on the tokens of a retain row that the model is to answer; 0 where it answers none.
+        shortest_text: tokens of the shortest running text that is trained on; 0 where none is.
     """
 
     sets: dict[str, Sequence[Row]]
@@ -115,6 +116,7 @@ class Looked:
     layers: int
     prompt_format: str | None
     sampled: int = 0
+    shortest_text: int = 0
 
     def longest(self, *names: str) -> int:
         """Tokens of the longest row of some sets."""
@@ -174,7 +176,9 @@ def look(request: Request) -> Looked:
         known = _with_source(pieces, sets[name])
         check_context(texts[name], known, name, limit)
     sampled = longest_sampled(config, tokenizer, prompt, sets["forget"]) if request.sample_retain else 0
-    return Looked(sets, texts, limit, layers, prompt_format, sampled)
+    trained = [row["text"] for name in ("forget", "retain") for row in sets[name] if "text" in row]
+    lengths = (len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in trained)
+    return Looked(sets, texts, limit, layers, prompt_format, sampled, min(lengths, default=0))
 
 
 def _with_source(pieces: list[Row], rows: Any) -> Any:
@@ -223,7 +227,8 @@ def recipe_of(request: Request, looked: Looked) -> dict[str, Any]:
     keys["per_device_train_batch_size"] = batch_size = min(TRAINING["per_device_train_batch_size"], rows)
     keys |= length_keys(rows, batch_size)
     if looked.raw_text:
-        keys["text_prompt_tokens"] = 16
+        # Of a short text fewer, for a text without a token that is scored would not be trained on.
+        keys["text_prompt_tokens"] = min(_TEXT_PROMPT, looked.shortest_text // 2)
     files = {name: f"${{prepare}}/{name}.jsonl" for name in SETS if name in measured}
     cheap = {name: files[name] for name in ("forget", "retain", "neighbours", "general") if name in files}
     common = {"name": "unlearning", "cache": "${prepare}/cache"}
