@@ -188,18 +188,22 @@ class ModelEvaluation(ABC):
     def retain_log(self) -> EvalLog | None:
         """The retain log given, or the one of the retain model named, which is loaded and scored for it."""
         if self._retain is None and self.config.retain_model:
-            from fdiv.models.loading import load_model
+            from fdiv.models.loading import check_vocabulary, load_model
 
+            check_vocabulary(self.config.retain_model, self.tokenizer, "retain_model")
             model = load_model(self.config.retain_model)
             self._retain = self.run(model, likelihood_only=True, title="retain model")
         return self._retain
 
     def load_reference(self) -> PreTrainedModel | None:
         """The Reference attack's model: the one named, else the retain model, else None."""
-        from fdiv.models.loading import load_model
+        from fdiv.models.loading import check_vocabulary, load_model
 
         name = self.config.reference_model or self.config.retain_model
-        return load_model(name) if name else None
+        if not name:
+            return None
+        check_vocabulary(name, self.tokenizer, "reference_model")
+        return load_model(name)
 
     def run(
         self,

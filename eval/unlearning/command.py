@@ -95,11 +95,10 @@ def run(args: argparse.Namespace) -> int:
     """
     from fdiv.eval.unlearning.data import repeated_line
     from fdiv.eval.unlearning.evaluation import UnlearningEvaluation
-    from fdiv.eval.unlearning.sets import check_start
     from fdiv.evaluation import EvalContext
     from fdiv.inference.processes import process_state
     from fdiv.models.adapters import base_and_adapter, check_base
-    from fdiv.models.loading import context_of, load_model, load_tokenizer
+    from fdiv.models.loading import check_vocabulary, context_of, load_model, load_tokenizer
     from fdiv.terminal import info
 
     folder = Path(args.output)
@@ -116,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     if base is None:
         raise DataError("give --base, the model before unlearning: there is nothing to compare with")
     tokenizer = load_tokenizer(model_name, adapter)
-    check_start(base, tokenizer)
+    check_vocabulary(base, tokenizer, "--base")
     folder.mkdir(parents=True, exist_ok=True)
     context = EvalContext(None, folder, seed=args.seed, stage="standalone")
     evaluation = UnlearningEvaluation(config, tokenizer, context)

@@ -22,7 +22,7 @@ from fdiv.rows.sources import source_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RowSets", "check_context", "check_end", "check_retrained", "check_start", "load_sets"]
+__all__ = ["RowSets", "check_context", "check_end", "check_retrained", "load_sets"]
 
 
 @dataclass
@@ -217,21 +217,6 @@ def check_retrained(name: str, tokenizer: Any) -> None:
             f"retrained: {name} has another tokenizer than the model: name one that was trained from the same start "
             "without the rows"
         )
-
-
-def check_start(name: str, tokenizer: Any) -> None:
-    """Refuse a model before unlearning to which the token ids of the model after it say something else.
-
-    Special roles may differ, and the later tokenizer may have more tokens.
-
-    Raises:
-        DataError: see above.
-    """
-    from fdiv.models.loading import load_tokenizer
-
-    later = tokenizer.get_vocab()
-    if any(later.get(token) != number for token, number in load_tokenizer(name).get_vocab().items()):
-        raise DataError(f"--base: {name} has another vocabulary than the model: name the one it was unlearned from")
 
 
 def check_context(texts: Iterable[EncodedText], rows: Sequence[Row], what: str, limit: int | None) -> None:

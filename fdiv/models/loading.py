@@ -25,6 +25,7 @@ __all__ = [
     "check_causal",
     "check_fits",
     "check_pad_token",
+    "check_vocabulary",
     "checked_tokenizer",
     "context_length",
     "context_of",
@@ -244,3 +245,23 @@ def keep_trainable_layout(model: nn.Module) -> None:
                 f"({name}) into a layout that cannot be trained: load it again, and hand it over unused"
             )
         module.support_avx512bf16_for_cpu = False
+
+
+def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, option: str) -> None:
+    """Refuse a model to be scored on the token ids of another model, to which they say something else.
+
+    Special roles may differ, and the other tokenizer may have more tokens. A folder without a tokenizer is taken.
+
+    Args:
+        name: the model. tokenizer: of the other model. option: that named the model, for the message.
+
+    Raises:
+        DataError: see above.
+    """
+    try:
+        own = load_tokenizer(name).get_vocab()
+    except DataError:
+        return
+    others = tokenizer.get_vocab()
+    if any(others.get(token) != number for token, number in own.items()):
+        raise DataError(f"{option}: {name} has another vocabulary than the model: name one of the same start")

@@ -14,6 +14,7 @@ from fdiv.eval.tofu.evaluation import TofuEvalConfig, TofuEvaluation
 from fdiv.eval.unlearning.attacks import Attacked, build_attack, curve_area, encode
 from fdiv.evaluation import EvalContext
 from fdiv.models.loading import load_model, load_tokenizer
+from fdiv.models.tiny import build_tiny_model
 from fdiv.report.metrics import better, describe
 
 ATTACKS = [
@@ -220,6 +221,14 @@ def test_muse_under_attack(tiny_model_dir, muse_dir, tokenizer):
 def test_settings_are_checked_before_anything_is_loaded(settings, message):
     with pytest.raises(DataError, match=message):
         TofuEvalConfig(**settings)
+
+
+@pytest.mark.parametrize("option", ["--retain_model", "--reference_model"])
+def test_a_model_beside_it_reads_the_same_tokens(option, tiny_model_dir, tofu_dir, tmp_path, capsys):
+    build_tiny_model(tmp_path / "other", vocab_texts=["quite other words"])
+    words = ["--model", tiny_model_dir, "--data", tofu_dir, "--output", tmp_path / "out", option, tmp_path / "other"]
+    assert main(["eval", "tofu", *map(str, words), "--max_items", "1"]) == 1
+    assert "other has another vocabulary than the model" in capsys.readouterr().err
 
 
 def test_the_command_line_says_what_is_wrong(tiny_model_dir, tofu_dir, tmp_path, capsys):
