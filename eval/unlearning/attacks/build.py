@@ -149,6 +149,10 @@ def attack_all(
     Args:
         attacks: by name. model: the one under attack. tokenizer: encodes the rows.
         rows: what was to be forgotten. seed: of everything random in an attack.
+
+    Raises:
+        DataError: an attack of one's own raised something, gave what is no `Attacked` of these rows, or changed the
+            weights of the model.
     """
     for named in attacks:
         name, attack = named.name, named.attack
