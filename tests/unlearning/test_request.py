@@ -40,6 +40,16 @@ def test_the_default_method_can_do_without_retain_rows():
         defaults.method_keys("f_dpo", True, 4)
 
 
+def test_an_unknown_method_is_answered_with_those_that_unlearn():
+    with pytest.raises(RecipeError, match="--method: unknown method 'simpno'; did you mean 'simnpo'"):
+        defaults.method_keys("simpno", True, 4)
+    with pytest.raises(RecipeError, match="--method: unknown method 'nope'; there are: alt_po, ce_u, flat") as raised:
+        defaults.method_keys("nope", True, 4)
+    assert "d2o" not in str(raised.value) and "f_dpo" not in str(raised.value)
+    with pytest.raises(RecipeError, match="--method d2o: not a method that unlearns; those are alt_po, ce_u, flat"):
+        defaults.method_keys("d2o", True, 4)
+
+
 @pytest.mark.parametrize(("rows", "batch", "epochs"), [(40, 4, 5), (400, 4, 5), (8, 4, 25), (6, 4, 25), (1, 1, 50)])
 def test_few_rows_get_as_many_epochs_as_make_fifty_steps(rows, batch, epochs):
     assert defaults.length_keys(rows, batch) == {"num_train_epochs": epochs}

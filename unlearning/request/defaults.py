@@ -7,6 +7,7 @@ from typing import Any
 
 from fdiv.catalog import METHODS
 from fdiv.errors import RecipeError
+from fdiv.named import hint, is_path, shown
 from fdiv.unlearning.config import UnlearningConfig
 
 __all__ = [
@@ -99,10 +100,12 @@ def method_keys(name: str, has_retain: bool, layers: int) -> dict[str, Any]:
     Raises:
         RecipeError: no method that unlearns, or one that needs retain rows where there are none.
     """
+    known = sorted(unlearning_methods())
+    if name not in METHODS and not is_path(name):
+        raise RecipeError(f"--method: unknown method {shown(name)}; {hint(name, known)}")
     trainer = METHODS.find(name, "--method", error=RecipeError)
     if not issubclass(trainer.config_class, UnlearningConfig):
-        known = ", ".join(sorted(unlearning_methods()))
-        raise RecipeError(f"--method {name}: not a method that unlearns; those are {known}")
+        raise RecipeError(f"--method {name}: not a method that unlearns; those are {', '.join(known)}")
     choices = retain_choices(trainer)
     keys = {"learning_rate": _RATE, **_KEYS.get(name, {})}
     if has_retain:
