@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,7 @@ def read_records(directories: list[Path]) -> tuple[list[RunRecord], list[SweepRe
     runs, sweeps = [], []
     given: dict[Path, Path] = {}
     for path in directories:
-        given.setdefault(path.resolve(), path)
+        given.setdefault(Path(os.path.realpath(path)), path)
     if len(given) < len(directories):
         info(f"{len(directories)} directories, of which {len(given)} are different: each is shown once")
     names = _apart(list(given))
