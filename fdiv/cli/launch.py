@@ -100,21 +100,21 @@ def launch(
         remove_stale_locks()
     child_environment = {_SHUTDOWN_VARIABLE: str(_SHUTDOWN_SECONDS), **os.environ}
     received: list[int] = []
+    untold: list[int] = []
     started: set[psutil.Process] = set()
     running: list[subprocess.Popen[bytes]] = []
-    told = 0
 
     def forward(number: int, _: object) -> None:
         received.append(number)
+        untold.append(number)
         tell()
 
     def tell() -> None:
-        nonlocal told
-        while running and told < len(received):
-            told += 1
+        while running and untold:
+            number = untold.pop(0)  # a signal may come in here, too: each is told once
             started.update(descendants(running[0].pid))
             with suppress(ProcessLookupError):  # it has just ended
-                os.killpg(running[0].pid, received[told - 1])
+                os.killpg(running[0].pid, number)
 
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, forward) for number in numbers]  # first: a signal while it starts reaches it, too
